@@ -1,0 +1,1 @@
+"""Measurement: perplexity, divergence from the base model, verification of what was saved."""

@@ -1,0 +1,160 @@
+"""Number formats: how weights and activations become integers, at which granularity, and back.
+
+All integers are signed, as in compressed-tensors: b bits span [-2^(b-1), 2^(b-1) - 1]; an asymmetric format adds
+an integer zero point in that range. A code q stands for (q - zero_point) * scale.
+
+Shape suffixes: O out channels, I in channels, G groups along I, T tokens, C channels.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import PlanishError
+
+WeightGranularity = Literal["tensor", "channel", "group"]
+ActivationGranularity = Literal["tensor", "token", "group"]
+
+
+def _check_bits(where: str, bits: int) -> None:
+    if not 2 <= bits <= 8:
+        raise PlanishError(f"{where}.bits is {bits}, but integer formats have 2 to 8 bits. Choose 4 or 8.")
+
+
+def _check_group(where: str, granularity: str, group_size: int | None) -> None:
+    if (granularity == "group") != (group_size is not None):
+        raise PlanishError(f"{where}: granularity {granularity} with group_size {group_size}. group_size goes with granularity group, and only with it.")
+    if group_size is not None and group_size < 2:
+        raise PlanishError(f"{where}.group_size is {group_size}, but a group has at least 2 channels.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightFormat:
+    """Integer format of a weight (O, I): one scale per tensor, per output channel, or per group of input channels."""
+
+    bits: int
+    symmetric: bool = True
+    granularity: WeightGranularity = "channel"
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_bits("weights", self.bits)
+        _check_group("weights", self.granularity, self.group_size)
+
+    def groups(self, in_channels: int) -> int:
+        """Number of scales along the input, 1 unless grouped."""
+        if self.group_size is None:
+            return 1
+        if in_channels % self.group_size:
+            raise PlanishError(f"weights.group_size {self.group_size} does not divide {in_channels} input channels. Use a divisor, or granularity channel.")
+        return in_channels // self.group_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationFormat:
+    """Integer format of an activation (T, C): one scale per tensor, per token, or per group of channels of a token."""
+
+    bits: int
+    symmetric: bool = True
+    granularity: ActivationGranularity = "token"
+    group_size: int | None = None
+    dynamic: bool = True
+
+    def __post_init__(self) -> None:
+        _check_bits("activations", self.bits)
+        _check_group("activations", self.granularity, self.group_size)
+        if not self.dynamic and self.granularity != "tensor":
+            raise PlanishError(
+                f"activations: static with granularity {self.granularity}. A static scale is known before the tokens are, "
+                "so it is per tensor: set granularity tensor, or dynamic true."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scheme:
+    """What is quantized at a site, and how. None: left in full precision."""
+
+    weights: WeightFormat | None = None
+    activations: ActivationFormat | None = None
+
+    def __post_init__(self) -> None:
+        if self.activations is not None and self.weights is None:
+            raise PlanishError("scheme: activations are quantized but weights are not; no consumer runs this. Add scheme.weights.")
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest code of a signed integer of that many bits."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point that cover [low, high]; 0 is always representable.
+
+    low, high: any equal shape. Symmetric: scale = max(|low|, |high|) / (2^(b-1) - 1), zero point None. Asymmetric: scale = (high - low) / (2^b - 1),
+    zero point = round(qmin - low / scale). dtype: the scale is first rounded to what will be stored. A range of width 0 gets scale 1.
+    """
+    qmin, qmax = code_range(bits)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    width = torch.maximum(-low, high) / qmax if symmetric else (high - low) / (qmax - qmin)
+    scale = width if dtype is None else width.to(dtype).to(width.dtype)
+    tiny = torch.finfo(dtype or width.dtype).tiny
+    scale = torch.where(scale < tiny, torch.ones_like(scale), scale)
+    if symmetric:
+        return scale, None
+    return scale, (qmin - low / scale).round_().clamp_(qmin, qmax)
+
+
+def to_codes(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """Integer codes of x, in x's dtype: clamp(round(x / scale + zero)). Scale and zero broadcast against x."""
+    qmin, qmax = code_range(bits)
+    codes = x / scale
+    if zero is not None:
+        codes += zero
+    return codes.round_().clamp_(qmin, qmax)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedWeight:
+    """A weight as integers. codes: (O, I) int8. scale: (O, G) float32 whose values are exact in the stored dtype.
+
+    zero: (O, G) float32 integers, or None if symmetric. Per tensor formats have O and G of 1 in scale and zero.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    format: WeightFormat
+
+    def integers(self) -> Tensor:
+        """codes - zero: (O, I) float32."""
+        q_OI = self.codes.float()
+        if self.zero is None:
+            return q_OI
+        return (q_OI.unflatten(1, (self.scale.shape[1], -1)) - self.zero[:, :, None]).flatten(1)
+
+    def dequantize(self) -> Tensor:
+        """(O, I) float32: (codes - zero) * scale."""
+        q_OGI = self.integers().unflatten(1, (self.scale.shape[1], -1))
+        return (q_OGI * self.scale[:, :, None]).flatten(1)
+
+
+def weight_range(w_OI: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight under each scale: (O, G), or (1, 1) per tensor."""
+    if fmt.granularity == "tensor":
+        return w_OI.amin().reshape(1, 1), w_OI.amax().reshape(1, 1)
+    w_OGI = w_OI.unflatten(1, (fmt.groups(w_OI.shape[1]), -1))
+    return w_OGI.amin(2), w_OGI.amax(2)
+
+
+def activation_grid(x_TC: Tensor, fmt: ActivationFormat) -> tuple[Tensor, Tensor | None]:
+    """Dynamic scale and zero point of x_TC: (T, 1) per token, (1, 1) per tensor, (T, C / group) per group."""
+    if fmt.granularity == "tensor":
+        low, high = x_TC.amin().reshape(1, 1), x_TC.amax().reshape(1, 1)
+    else:
+        size = fmt.group_size or x_TC.shape[1]
+        if x_TC.shape[1] % size:
+            raise PlanishError(f"activations.group_size {size} does not divide {x_TC.shape[1]} channels.")
+        low, high = x_TC.unflatten(1, (-1, size)).aminmax(dim=2)
+    return scale_and_zero(low.float(), high.float(), fmt.bits, fmt.symmetric)
