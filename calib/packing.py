@@ -1,0 +1,171 @@
+"""Between planish's quantized weights and compressed-tensors checkpoints: config objects and packing are that library's own.
+
+Tensors of a quantized linear (N out, K in): see the table of the compressed-tensors format; the integer codes are the solver's, bit for bit.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus, QuantizationStrategy
+from torch import Tensor
+
+from ..quant.errors import PlanishError
+from ..quant.formats import ActivationFormat, QuantizedWeight, Scheme, WeightFormat
+from ..quant.linear import StaticGrid
+
+Layout = Literal["int-quantized", "pack-quantized"]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """How one linear is stored: its scheme and the layout of its codes."""
+
+    scheme: Scheme
+    layout: Layout
+
+
+def default_layout(scheme: Scheme) -> Layout:
+    """Weight-only schemes are packed; with 8-bit activations codes lie one a byte, which is what CPU servers run; int W4A4 is packed."""
+    return "int-quantized" if scheme.activations is not None and scheme.activations.bits == 8 else "pack-quantized"
+
+
+def pack(weight: QuantizedWeight, layout: Layout, scale_dtype: torch.dtype, static: StaticGrid | None) -> dict[str, Tensor]:
+    """The tensors of one linear by their local names (weight or weight_packed, weight_scale, ...)."""
+    codes, fmt = weight.codes, weight.format
+    tensors = {"weight_scale": weight.scale.to(scale_dtype)}
+    if fmt.granularity == "tensor":
+        tensors["weight_scale"] = tensors["weight_scale"].reshape(1)
+    if layout == "int-quantized":
+        tensors["weight"] = codes
+        if weight.zero is not None:
+            tensors["weight_zero_point"] = weight.zero.to(torch.int8)
+    else:
+        tensors["weight_packed"] = pack_to_int32(codes, fmt.bits)
+        tensors["weight_shape"] = torch.tensor(codes.shape, dtype=torch.int64)
+        if weight.zero is not None:
+            tensors["weight_zero_point"] = pack_to_int32(weight.zero.to(torch.int8), fmt.bits, packed_dim=0)
+    if static is not None:
+        tensors["input_scale"] = static.scale.reshape(1)
+        if static.zero is not None:
+            tensors["input_zero_point"] = static.zero.reshape(1).to(torch.int8)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def unpack(tensors: Mapping[str, Tensor], packed: Packed) -> tuple[QuantizedWeight, StaticGrid | None]:
+    """What `pack` stored, back as codes and scales."""
+    fmt = packed.scheme.weights
+    assert fmt is not None
+    scale = tensors["weight_scale"].float()
+    scale = scale.reshape(1, 1) if fmt.granularity == "tensor" else scale
+    zero = tensors.get("weight_zero_point")
+    if packed.layout == "int-quantized":
+        codes = tensors["weight"]
+        zero = None if zero is None else zero.float().reshape(scale.shape)
+    else:
+        shape = torch.Size(int(n) for n in tensors["weight_shape"])
+        codes = unpack_from_int32(tensors["weight_packed"], fmt.bits, shape)
+        zero = None if zero is None else unpack_from_int32(zero, fmt.bits, scale.shape, packed_dim=0).float()
+    static = None
+    if "input_scale" in tensors:
+        offset = tensors.get("input_zero_point")
+        static = StaticGrid(tensors["input_scale"].float().reshape(1, 1), None if offset is None else offset.float().reshape(1, 1))
+    return QuantizedWeight(codes, scale, zero, fmt), static
+
+
+def stored_names(packed: Packed) -> tuple[str, ...]:
+    """Local names of the tensors that `pack` writes for a linear stored like this."""
+    fmt, act = packed.scheme.weights, packed.scheme.activations
+    assert fmt is not None
+    names = ["weight_scale", *(["weight"] if packed.layout == "int-quantized" else ["weight_packed", "weight_shape"])]
+    names += [] if fmt.symmetric else ["weight_zero_point"]
+    if act is not None and not act.dynamic:
+        names += ["input_scale", *([] if act.symmetric else ["input_zero_point"])]
+    return tuple(names)
+
+
+def quantization_config(linears: Mapping[str, Packed], ignored: Iterable[str]) -> dict[str, Any]:
+    """config.json's quantization_config for these linears (by full module name); `ignored` ones stay in full precision."""
+    groups: dict[Packed, list[str]] = {}
+    for name, packed in linears.items():
+        groups.setdefault(packed, []).append(name)
+    layouts = {packed.layout for packed in groups}
+    config = QuantizationConfig(
+        config_groups={f"group_{i}": _scheme(packed, names, alone=len(groups) == 1) for i, (packed, names) in enumerate(groups.items())},
+        format=layouts.pop() if len(layouts) == 1 else CompressionFormat.mixed_precision.value,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=sorted(ignored),
+    )
+    data = config.model_dump(mode="json", exclude_none=False)
+    data.pop("moe_sparsity_config", None)
+    return data
+
+
+def _scheme(packed: Packed, names: list[str], alone: bool) -> QuantizationScheme:
+    fmt, act = packed.scheme.weights, packed.scheme.activations
+    assert fmt is not None
+    weights = QuantizationArgs(
+        num_bits=fmt.bits, symmetric=fmt.symmetric, strategy=QuantizationStrategy(fmt.granularity), group_size=fmt.group_size, dynamic=False
+    )
+    inputs = None
+    if act is not None:
+        inputs = QuantizationArgs(
+            num_bits=act.bits, symmetric=act.symmetric, strategy=QuantizationStrategy(act.granularity), group_size=act.group_size, dynamic=act.dynamic
+        )
+    targets = ["Linear"] if alone else [f"re:^{re.escape(name)}$" for name in names]
+    return QuantizationScheme(targets=targets, weights=weights, input_activations=inputs, format=packed.layout)
+
+
+def read_config(data: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Packed]:
+    """Which of the model's linears a quantization_config quantizes, and how. The inverse of `quantization_config`."""
+    config = QuantizationConfig.model_validate(dict(data))
+    ignored = config.ignore or []
+    result: dict[str, Packed] = {}
+    for name in linears:
+        if any(_matches(name, pattern) for pattern in ignored):
+            continue
+        for scheme in config.config_groups.values():
+            assert isinstance(scheme, QuantizationScheme)
+            if any(target == "Linear" or _matches(name, target) for target in scheme.targets):
+                result[name] = _packed(scheme, config.format, name)
+                break
+    return result
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return re.match(pattern[3:], name) is not None if pattern.startswith("re:") else pattern == name
+
+
+def _packed(scheme: QuantizationScheme, default: str, name: str) -> Packed:
+    weights, inputs = scheme.weights, scheme.input_activations
+    layout = str(getattr(scheme.format, "value", scheme.format) or default)
+    if weights is None or weights.type != "int" or layout not in ("int-quantized", "pack-quantized"):
+        raise PlanishError(f"{name}: stored as {layout} {weights and weights.type}; planish reads integer checkpoints (int-quantized, pack-quantized).")
+    fmt = WeightFormat(
+        bits=weights.num_bits, symmetric=weights.symmetric, granularity=_strategy(weights, name, ("tensor", "channel", "group")), group_size=_group(weights)
+    )
+    act = None
+    if inputs is not None:
+        act = ActivationFormat(
+            bits=inputs.num_bits,
+            symmetric=inputs.symmetric,
+            granularity=_strategy(inputs, name, ("tensor", "token", "group")),
+            group_size=_group(inputs),
+            dynamic=inputs.dynamic is True,
+        )
+    return Packed(Scheme(weights=fmt, activations=act), "int-quantized" if layout == "int-quantized" else "pack-quantized")
+
+
+def _strategy(args: QuantizationArgs, name: str, known: tuple[str, ...]) -> Any:
+    value = str(getattr(args.strategy, "value", args.strategy))
+    if value not in known:
+        raise PlanishError(f"{name}: strategy {value} is none of {', '.join(known)}.")
+    return value
+
+
+def _group(args: QuantizationArgs) -> int | None:
+    return args.group_size if args.group_size and args.group_size > 0 else None

@@ -1,0 +1,169 @@
+"""Running a model a block at a time: embeddings, each block, head; each is in memory only while its turn lasts.
+
+The model's own code does everything between its blocks (masks, rotary tables, logit caps): the runner only puts stand-ins where
+the blocks are, so that no family needs a forward pass of its own here.
+
+Shapes: ids (B, L) token numbers; hidden (B, L, D).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoint
+from .topology import Topology, topology
+
+HEAD_TOKENS = 256  # tokens whose logits are in memory at a time
+
+
+@dataclass(slots=True)
+class Call:
+    """What the model hands to each of its blocks besides the hidden states, for one shape of input."""
+
+    extra: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def run(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """The block's output: (B, L, D)."""
+        args, kwargs = self.extra[index]
+        out = block(hidden, *args, **kwargs)
+        result = out[0] if isinstance(out, tuple) else out
+        assert isinstance(result, Tensor)
+        return result
+
+
+class _Recorder(nn.Module):
+    """Stands where a block is: notes what it is given and hands the hidden states on."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+        self.hidden: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.call.extra.append((args, kwargs))
+        self.hidden = hidden_states
+        return hidden_states
+
+
+class _Injector(nn.Module):
+    """Stands where the first block is: replaces whatever comes in by the hidden states that a real last block made."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, _hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return self.hidden
+
+
+class BlockRunner:
+    """One model, block by block, in `dtype` on `device`."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.topology: Topology = topology(checkpoint.config)
+        self.model = checkpoint.skeleton(dtype)
+        blocks = self.model.get_submodule(self.topology.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        self.blocks = blocks
+        self.outer = [name for name in self._leaves() if not name.startswith(self.topology.blocks + ".")]
+        for name in self.outer:
+            for key, buffer in self.model.get_submodule(name).named_buffers(recurse=False):
+                if buffer.device.type != "meta":
+                    self.model.get_submodule(name).register_buffer(key, buffer.to(device), persistent=False)
+
+    def _leaves(self) -> list[str]:
+        return [name for name, module in self.model.named_modules() if not any(True for _ in module.children())]
+
+    def _has_weights(self, name: str) -> bool:
+        return any(True for _ in self.model.get_submodule(name).parameters())
+
+    @contextmanager
+    def _loaded(self, names: list[str]) -> Iterator[None]:
+        for name in names:
+            self.checkpoint.load_module(self.model.get_submodule(name), name, dtype=self.dtype, device=self.device)
+        try:
+            yield
+        finally:
+            for name in names:
+                self.checkpoint.release(self.model.get_submodule(name))
+
+    @contextmanager
+    def _stand_ins(self, stand_ins: list[nn.Module], replaced: dict[str, nn.Module]) -> Iterator[None]:
+        """The blocks, and the modules named in `replaced`, give way to others."""
+        parent_of = {name: name.rpartition(".")[::2] for name in (self.topology.blocks, *replaced)}
+        before = {name: self.model.get_submodule(name) for name in parent_of}
+        after = {self.topology.blocks: nn.ModuleList(stand_ins), **replaced}
+        for name, (parent, child) in parent_of.items():
+            setattr(self.model.get_submodule(parent), child, after[name])
+        try:
+            yield
+        finally:
+            for name, (parent, child) in parent_of.items():
+                setattr(self.model.get_submodule(parent), child, before[name])
+
+    def start(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Call]]:
+        """The hidden states that enter block 0, and what the blocks are called with, for each batch of ids.
+
+        Batches of one shape share one Call.
+        """
+        calls: dict[torch.Size, Call] = {}
+        skipped = {name: nn.Identity() for name in (self.topology.norm, self.topology.head) if name}
+        names = [name for name in self.outer if self._has_weights(name) and name not in skipped]
+        with self._loaded(names):
+            for ids in batches:
+                call = Call()
+                recorders: list[nn.Module] = [_Recorder(call) for _ in self.blocks]
+                with self._stand_ins(recorders, skipped):
+                    self.model(input_ids=ids.to(self.device), use_cache=False)
+                first = recorders[0]
+                assert isinstance(first, _Recorder) and first.hidden is not None
+                yield first.hidden, calls.setdefault(ids.shape, call)
+
+    def block_name(self, index: int) -> str:
+        """The full name of block `index`, as in the checkpoint's tensor names."""
+        return f"{self.topology.blocks}.{index}"
+
+    def load_block(self, index: int, dtype: torch.dtype | None = None) -> nn.Module:
+        """Block `index` with its weights in memory, in `dtype` (the runner's own when None)."""
+        block = self.blocks[index]
+        self.checkpoint.load_module(block, self.block_name(index), dtype=dtype or self.dtype, device=self.device)
+        return block
+
+    def release_block(self, index: int) -> None:
+        """Give block `index`'s memory back."""
+        self.checkpoint.release(self.blocks[index])
+
+    @contextmanager
+    def head(self) -> Iterator["Head"]:
+        """The head, in memory while the `with` lasts."""
+        embedding = self.model.get_input_embeddings()
+        names = [n for n in self.outer if self._has_weights(n) and self.model.get_submodule(n) is not embedding]
+        with self._loaded(names):
+            yield Head(self)
+
+    def stand_in_for_head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden (1, t, D): (t, V) in the runner's dtype. Only inside `head()`."""
+        width = self.model.get_input_embeddings().embedding_dim
+        nothing = torch.zeros(1, hidden.shape[1], int(width), dtype=self.dtype, device=self.device)
+        stand_ins: list[nn.Module] = [_Injector(hidden) for _ in self.blocks]
+        with self._stand_ins(stand_ins, {}):
+            logits = self.model(inputs_embeds=nothing, use_cache=False).logits
+        assert isinstance(logits, Tensor)
+        return logits[0]
+
+
+class Head:
+    """The final norm and the language-model head of a runner."""
+
+    def __init__(self, runner: BlockRunner) -> None:
+        self._runner = runner
+
+    def logits(self, hidden_LD: Tensor) -> Iterator[Tensor]:
+        """Logits of the final hidden states, in float32 pieces of at most HEAD_TOKENS tokens: (t, V)."""
+        for piece in hidden_LD.split(HEAD_TOKENS):
+            yield self._runner.stand_in_for_head(piece[None]).float()

@@ -1,0 +1,141 @@
+"""The nouns of a topology (Host, Site, Topology) and what one does at a site: see its readers' weights, tie a scale, absorb it.
+
+Shape suffixes: C channels of a site, O and I out and in channels of one layer, R rows of a host's output.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Host:
+    """What can divide a site's channels at no cost.
+
+    norm: `module` multiplies channel c by offset + weight[c] (and adds bias[c]). rows: row index[c] of `module`'s output enters channel c linearly;
+    channels that share a row (grouped-query attention) must share their scale, see `tie`.
+    """
+
+    kind: Literal["norm", "rows"]
+    module: str
+    offset: float = 0.0
+    index: tuple[int, ...] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """An activation (tokens, C) that one or more linear layers read. Paths are from the block. host None: nothing takes a scale for free."""
+
+    name: str
+    readers: tuple[str, ...]
+    host: Host | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Topology:
+    """One model's sites, in the order in which a block runs them, and who writes and reads its residual stream.
+
+    blocks, embeddings, norm and head are paths from the model, writers and stream_readers from the block. The embeddings' outputs, summed,
+    are the first block's input; a block adds its writers' outputs to the stream, and its stream_readers see the stream. Both tuples are empty
+    where the stream itself is normalised (OPT with do_layer_norm_before false). norm: the last norm, None if there is none. A norm on the
+    stream multiplies by norm_offset + weight.
+    """
+
+    family: str
+    blocks: str
+    block_count: int
+    sites: tuple[Site, ...]
+    embeddings: tuple[str, ...]
+    norm: str | None
+    head: str
+    writers: tuple[str, ...]
+    stream_readers: tuple[str, ...]
+    norm_kind: Literal["rms", "layer"]
+    norm_offset: float
+
+
+def reader_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as (O, I): a view, transposed for transformers' Conv1D, so that writing to it writes to the layer."""
+    if isinstance(module, Conv1D):
+        return module.weight.T
+    if isinstance(module, nn.Linear):
+        return module.weight
+    raise TypeError(f"{type(module).__name__} is no linear layer")
+
+
+def tie(site: Site, values_C: Tensor) -> Tensor:
+    """values_C with one value for all channels that share a host row: the largest of theirs. Unchanged where none share."""
+    if site.host is None or site.host.index is None:
+        return values_C
+    index_C = torch.tensor(site.host.index, device=values_C.device)
+    largest_R = values_C.new_full((int(index_C.max()) + 1,), float("-inf")).scatter_reduce_(0, index_C, values_C, "amax")
+    return largest_R[index_C]
+
+
+@torch.no_grad()
+def absorb(block: nn.Module, site: Site, scale_C: Tensor) -> None:
+    """Turn the site's x into x / scale_C, in place, with the block's output unchanged: the host is divided, the readers' columns are multiplied.
+
+    scale_C: (C,) positive, tied over shared rows; anything else is a ValueError. Computed in float32 or wider, then cast back to the weights' dtype.
+    """
+    if site.host is None:
+        raise ValueError(f"site {site.name} has no host that could absorb a scale")
+    readers = [reader_weight(block.get_submodule(path)) for path in site.readers]
+    if scale_C.shape != readers[0].shape[1:] or not bool((scale_C.isfinite() & (scale_C > 0)).all()):
+        raise ValueError(f"site {site.name}: a scale is {readers[0].shape[1]} positive finite numbers, got shape {tuple(scale_C.shape)}")
+    host = block.get_submodule(site.host.module)
+    if site.host.index is None:
+        _divide(_parameter(host, "weight"), scale_C, site.host.offset)
+        _divide(_parameter(host, "bias"), scale_C)
+    else:
+        weight_RI = reader_weight(host)
+        scale_R = _row_scale(site, site.host.index, scale_C, weight_RI.shape[0])
+        _divide(weight_RI, scale_R[:, None])
+        _divide(_parameter(host, "bias"), scale_R)
+    for weight_OC in readers:
+        weight_OC.copy_(weight_OC * _wide(scale_C, weight_OC))
+
+
+@torch.no_grad()
+def exact_scale(block: nn.Module, site: Site, scale_C: Tensor, stored: torch.dtype) -> Tensor:
+    """The scale near scale_C that a norm host takes without rounding when its weight is stored in dtype `stored`; call before absorb.
+
+    (offset + weight) / (offset + new weight), with the new weight rounded to `stored`; (C,), scale_C's dtype. A channel whose new factor is 0
+    or changes sign keeps its scale, and so does a site whose host is rows (they are rounded by the solver anyway).
+    """
+    if site.host is None or site.host.index is not None:
+        return scale_C
+    weight_C = _parameter(block.get_submodule(site.host.module), "weight")
+    assert weight_C is not None
+    wide_C = _wide(scale_C, weight_C)
+    full_C = weight_C.to(wide_C.dtype) + site.host.offset
+    rounded_C = (full_C / wide_C - site.host.offset).to(stored).to(wide_C.dtype) + site.host.offset
+    exact_C = full_C / rounded_C
+    return torch.where(exact_C.isfinite() & (exact_C > 0), exact_C, wide_C).to(scale_C)
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    return dict(module.named_parameters(recurse=False)).get(name)
+
+
+def _row_scale(site: Site, index: tuple[int, ...], scale_C: Tensor, rows: int) -> Tensor:
+    index_C = torch.tensor(index, device=scale_C.device)
+    scale_R = scale_C.new_ones(rows)
+    scale_R[index_C] = scale_C
+    if not torch.equal(scale_R[index_C], scale_C):
+        raise ValueError(f"site {site.name}: channels that share a host row have different scales; pass the scale through tie first")
+    return scale_R
+
+
+def _wide(scale: Tensor, like: Tensor) -> Tensor:
+    return scale.to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def _divide(parameter: Tensor | None, scale: Tensor, offset: float = 0.0) -> None:
+    """offset + parameter is divided by scale (broadcast), in place."""
+    if parameter is not None:
+        wide = _wide(scale, parameter)
+        parameter.copy_((parameter.to(wide.dtype) + offset) / wide - offset)

@@ -1,0 +1,93 @@
+"""A compressed checkpoint on disk, opened like any other: its quantized linears come to life as QuantizedLinear."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from ..quant.errors import PlanishError
+from ..quant.linear import QuantizedLinear
+from .checkpoint import Checkpoint, build_skeleton, open_checkpoint
+from .locate import weight_files
+from .packing import Packed, read_config, stored_names
+from .quantized import quantized_readers
+from .shards import TensorInfo, read_json, read_shards
+from .walk import put
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredCheckpoint(Checkpoint):
+    """A checked compressed model on disk. packed: its quantized linears by name, and how they are stored."""
+
+    packed: dict[str, Packed] = field(repr=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of everything that is not quantized, as config.json says."""
+        dtype = self.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+
+    def load_module(self, module: nn.Module, prefix: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
+        """As of any checkpoint; the quantized linears inside are replaced by QuantizedLinear modules that compute in dtype."""
+        root = f"{prefix}." if prefix else ""
+        names = [name for name in self.packed if name.startswith(root)]
+        for name in names:
+            local = [f"{name}.{part}" for part in stored_names(self.packed[name])]
+            local += [f"{name}.bias"] if f"{name}.bias" in self.tensors else []
+            tensors = {key: tensor.to(device) for key, tensor in self.read(local).items()}
+            layer = quantized_readers(name.rpartition(".")[0], tensors, {name: self.packed[name]}, dtype or self.dtype)
+            put(module, name.removeprefix(root), next(iter(layer.values())))
+        Checkpoint.load_module(self, module, prefix, dtype=dtype, device=device)
+
+    @staticmethod
+    def release(module: nn.Module) -> None:
+        """Give the module's memory back."""
+        for path, part in list(module.named_modules()):
+            if isinstance(part, QuantizedLinear):
+                put(module, path, nn.Identity())
+        Checkpoint.release(module)
+
+    def check_finite(self, report: Callable[[int, int], None] | None = None) -> None:
+        """As of any checkpoint, for the tensors of a floating-point type."""
+        floats = {name: info for name, info in self.tensors.items() if info.dtype.is_floating_point}
+        Checkpoint(path=self.path, config=self.config, tensors=floats, aliases={}, unused=()).check_finite(report)
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether config.json there describes a quantized model."""
+    return bool(read_json(folder / "config.json").get("quantization_config"))
+
+
+def open_stored(folder: str | Path) -> StoredCheckpoint:
+    """Open a compressed checkpoint. Raises PlanishError: as open_checkpoint, and for quantization that planish does not read."""
+    folder = Path(folder)
+    values = read_json(folder / "config.json")
+    quantization = values.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        raise PlanishError(f"{folder / 'config.json'}: quantization_config is {quantization!r}. Give a compressed-tensors checkpoint, such as planish compress writes.")
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    assert isinstance(config, PreTrainedConfig)
+    config = copy.deepcopy(config)
+    del config.quantization_config
+    skeleton = build_skeleton(config, torch.float32, folder)
+    linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    packed = read_config(quantization, linears)
+    tensors = read_shards(weight_files(folder, allow_pickle=False))
+    aliases = {target: source for target, source in skeleton.all_tied_weights_keys.items() if target not in tensors and source in tensors}
+    needed = {name for name, _ in skeleton.named_parameters()} - aliases.keys() - {f"{name}.weight" for name in packed}
+    needed |= {f"{name}.{part}" for name, how in packed.items() for part in stored_names(how)}
+    missing = sorted(needed - tensors.keys())
+    if missing:
+        raise PlanishError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}. The checkpoint is incomplete: compress again.")
+    return StoredCheckpoint(path=folder, config=config, tensors=tensors, aliases=aliases, unused=tuple(sorted(tensors.keys() - needed)), packed=packed)
+
+
+def open_any(model: str | Path) -> Checkpoint:
+    """A compressed checkpoint if the local folder holds one, else what open_checkpoint opens."""
+    path = Path(model)
+    return open_stored(path) if (path / "config.json").is_file() and is_compressed(path) else open_checkpoint(model)

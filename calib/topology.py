@@ -1,0 +1,97 @@
+"""What feeds what in a decoder block: its sites, the linear layers that read each, and what can take a per-channel scale for free.
+
+`topology` reads the family's table (families.py) with the facts of one config; `prove` (proof.py) holds the result against a real block.
+"""
+
+from dataclasses import replace
+
+from transformers import PreTrainedConfig
+
+from ..quant.errors import PlanishError
+from .families import FAMILIES, Family, Sizes
+from .proof import check_structure as check_structure
+from .proof import prove as prove
+from .sites import Host as Host
+from .sites import Site as Site
+from .sites import Topology as Topology
+from .sites import absorb as absorb
+from .sites import exact_scale as exact_scale
+from .sites import reader_weight as reader_weight
+from .sites import tie as tie
+
+HOMOGENEOUS = frozenset({"relu"})  # f(a x) = a f(x) for a > 0: the rows before f can host the channels after it
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # config names of a mixture of experts
+
+
+def topology(config: PreTrainedConfig) -> Topology:
+    """The topology of a model with this config. PlanishError for an architecture that no family table describes."""
+    family = _family(config)
+    return Topology(
+        family=config.model_type,
+        blocks=family.blocks,
+        block_count=config.num_hidden_layers,
+        sites=_sites(family, config),
+        embeddings=family.embeddings,
+        norm=family.norm,
+        head=family.head,
+        writers=family.writers,
+        stream_readers=family.stream_readers,
+        norm_kind=family.norm_kind,
+        norm_offset=family.norm_offset,
+    )
+
+
+def _family(config: PreTrainedConfig) -> Family:
+    kind, classes = config.model_type, config.architectures
+    where = f"config.architectures {classes}, model_type {kind!r}"
+    if kind not in FAMILIES:
+        raise PlanishError(f"{where}: {_why_unknown(config)} Supported: {', '.join(FAMILIES)}.")
+    family = FAMILIES[kind]
+    if classes and family.architecture not in classes:
+        raise PlanishError(f"{where}: planish compresses {kind} models of class {family.architecture}, with their language model head. Give it one.")
+    for refused, reason in family.refuse:
+        if refused(config):
+            raise PlanishError(f"{where}: {reason}. planish compresses decoder-only language models; give it one without.")
+    for variant in family.variants:
+        if variant.when(config):
+            family = replace(family, **variant.changes)
+    return family
+
+
+def _why_unknown(config: PreTrainedConfig) -> str:
+    if config.is_encoder_decoder:
+        return "this is an encoder-decoder model, and planish compresses decoder-only language models."
+    if config.sub_configs and hasattr(config, "text_config"):
+        text = config.text_config.model_type
+        return f"this is a multimodal model around a {text} language model. Save that one as a checkpoint of its own and give planish that."
+    if "moe" in config.model_type or any(getattr(config, name, None) for name in EXPERTS):
+        return "this is a mixture of experts; planish has no sites for routed experts yet. Give it a dense model."
+    return (
+        "no table for this family, and planish does not guess what feeds what. Add a Family to calib/families.py: "
+        f"FAMILIES[{config.model_type!r}] says which linear layers of a block read which activation, and which norm or rows make it."
+    )
+
+
+def _sizes(family: Family, config: PreTrainedConfig) -> Sizes:
+    heads = config.num_attention_heads
+    return Sizes(
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        width=getattr(config, family.width) or 4 * config.hidden_size,
+    )
+
+
+def _sites(family: Family, config: PreTrainedConfig) -> tuple[Site, ...]:
+    sizes = _sizes(family, config)
+    linear_up = family.gated or getattr(config, family.activation) in HOMOGENEOUS
+    return (
+        Site(name="qkv", readers=family.qkv, host=_norm_host(family.qkv_norm, family)),
+        Site(name="o", readers=(family.o,), host=Host(kind="rows", module=family.v, index=family.v_rows(sizes))),
+        Site(name="gate_up" if family.gated else "up", readers=family.up, host=_norm_host(family.up_norm, family)),
+        Site(name="down", readers=(family.down,), host=Host(kind="rows", module=family.up_host, index=family.up_rows(sizes)) if linear_up else None),
+    )
+
+
+def _norm_host(module: str | None, family: Family) -> Host | None:
+    return None if module is None else Host(kind="norm", module=module, offset=family.norm_offset)

@@ -1,0 +1,252 @@
+"""One block's turn: look at it, smooth it, quantize it site by site; both activation streams go on.
+
+Shape suffixes: P probe samples, L tokens, D width, T tokens of a batch, C channels of a site.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .calib.observe import Observation, observe, sinks
+from .calib.packing import Packed, pack
+from .calib.precision import bfloat16_products
+from .calib.quantized import load_rest, quantized_readers
+from .calib.runner import BlockRunner, Call
+from .calib.stream import Stream
+from .calib.walk import Pass, replaced, walking
+from .quant.formats import ActivationFormat, Scheme
+from .quant.linear import StaticGrid
+from .quant.solvers import Solver
+from .quant.transforms.smooth import Smooth
+from .smoothing import Probe, Smoothing, apply, choose, static_grid
+from .solving import Readers, gather, output_error, settle, solve
+
+STATIC_SINK_RATIO = 4.0  # a static range that sink tokens exceed by this would clip what makes them sinks
+
+
+@dataclass(slots=True, eq=False)
+class Streams:
+    """What flows through the walk.
+
+    full, quant: the full-precision and the quantized hidden states; before: keeps what entered a block, for solvers that compare both.
+    calls: how the blocks are called, by batch; probe: likewise for the first probe_shape (samples, tokens) of all.
+    """
+
+    full: Stream
+    quant: Stream
+    before: Stream | None
+    calls: list[Call]
+    probe: Call
+    probe_shape: tuple[int, int]
+    replay: bool
+
+    def probe_hidden(self) -> Tensor:
+        """The probe's full-precision hidden states before the block to come: (P, L, D)."""
+        samples, length = self.probe_shape
+        taken: list[Tensor] = []
+        for i in range(len(self.full)):
+            taken.append(self.full[i][:samples, :length])
+            samples -= taken[-1].shape[0]
+            if not samples:
+                break
+        return torch.cat(taken)
+
+
+@dataclass(slots=True)
+class SiteRecord:
+    """What happened at one site. error: of the readers' output, relative; None where nothing was quantized or no data was seen."""
+
+    error: float | None = None
+    damping: float = 0.0
+    repairs: int = 0
+    smoothed: bool = False
+    note: str = ""
+
+
+@dataclass(slots=True)
+class BlockRecord:
+    """What happened in one block. error: its quantized output against the full-precision one, relative, sink tokens left out."""
+
+    index: int
+    error: float | None = None
+    sink_tokens: int = 0
+    strength: float | None = None
+    tried: Mapping[str, float] = field(default_factory=dict)
+    equivalence: float = 0.0
+    sites: dict[str, SiteRecord] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class BlockResult:
+    """A block as it will be stored: tensors by full name, and how each quantized linear is packed."""
+
+    tensors: dict[str, Tensor]
+    packed: dict[str, Packed]
+    record: BlockRecord
+
+
+class BlockCompressor:
+    """Compresses the blocks of one model, one after the other, as one recipe says. packed: by (block, site); None stays in full precision."""
+
+    def __init__(
+        self, runner: BlockRunner, solver: Solver, smooth: Smooth | None, packed: Mapping[tuple[int, str], Packed | None], streams: Streams | None
+    ) -> None:
+        self.runner, self.solver, self.smooth, self.packed, self.streams = runner, solver, smooth, packed, streams
+        self.sites = {site.name: site for site in runner.topology.sites}
+
+    @torch.no_grad()
+    def compress(self, index: int) -> BlockResult:
+        """Block `index` as it will be stored; both streams are past it afterwards."""
+        turn = _Turn(self, index)
+        with bfloat16_products(self.runner.dtype is torch.bfloat16):
+            block = self.runner.load_block(index)
+            try:
+                if self.streams is None:
+                    turn.round(block)
+                else:
+                    turn.look(block, self.streams)
+                    turn.walk(block, self.streams)
+                return turn.result(block)
+            finally:
+                self.runner.release_block(index)
+
+    @torch.no_grad()
+    def advance(self, index: int, tensors: Mapping[str, Tensor], packed: Mapping[str, Packed]) -> None:
+        """Take both streams past a block that an earlier run finished and stored."""
+        if self.streams is None:
+            return
+        name = self.runner.block_name(index)
+        with bfloat16_products(self.runner.dtype is torch.bfloat16):
+            block = self.runner.load_block(index)
+            try:
+                self._forward(block, index, self.streams.full)
+                load_rest(block, name, tensors)
+                with replaced(block, quantized_readers(name, tensors, packed, self.runner.dtype)):
+                    self._forward(block, index, self.streams.quant)
+            finally:
+                self.runner.release_block(index)
+
+    def _forward(self, block: nn.Module, index: int, stream: Stream) -> None:
+        assert self.streams is not None
+        for i, call in enumerate(self.streams.calls):
+            stream[i] = call.run(block, index, stream[i])
+
+
+class _Turn:
+    """The state of one block's turn."""
+
+    def __init__(self, owner: BlockCompressor, index: int) -> None:
+        self.runner, self.solver, self.smooth, self.sites, self.index = owner.runner, owner.solver, owner.smooth, owner.sites, index
+        self.dtype, self.stored = owner.runner.dtype, owner.runner.checkpoint.dtype
+        self.packed = {name: owner.packed[index, name] for name in self.sites}
+        self.static: dict[str, StaticGrid | None] = dict.fromkeys(self.sites)
+        self.readers: dict[str, Readers] = {}
+        self.record = BlockRecord(index, sites={name: SiteRecord() for name in self.sites})
+        self.observation = Observation()
+
+    def look(self, block: nn.Module, streams: Streams) -> None:
+        """Send the full-precision stream through, then choose and absorb the scales. The block is float32 afterwards."""
+        hidden = streams.probe_hidden()
+        sites = list(self.sites.values())
+        self.observation = observe(block, self.index, sites, streams.calls, streams.full, streams.before)
+        self.record.sink_tokens = self.observation.sink_tokens
+        probe = Probe(streams.probe, self.index, hidden, ~sinks(hidden, streams.probe.run(block, self.index, hidden)))
+        schemes = {name: packed and packed.scheme for name, packed in self.packed.items()}
+        chosen = Smoothing({}, None, {})
+        if self.smooth is not None:
+            chosen = choose(block, self.sites, schemes, self.observation.seen, self.smooth, probe, str(self.index))
+        block.float()
+        self.record.equivalence, scales = apply(block, self.sites, chosen, probe, self.stored, str(self.index))
+        self.record.strength, self.record.tried = chosen.strength, chosen.tried
+        for name in self.sites:
+            self.record.sites[name].smoothed = name in scales
+            self._fix_range(name, scales.get(name))
+
+    def _fix_range(self, name: str, scale_C: Tensor | None) -> None:
+        """The static grid of a site; where sink tokens lie far outside it, the site's activations become dynamic instead."""
+        packed, seen = self.packed[name], self.observation.seen[name]
+        if packed is None:
+            return
+        self.static[name] = static_grid(seen, packed.scheme, scale_C)
+        if self.static[name] is None:
+            return
+        divisor = torch.ones(()) if scale_C is None else scale_C
+        ratio = float((self.observation.sinks_C[name] / divisor).amax() / (seen.absmax_C / divisor).amax())
+        if ratio > STATIC_SINK_RATIO:
+            assert packed.scheme.activations is not None
+            dynamic = ActivationFormat(bits=packed.scheme.activations.bits)
+            self.packed[name] = Packed(Scheme(weights=packed.scheme.weights, activations=dynamic), packed.layout)
+            self.static[name] = None
+            self.record.sites[name].note = f"sink tokens reach {ratio:.0f} times the static range: dynamic per token instead"
+
+    def round(self, block: nn.Module) -> None:
+        """Quantize without data."""
+        self._collect(block.float())
+        for readers in self.readers.values():
+            solve(readers, self.solver, None, self.stored)
+
+    def _collect(self, block: nn.Module) -> None:
+        self.readers = {name: Readers.of(block, site, self.packed[name], self.static[name], self.stored) for name, site in self.sites.items()}
+
+    def walk(self, block: nn.Module, streams: Streams) -> None:
+        """Send the quantized stream through, solving each site when all batches stand before it. The block is float32."""
+        self._collect(block)
+        sites = list(self.sites.values())
+        with ExitStack() as stack:
+            full = None
+            if streams.before is not None:
+                twin = copy.deepcopy(block).to(self.dtype)
+                full = stack.enter_context(walking(twin, sites, self._passes(twin, streams, streams.before), streams.replay))
+            walk = stack.enter_context(walking(block, sites, self._passes(block, streams, streams.quant), streams.replay))
+            for parameter in block.parameters():
+                parameter.data = parameter.data.to(self.stored).to(self.dtype)
+            for name, readers in self.readers.items():
+                if readers.packed is not None and self.solver.needs_moments:
+                    moments = gather(readers, walk, self.observation.keep_T, full)
+                    solution = solve(readers, self.solver, moments, self.stored)
+                    assert solution is not None
+                    record = self.record.sites[name]
+                    record.error, record.damping, record.repairs = output_error(readers, moments), solution.damping, solution.repairs
+                else:
+                    solve(readers, self.solver, None, self.stored)
+                settle(readers, walk, self.dtype, self.stored)
+                if full is not None:
+                    settle(Readers(readers.site, None, None, readers.weights, readers.biases, {}), full, self.dtype, torch.float32)
+            self._finish(walk.outputs(), streams)
+
+    def _passes(self, block: nn.Module, streams: Streams, stream: Stream) -> list[Pass]:
+        def start(batch: int) -> Callable[[], Tensor]:
+            return lambda: streams.calls[batch].run(block, self.index, stream[batch])
+
+        return [Pass(start(batch)) for batch in range(len(streams.calls))]
+
+    def _finish(self, outputs: Iterable[Tensor], streams: Streams) -> None:
+        off = size = 0.0
+        for i, out in enumerate(outputs):
+            keep_T = self.observation.keep_T[i]
+            full_TD = streams.full[i].flatten(0, 1)[keep_T].float()
+            off += (out.flatten(0, 1)[keep_T].float() - full_TD).square().sum().item()
+            size += full_TD.square().sum().item()
+            streams.quant[i] = out
+        self.record.error = (off / size) ** 0.5 if size else 0.0
+
+    def result(self, block: nn.Module) -> BlockResult:
+        """The block's tensors as they will be stored, and how its linears are packed."""
+        prefix = self.runner.block_name(self.index)
+        tensors: dict[str, Tensor] = {}
+        packed: dict[str, Packed] = {}
+        for readers in self.readers.values():
+            for path, solved in readers.solved.items():
+                assert readers.packed is not None
+                packed[f"{prefix}.{path}"] = readers.packed
+                for local, tensor in pack(solved, readers.packed.layout, self.stored, readers.static).items():
+                    tensors[f"{prefix}.{path}.{local}"] = tensor
+        quantized = {f"{path}.weight" for readers in self.readers.values() for path in readers.solved}
+        for name, parameter in block.state_dict().items():
+            if name not in quantized:
+                tensors[f"{prefix}.{name}"] = parameter.to(self.stored) if parameter.is_floating_point() else parameter
+        return BlockResult({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, packed, self.record)

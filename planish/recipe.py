@@ -1,0 +1,203 @@
+"""Recipes: what to do to a model, as YAML or as Python objects, the same thing.
+
+YAML: the keys are the fields of `Recipe`; a step or solver is written as its name, or as a mapping of its name to its settings.
+Which sites a pattern means: see resolve.py.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+from .calib.data import Calibration
+from .decode import Named, decode, encode
+from .quant.errors import PlanishError, nearest
+from .quant.formats import Scheme
+from .quant.solvers import SOLVERS, Solver
+from .quant.transforms import STEPS, Smooth
+from .yamltext import dump_yaml, parse_yaml
+
+Step: TypeAlias = Annotated[Smooth, Named(STEPS)]
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]i?)?B")
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Override:
+    """Another scheme at the sites that a pattern matches: in place of the recipe's, not merged with it. keep: full precision there."""
+
+    sites: tuple[str, ...]
+    scheme: Scheme | None = None
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            raise PlanishError('override: sites is empty. Give patterns such as "*.down" or "0.*".')
+        if (self.scheme is not None) == self.keep:
+            raise PlanishError("override: give either scheme, or keep: true to leave the sites in full precision.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Export:
+    """The written checkpoint. layout auto: one code a byte (int-quantized) with 8-bit activations, else packed.
+
+    shard_size: of one file at most, such as 5GB or 500MiB.
+    """
+
+    format: Literal["compressed-tensors"] = "compressed-tensors"
+    layout: Literal["auto", "int-quantized", "pack-quantized"] = "auto"
+    shard_size: str = "5GB"
+
+    def __post_init__(self) -> None:
+        if self.shard_bytes < 10**6:
+            raise PlanishError(f"export.shard_size is {self.shard_size}, but a shard has at least 1MB.")
+
+    @property
+    def shard_bytes(self) -> int:
+        """shard_size in bytes."""
+        found = _SIZE.fullmatch(self.shard_size)
+        if found is None:
+            raise PlanishError(f"export.shard_size is {self.shard_size!r}, but a size is a number and a unit: 5GB, 500MB, 2GiB.")
+        return int(float(found[1]) * _UNITS[found[2] or ""])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What to do to a model. Steps run in their order; of overrides that match a site the last one holds.
+
+    calibration: None where nothing needs text. group_fallback: what to do where the scheme's group size does not divide a layer's input channels:
+    refuse; divisor: the largest smaller size that does and that servers run (128, 64, 32), per channel if there is none; channel: per channel.
+    """
+
+    name: str
+    description: str = ""
+    calibration: Calibration | None = Calibration()
+    steps: tuple[Step, ...] = ()
+    scheme: Scheme
+    overrides: tuple[Override, ...] = ()
+    group_fallback: Literal["refuse", "divisor", "channel"] = "refuse"
+    solver: Annotated[Solver, Named(SOLVERS)]
+    export: Export = Export()
+
+    def __post_init__(self) -> None:
+        if all(scheme.weights is None for scheme in self.schemes()):
+            raise PlanishError("scheme quantizes nothing. Give scheme.weights, such as {bits: 8}.")
+        activations = [scheme.activations for scheme in self.schemes() if scheme.activations]
+        smooths = any(isinstance(step, Smooth) for step in self.steps)
+        if smooths and not activations:
+            raise PlanishError("steps: smooth makes activations easier to quantize, but none are quantized. Remove it, or add scheme.activations.")
+        users = {
+            "the step smooth": smooths,
+            f"the solver {_name(self.solver)}": self.solver.needs_moments,
+            "a static activation scale": any(not activation.dynamic for activation in activations),
+        }
+        if self.calibration is None and any(users.values()):
+            needing = " and ".join(user for user, needs in users.items() if needs)
+            raise PlanishError(f"calibration is null, but {needing} cannot do without. Remove the line to use the built-in text.")
+
+    def schemes(self) -> tuple[Scheme, ...]:
+        """All that occur: the recipe's, then its overrides'."""
+        return self.scheme, *(override.scheme for override in self.overrides if override.scheme)
+
+
+def _name(solver: object) -> str:
+    return next(name for name, kind in SOLVERS.items() if kind is type(solver))
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """The shipped recipe of that name, or the one in that YAML or JSON file. Raises PlanishError with the place of what is wrong."""
+    if str(name_or_path) in _shipped_texts():
+        return _read(_shipped_texts()[str(name_or_path)], f"recipe {name_or_path}")
+    path = Path(name_or_path)
+    try:
+        return _read(path.read_text(encoding="utf-8"), f"recipe {path}")
+    except UnicodeDecodeError as error:
+        raise PlanishError(f"recipe {path}: not a text file in UTF-8.") from error
+    except OSError as error:
+        if len(path.parts) == 1 and not path.suffix:
+            raise PlanishError(f"recipe {path}: neither a shipped recipe nor a file. {nearest(path.name, _shipped_texts())}") from error
+        raise PlanishError(f"recipe {path}: cannot be read: {error.strerror}. Give a file, or one of {', '.join(_shipped_texts())}.") from error
+
+
+def shipped() -> dict[str, str]:
+    """Name and description of every recipe that comes with planish."""
+    return {name: load_recipe(name).description for name in _shipped_texts()}
+
+
+def shipped_text(name: str) -> str:
+    """The YAML of a shipped recipe as it was written, with its comments."""
+    texts = _shipped_texts()
+    if name not in texts:
+        raise PlanishError(f"recipe {name} is not shipped. {nearest(name, texts)}")
+    return texts[name]
+
+
+def to_yaml(recipe: Recipe, *, defaults: bool = False) -> str:
+    """A YAML file that `load_recipe` reads as this recipe. defaults: spell out every setting."""
+    return dump_yaml(encode(recipe, defaults=defaults))
+
+
+def digest(recipe: Recipe) -> str:
+    """SHA-256 (hex) of the recipe's canonical JSON; equal recipes have equal digests."""
+    canonical = encode(decode(Recipe, encode(recipe), f"recipe {recipe.name}"))  # decoded once: strength=1 and strength=1.0 are equal recipes
+    return hashlib.sha256(json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _shipped_texts() -> dict[str, str]:
+    files = resources.files("planish").joinpath("recipes").iterdir()
+    texts = {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files if file.name.endswith(".yaml")}
+    return dict(sorted(texts.items()))
+
+
+def _read(text: str, root: str) -> Recipe:
+    data = parse_yaml(text, root)
+    if data is None:
+        raise PlanishError(f"{root}: is empty. See `planish recipes show w8a8` for one that is not.")
+    return decode(Recipe, data, root)
+
+
+def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """The recipe with `path=value` settings, such as `calibration.samples=64`, `solver.gptq.damping=0.05` or `scheme.activations=null`.
+
+    path: keys, list positions from 0, or in a list of steps a step's name. value: YAML. All are set before the whole is checked,
+    as strictly as a file; raises PlanishError.
+    """
+    data: object = encode(recipe)
+    for setting in settings:
+        path, sign, text = setting.partition("=")
+        if not sign or not all(path.split(".")):
+            raise PlanishError(f"{setting!r} is not a setting. Write path=value, such as calibration.samples=64.")
+        value = text if text.startswith("*") else parse_yaml(text, setting)  # a site pattern; in YAML the star would be an alias
+        data = _put(data, path.split("."), value, setting)
+    return decode(Recipe, data, f"recipe {recipe.name} with {' '.join(settings)}") if settings else recipe
+
+
+def _put(node: object, keys: list[str], value: object, setting: str) -> object:
+    """A copy of plain data with the value at the path. What the path says beyond the known keys is left to the decoder to refuse."""
+    if not keys:
+        return value
+    key, rest = keys[0], keys[1:]
+    if isinstance(node, list):
+        index = _index(node, key, setting)
+        below = rest if key.isdecimal() else keys
+        return [_put(item, below, value, setting) if i == index else item for i, item in enumerate(node)]
+    if node is None or node == key:  # a bare name stands for a mapping of that name to its defaults
+        node = {}
+    if not isinstance(node, dict):
+        raise PlanishError(f"{setting}: there is nothing named {key} inside {node}.")
+    return {**node, key: _put(node.get(key), rest, value, setting)}
+
+
+def _index(items: list[object], key: str, setting: str) -> int:
+    if key.isdecimal():
+        found = [int(key)] if int(key) < len(items) else []
+    else:
+        found = [i for i, item in enumerate(items) if item == key or (isinstance(item, dict) and key in item)]
+    if len(found) != 1:
+        raise PlanishError(f"{setting}: {key} stands for {len(found)} items of a list of {len(items)}. Positions count from 0.")
+    return found[0]

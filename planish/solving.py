@@ -1,0 +1,120 @@
+"""The quantized stream's way through one block: at each site the Hessian of what really arrives there, then the solver.
+
+Shape suffixes: T tokens of a batch, C = I in channels, O out channels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .calib.packing import Packed
+from .calib.sites import Site, reader_weight
+from .calib.walk import Pass, SiteWalk
+from .quant.formats import QuantizedWeight
+from .quant.linear import QuantizedLinear, StaticGrid, quantize_input
+from .quant.solvers import Moments, Solution, Solver
+
+
+@dataclass(slots=True, eq=False)
+class Readers:
+    """The linear layers of one site in float32, and what became of them. packed None: the site stays in full precision."""
+
+    site: Site
+    packed: Packed | None
+    static: StaticGrid | None
+    weights: dict[str, Tensor]
+    biases: dict[str, Tensor | None]
+    solved: dict[str, QuantizedWeight]
+
+    @classmethod
+    def of(cls, block: nn.Module, site: Site, packed: Packed | None, static: StaticGrid | None, stored: torch.dtype) -> "Readers":
+        """The readers of a float32 block; biases as they will be stored."""
+        modules = {path: block.get_submodule(path) for path in site.readers}
+        biases = {path: None if module.bias is None else module.bias.detach().to(stored) for path, module in modules.items()}
+        return cls(site, packed, static, {path: reader_weight(module).detach() for path, module in modules.items()}, biases, {})
+
+
+def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWalk | None) -> Moments:
+    """Bring all batches to the site and add up the moments of its input as the readers will get it, sink tokens left out.
+
+    full: the full-precision walk that goes along; its inputs give the cross moment of GPTAQ.
+    """
+    name = readers.site.name
+    act = readers.packed and readers.packed.scheme.activations
+    width = next(iter(readers.weights.values())).shape[1]
+    device = keep_T[0].device
+    second_II = torch.zeros(width, width, device=device)
+    cross_II = None if full is None else torch.zeros(width, width, device=device)
+    full_arrivals = None if full is None else full.arrivals(name)
+    for pass_, keep in zip(walk.arrivals(name), keep_T, strict=True):
+        assert pass_.x is not None
+        if act is None:
+            x_TC = pass_.x.float()
+        else:
+            quantized = quantize_input(pass_.x, act, readers.static)
+            if not walk.replay:
+                pass_.prepared = (name, quantized)
+            x_TC = quantized.dequantize()
+        x_TC *= keep[:, None]
+        second_II.addmm_(x_TC.T, x_TC)
+        if full_arrivals is not None and cross_II is not None:
+            twin = next(full_arrivals).x
+            assert twin is not None
+            cross_II.addmm_((twin.float() * keep[:, None] - x_TC).T, x_TC)
+    return Moments(second_II=second_II, tokens=sum(int(keep.sum()) for keep in keep_T), cross_II=cross_II)
+
+
+def solve(readers: Readers, solver: Solver, moments: Moments | None, scale_dtype: torch.dtype) -> Solution | None:
+    """Quantize the site's readers, all in one matrix unless the format has one scale per tensor. Returns the last solution, for the record."""
+    if readers.packed is None or readers.packed.scheme.weights is None:
+        return None
+    fmt = readers.packed.scheme.weights
+    joint = [list(readers.weights)] if fmt.granularity != "tensor" else [[path] for path in readers.weights]
+    solution = None
+    for paths in joint:
+        rows = [readers.weights[path].shape[0] for path in paths]
+        solution = solver.solve(torch.cat([readers.weights[path] for path in paths]), fmt, moments, scale_dtype)
+        codes = solution.weight.codes.split(rows)
+        scales = solution.weight.scale.split(rows) if fmt.granularity != "tensor" else (solution.weight.scale,)
+        zeros: tuple[Tensor | None, ...] = (None,) * len(rows)
+        if solution.weight.zero is not None:
+            zeros = solution.weight.zero.split(rows) if fmt.granularity != "tensor" else (solution.weight.zero,)
+        for path, c, s, z in zip(paths, codes, scales, zeros, strict=True):
+            readers.solved[path] = QuantizedWeight(c.contiguous(), s, z, fmt)
+    return solution
+
+
+def output_error(readers: Readers, moments: Moments) -> float:
+    """Relative error of the readers' outputs on the inputs seen: sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)), E = Ŵ - W."""
+    off = size = 0.0
+    for path, solved in readers.solved.items():
+        w_OI = readers.weights[path]
+        e_OI = solved.dequantize() - w_OI
+        off += ((e_OI @ moments.second_II) * e_OI).sum().item()
+        size += ((w_OI @ moments.second_II) * w_OI).sum().item()
+    return (max(off, 0.0) / size) ** 0.5 if size > 0 else 0.0
+
+
+def settle(readers: Readers, walk: SiteWalk, dtype: torch.dtype, stored: torch.dtype) -> None:
+    """Let the batches go on: the site's readers compute as they will at run time."""
+    act = readers.packed and readers.packed.scheme.activations
+    layers: Mapping[str, QuantizedLinear] = {
+        path: QuantizedLinear(weight, readers.biases[path], act, readers.static, dtype=dtype) for path, weight in readers.solved.items()
+    }
+    kept = {path: weight.to(stored).to(dtype) for path, weight in readers.weights.items() if path not in layers}
+    biases = {path: None if bias is None else bias.to(dtype) for path, bias in readers.biases.items()}
+    name = readers.site.name
+
+    def reader(path: str, x_TC: Tensor, pass_: Pass) -> Tensor:
+        if path in kept:
+            return nn.functional.linear(x_TC, kept[path], biases[path])
+        if act is None:
+            y_TO: Tensor = layers[path](x_TC)
+            return y_TO
+        if pass_.prepared is None or pass_.prepared[0] != name:
+            pass_.prepared = (name, quantize_input(x_TC, act, readers.static))
+        return layers[path].multiply(pass_.prepared[1])
+
+    walk.settle(name, reader)

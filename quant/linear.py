@@ -1,0 +1,96 @@
+"""The linear layer as it will run: integer codes times integer codes, scales applied to the product.
+
+This is what every measurement of planish executes, so that what was measured is what a server computes: activations are quantized per token,
+per tensor or per group; per-channel and per-tensor weights multiply as integers (exact in bfloat16 and float32 alike, for a code has at most
+9 bits), grouped ones are dequantized first, as the kernels of servers do.
+
+Shape suffixes: T tokens, C = I in channels, O out channels, G groups.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .formats import ActivationFormat, QuantizedWeight, activation_grid, to_codes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StaticGrid:
+    """Scale and zero point of a static activation format, each (1, 1) float32; zero None if symmetric."""
+
+    scale: Tensor
+    zero: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedInput:
+    """An activation as integers: codes (T, C) int8, scale and zero (T, G) float32 (T or G may be 1)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    def integers(self, dtype: torch.dtype) -> Tensor:
+        """codes - zero: (T, C), exact in bfloat16 and wider."""
+        if self.zero is None:
+            return self.codes.to(dtype)
+        zero = self.zero if self.zero.shape[1] == 1 else self.zero.repeat_interleave(self.codes.shape[1] // self.zero.shape[1], dim=1)
+        return (self.codes.to(torch.int16) - zero.to(torch.int16)).to(dtype)
+
+    def dequantize(self) -> Tensor:
+        """(T, C) float32: (codes - zero) * scale."""
+        x_TGC = self.integers(torch.float32).unflatten(1, (self.scale.shape[1], -1))
+        return (x_TGC * self.scale[:, :, None]).flatten(1)
+
+
+def quantize_input(x_TC: Tensor, fmt: ActivationFormat, static: StaticGrid | None = None) -> QuantizedInput:
+    """x_TC as codes: with its own dynamic grid, or the given static one."""
+    scale, zero = activation_grid(x_TC, fmt) if static is None else (static.scale, static.zero)
+    groups = scale.shape[1]
+    x_TGC = x_TC.float().unflatten(1, (groups, -1))
+    codes = to_codes(x_TGC, scale[:, :, None], None if zero is None else zero[:, :, None], fmt.bits)
+    return QuantizedInput(codes.flatten(1).to(torch.int8), scale, zero)
+
+
+class QuantizedLinear(nn.Module):
+    """y = Q(x / divisor) Ŵᵀ + b, with x of any leading shape (..., I), result (..., O) in x's dtype.
+
+    activations None: weight only. divisor (I,): a smoothing scale under trial, not yet absorbed by the site's host.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        activations: ActivationFormat | None = None,
+        static: StaticGrid | None = None,
+        divisor: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.activations, self.static, self.divisor = activations, static, divisor
+        self.in_features, self.out_features = weight.codes.shape[1], weight.codes.shape[0]
+        self.grouped = weight.scale.shape[1] > 1 or (activations is not None and activations.granularity == "group")
+        self.factor = None if self.grouped or activations is None else weight.scale.reshape(1, -1)
+        self.matrix = (weight.dequantize() if self.factor is None else weight.integers()).to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., I) in the layer's dtype. Returns (..., O)."""
+        x_TC = x.reshape(-1, x.shape[-1])
+        if self.divisor is not None:
+            x_TC = (x_TC / self.divisor).to(x.dtype)
+        if self.activations is None:
+            return nn.functional.linear(x_TC, self.matrix, self.bias).unflatten(0, x.shape[:-1])
+        return self.multiply(quantize_input(x_TC, self.activations, self.static)).unflatten(0, x.shape[:-1])
+
+    def multiply(self, x: QuantizedInput) -> Tensor:
+        """The product with an input that is already quantized: (T, O) in the layer's dtype."""
+        dtype = self.matrix.dtype
+        if self.factor is None:
+            return nn.functional.linear(x.dequantize().to(dtype), self.matrix, self.bias)
+        y_TO = (x.integers(dtype) @ self.matrix.T) * (x.scale * self.factor)
+        if self.bias is not None:
+            y_TO += self.bias
+        return y_TO.to(dtype)

@@ -1,0 +1,44 @@
+"""GPTAQ (Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", ICML 2025).
+
+GPTQ keeps w x of the input x that the quantized predecessors deliver; GPTAQ keeps w x_full, the output of the full-precision model:
+min |w_hat x - w x_full|^2. When column j is rounded, the free columns F compensate its error and also what was missing in its input:
+
+    w_F <- w_F - e_j * U_jF / U_jj + w_j * P_jF,   P = alpha * ((D U^T) * strictly upper) U,   D = sum (x_full - x)^T x.
+
+Row j of P / alpha is d_j X_F^T (X_F X_F^T)^-1, d_j = x_full_j - x_j over tokens: the best stand-in for the missing part.
+alpha below 1 guards against noise in D.
+
+Shape suffixes: I in channels.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanishError
+from .gptq import Gptq
+from .moments import Moments
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gptaq(Gptq):
+    """GPTQ towards the full-precision outputs. alpha: part of the missing input that is made up for; 0 is GPTQ."""
+
+    needs_cross: ClassVar[bool] = True
+
+    alpha: float = 0.25
+
+    def __post_init__(self) -> None:
+        Gptq.__post_init__(self)
+        if not 0 <= self.alpha <= 1:
+            raise PlanishError(f"solver.alpha is {self.alpha}, but it is the part of the input's error to make up for, 0 to 1. Usual: 0.25.")
+
+    def _debts(self, U_II: Tensor, moments: Moments, order_I: Tensor) -> Tensor:
+        """Shares in the two debts of a column, its error and its weight: (I, I, 2)."""
+        if moments.cross_II is None:
+            raise PlanishError("solver gptaq needs moments of the full-precision inputs as well, but only the quantized stream was run. Choose gptq.")
+        D_II = moments.cross_II.to(U_II.dtype)[order_I[:, None], order_I]
+        P_II = self.alpha * (D_II @ U_II.T).triu_(1) @ U_II
+        return torch.stack([(U_II / U_II.diagonal()[:, None]).T, -P_II.T], dim=2)

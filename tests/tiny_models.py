@@ -1,0 +1,102 @@
+"""Tiny random causal language models, one of every family (and of the variants that differ in topology), from transformers' own classes.
+
+Norm weights and biases are random, not ones and zeros, so that a scale put in the wrong place shows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 200
+_TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_COMMON = {**_TOKENS, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+_ROTARY = {**_COMMON, "num_key_value_heads": 2, "intermediate_size": 96}
+_GEMMA = {**_ROTARY, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "tie_word_embeddings": True}
+_OPT = {**_COMMON, "ffn_dim": 128}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {**_ROTARY, "model_type": "llama", "num_hidden_layers": 3, "tie_word_embeddings": True},
+    "llama-biased": {**_ROTARY, "model_type": "llama", "attention_bias": True, "mlp_bias": True, "head_dim": 8},
+    "mistral": {**_ROTARY, "model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 8},
+    "qwen2": {**_ROTARY, "model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {**_ROTARY, "model_type": "qwen3", "head_dim": 32},
+    "gemma2": {**_GEMMA, "model_type": "gemma2"},
+    "gemma3_text": {**_GEMMA, "model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "phi3": {**_ROTARY, "model_type": "phi3"},
+    "olmo2": {**_ROTARY, "model_type": "olmo2"},
+    "gpt2": {**_COMMON, "model_type": "gpt2", "n_inner": 128, "tie_word_embeddings": True},
+    "opt": {**_OPT, "model_type": "opt", "tie_word_embeddings": True},
+    "opt-gelu": {**_OPT, "model_type": "opt", "activation_function": "gelu"},
+    "opt-plain-norm": {**_OPT, "model_type": "opt", "layer_norm_elementwise_affine": False, "enable_bias": False},
+    "opt-350m": {**_OPT, "model_type": "opt", "do_layer_norm_before": False, "word_embed_proj_dim": 32, "tie_word_embeddings": True},
+    "gpt_neox": {**_COMMON, "model_type": "gpt_neox", "intermediate_size": 128},
+    "gpt_neox-serial": {**_COMMON, "model_type": "gpt_neox", "intermediate_size": 128, "use_parallel_residual": False, "hidden_act": "relu"},
+}
+FAMILIES = tuple(name for name in CONFIGS if "-" not in name)
+
+
+def tiny(family: str, seed: int = 0, changes: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """A float32 model in eval mode. family: a key of CONFIGS. changes: other values for its config."""
+    values = {**CONFIGS[family], **(changes or {})}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    model.config.architectures = [type(model).__name__]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            _randomise(module, generator)
+    model.tie_weights()
+    return model.eval()
+
+
+def _randomise(module: nn.Module, generator: torch.Generator) -> None:
+    """Matrices keep a signal's size; norms multiply by 0.5 to 1.5 (Gemma's store that minus 1); biases and LayerNorm shifts are about 0.3."""
+    for name, parameter in module.named_parameters(recurse=False):
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            size = 0.2 if isinstance(module, nn.Embedding) else min(parameter.shape) ** -0.5
+            parameter.copy_(size * noise)
+        elif name == "weight":
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) + (-0.5 if "Gemma" in type(module).__name__ else 0.5))
+        else:
+            parameter.copy_(0.3 * noise)
+
+
+def tokens(samples: int = 2, length: int = 24, seed: int = 1) -> Tensor:
+    """(samples, length) random token ids, without the special ones."""
+    return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """A block of a model with the arguments that it was called with."""
+
+    block: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module) -> Tensor:
+        """The output of `block` on these arguments."""
+        with torch.no_grad():
+            output = block(*self.args, **self.kwargs)
+        assert isinstance(output, Tensor)
+        return output
+
+
+def block_calls(model: PreTrainedModel, blocks: str, token_ids: Tensor) -> list[BlockCall]:
+    """How a forward pass calls every module of the list at path `blocks`."""
+    calls: list[BlockCall] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda module, args, kwargs: calls.append(BlockCall(module, args, kwargs)), with_kwargs=True)
+        for block in model.get_submodule(blocks).children()
+    ]
+    try:
+        with torch.no_grad():
+            model(token_ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
