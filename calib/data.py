@@ -4,7 +4,8 @@ The stream of a single text is what the tokenizer makes of it (with its BOS toke
 order with the EOS token between them, where the tokenizer has one; conversations go through the chat template, which writes its own ends.
 
 Which windows: with a seed, drawn without replacement from all windows, in the order of the text; with seed None, the first ones.
-Large sources are not read to the end: windows come from the first 2 million characters, or 16 characters for each token asked for if that is more.
+Large sources are not read to the end, but for 16 characters for each token asked for; where windows are drawn, for 2 million characters if that
+is more. Where that makes too few tokens, more is read.
 """
 
 import random
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..quant.errors import PlanishError
 from .documents import Document, Part, take
 
-_CHARACTERS = 2_000_000
+_DRAWN_FROM = 2_000_000
 _CHARACTERS_PER_TOKEN = 16
 
 
@@ -57,13 +58,14 @@ def tokens(
     Equivalent, for a .txt and seed None, to torch.tensor(tokenizer(text).input_ids)[: samples * length].view(samples, length).
     part: which half of the builtin text, see documents.builtin. Raises PlanishError for bad sources and for those that hold too little.
     """
-    needed = None if samples is None else samples * length
-    characters = None if needed is None else max(_CHARACTERS, _CHARACTERS_PER_TOKEN * needed)
+    what = "evaluation" if part == "evaluation" else "calibration"
+    needed = None if samples is None else (samples + 1) * length  # one window more: the last one may end where reading did, amid a word
+    characters = needed and max(_CHARACTERS_PER_TOKEN * needed, 0 if seed is None else _DRAWN_FROM)
     while True:
         documents, complete = take(source, part, characters)
         ids = _stream(documents, tokenizer)
         if complete or needed is None or characters is None or len(ids) >= needed:
-            return _choose(windows(ids, length), len(ids), samples, seed, source, "evaluation" if part == "evaluation" else "calibration")
+            return _choose(windows(ids, length), len(ids), samples, seed, f"{what}.source {source}", what)
         characters *= 4
 
 
@@ -72,13 +74,11 @@ def windows(ids: Tensor, length: int) -> Tensor:
     return ids[: len(ids) // length * length].view(-1, length)
 
 
-def _choose(all_NL: Tensor, held: int, samples: int | None, seed: int | None, source: str, what: str) -> Tensor:
+def _choose(all_NL: Tensor, held: int, samples: int | None, seed: int | None, where: str, what: str) -> Tensor:
     count, length = all_NL.shape
     if count < (samples or 1):
         found = f"{count} windows of {length} tokens" if count else f"{held} tokens, not one window of {length}" if held else "no text"
-        raise PlanishError(
-            f"{what}.source {source} holds {found}, {what}.samples asks for {samples or 'all'}. Lower samples or length, or give a larger source."
-        )
+        raise PlanishError(f"{where} holds {found}, {what}.samples asks for {samples or 'all'}. Lower samples or length, or give a larger source.")
     if samples is None or seed is None:
         return all_NL[:samples].clone()
     return all_NL[sorted(random.Random(seed).sample(range(count), samples))]

@@ -30,8 +30,12 @@ class Packed:
 
 
 def default_layout(scheme: Scheme) -> Layout:
-    """Weight-only schemes are packed; with 8-bit activations codes lie one a byte, which is what CPU servers run; int W4A4 is packed."""
-    return "int-quantized" if scheme.activations is not None and scheme.activations.bits == 8 else "pack-quantized"
+    """Weight-only schemes are packed; with quantized activations codes lie one a byte.
+
+    That is what servers' int8 kernels take; and for activations of fewer bits it is what makes vLLM refuse, where it would silently leave packed ones
+    unquantized.
+    """
+    return "pack-quantized" if scheme.activations is None else "int-quantized"
 
 
 def pack(weight: QuantizedWeight, layout: Layout, scale_dtype: torch.dtype, static: StaticGrid | None) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ class SiteRecord:
     damping: float = 0.0
     repairs: int = 0
     smoothed: bool = False
+    made_dynamic: bool = False
     note: str = ""
 
 
@@ -79,6 +81,11 @@ class BlockRecord:
     equivalence: float = 0.0
     sites: dict[str, SiteRecord] = field(default_factory=dict)
 
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> "BlockRecord":
+        """The record that dataclasses.asdict made this of."""
+        return cls(**{**data, "sites": {name: SiteRecord(**site) for name, site in data["sites"].items()}})
+
 
 @dataclass(slots=True, eq=False)
 class BlockResult:
@@ -87,6 +94,13 @@ class BlockResult:
     tensors: dict[str, Tensor]
     packed: dict[str, Packed]
     record: BlockRecord
+
+
+def made_dynamic(packed: Packed) -> Packed:
+    """The same with activations dynamic per token, symmetric."""
+    assert packed.scheme.activations is not None
+    dynamic = ActivationFormat(bits=packed.scheme.activations.bits)
+    return Packed(Scheme(weights=packed.scheme.weights, activations=dynamic), packed.layout)
 
 
 class BlockCompressor:
@@ -158,9 +172,9 @@ class _Turn:
         schemes = {name: packed and packed.scheme for name, packed in self.packed.items()}
         chosen = Smoothing({}, None, {})
         if self.smooth is not None:
-            chosen = choose(block, self.sites, schemes, self.observation.seen, self.smooth, probe, str(self.index))
+            chosen = choose(block, self.sites, schemes, self.observation.seen, self.smooth, probe)
         block.float()
-        self.record.equivalence, scales = apply(block, self.sites, chosen, probe, self.stored, str(self.index))
+        self.record.equivalence, scales = apply(block, self.sites, chosen, probe, self.stored)
         self.record.strength, self.record.tried = chosen.strength, chosen.tried
         for name in self.sites:
             self.record.sites[name].smoothed = name in scales
@@ -177,10 +191,9 @@ class _Turn:
         divisor = torch.ones(()) if scale_C is None else scale_C
         ratio = float((self.observation.sinks_C[name] / divisor).amax() / (seen.absmax_C / divisor).amax())
         if ratio > STATIC_SINK_RATIO:
-            assert packed.scheme.activations is not None
-            dynamic = ActivationFormat(bits=packed.scheme.activations.bits)
-            self.packed[name] = Packed(Scheme(weights=packed.scheme.weights, activations=dynamic), packed.layout)
+            self.packed[name] = made_dynamic(packed)
             self.static[name] = None
+            self.record.sites[name].made_dynamic = True
             self.record.sites[name].note = f"sink tokens reach {ratio:.0f} times the static range: dynamic per token instead"
 
     def round(self, block: nn.Module) -> None:

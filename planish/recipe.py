@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -19,6 +18,9 @@ from .quant.errors import PlanishError, nearest
 from .quant.formats import Scheme
 from .quant.solvers import SOLVERS, Solver
 from .quant.transforms import STEPS, Smooth
+from .shipped import shipped as shipped
+from .shipped import shipped_text as shipped_text
+from .shipped import shipped_texts
 from .yamltext import dump_yaml, parse_yaml
 
 Step: TypeAlias = Annotated[Smooth, Named(STEPS)]
@@ -111,8 +113,8 @@ def _name(solver: object) -> str:
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """The shipped recipe of that name, or the one in that YAML or JSON file. Raises PlanishError with the place of what is wrong."""
-    if str(name_or_path) in _shipped_texts():
-        return _read(_shipped_texts()[str(name_or_path)], f"recipe {name_or_path}")
+    if str(name_or_path) in shipped_texts():
+        return _read(shipped_texts()[str(name_or_path)], f"recipe {name_or_path}")
     path = Path(name_or_path)
     try:
         return _read(path.read_text(encoding="utf-8"), f"recipe {path}")
@@ -120,21 +122,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         raise PlanishError(f"recipe {path}: not a text file in UTF-8.") from error
     except OSError as error:
         if len(path.parts) == 1 and not path.suffix:
-            raise PlanishError(f"recipe {path}: neither a shipped recipe nor a file. {nearest(path.name, _shipped_texts())}") from error
-        raise PlanishError(f"recipe {path}: cannot be read: {error.strerror}. Give a file, or one of {', '.join(_shipped_texts())}.") from error
-
-
-def shipped() -> dict[str, str]:
-    """Name and description of every recipe that comes with planish."""
-    return {name: load_recipe(name).description for name in _shipped_texts()}
-
-
-def shipped_text(name: str) -> str:
-    """The YAML of a shipped recipe as it was written, with its comments."""
-    texts = _shipped_texts()
-    if name not in texts:
-        raise PlanishError(f"recipe {name} is not shipped. {nearest(name, texts)}")
-    return texts[name]
+            raise PlanishError(f"recipe {path}: neither a shipped recipe nor a file. {nearest(path.name, shipped_texts())}") from error
+        raise PlanishError(f"recipe {path}: cannot be read: {error.strerror}. Give a file, or one of {', '.join(shipped_texts())}.") from error
 
 
 def to_yaml(recipe: Recipe, *, defaults: bool = False) -> str:
@@ -146,12 +135,6 @@ def digest(recipe: Recipe) -> str:
     """SHA-256 (hex) of the recipe's canonical JSON; equal recipes have equal digests."""
     canonical = encode(decode(Recipe, encode(recipe), f"recipe {recipe.name}"))  # decoded once: strength=1 and strength=1.0 are equal recipes
     return hashlib.sha256(json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _shipped_texts() -> dict[str, str]:
-    files = resources.files("planish").joinpath("recipes").iterdir()
-    texts = {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files if file.name.endswith(".yaml")}
-    return dict(sorted(texts.items()))
 
 
 def _read(text: str, root: str) -> Recipe:

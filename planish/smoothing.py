@@ -3,7 +3,6 @@
 Shape suffixes: P probe samples, L tokens, D width; T = P * L; C channels of a site.
 """
 
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,13 +13,14 @@ from .calib.precision import bfloat16_products
 from .calib.runner import Call
 from .calib.statistics import ChannelStatistics
 from .calib.stream import relative_error
-from .calib.sites import Site, absorb, reader_weight, tie
+from .calib.sites import Site, absorb, exact_scale, reader_weight, tie
 from .calib.walk import replaced
 from .quant.errors import PlanishError
 from .quant.formats import Scheme, scale_and_zero
 from .quant.linear import QuantizedLinear, StaticGrid
 from .quant.solvers import Rtn
 from .quant.transforms.smooth import Smooth, smoothing_scale
+from .resolve import matches
 
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # alphas tried by strength auto, besides none
 TOLERANCE = 1e-3  # relative error of a transformed block in float32; right mappings reach 1e-6
@@ -63,7 +63,7 @@ def static_grid(seen: ChannelStatistics, scheme: Scheme, divisor_C: Tensor | Non
 
 
 def choose(
-    block: nn.Module, sites: Mapping[str, Site], schemes: Mapping[str, Scheme | None], seen: Mapping[str, ChannelStatistics], step: Smooth, probe: Probe, place: str
+    block: nn.Module, sites: Mapping[str, Site], schemes: Mapping[str, Scheme | None], seen: Mapping[str, ChannelStatistics], step: Smooth, probe: Probe
 ) -> Smoothing:
     """The scales of the sites that have a free host, match the step and have quantized activations.
 
@@ -72,7 +72,7 @@ def choose(
     chosen = [
         site
         for site in sites.values()
-        if site.host is not None and _activations(schemes[site.name]) and any(fnmatch.fnmatch(f"{place}.{site.name}", p) for p in step.sites)
+        if site.host is not None and _activations(schemes[site.name]) and matches(step.sites, probe.index, site.name)
     ]
     if not chosen:
         return Smoothing({}, None, {})
@@ -123,18 +123,7 @@ def _rounded(
     return layers
 
 
-def exact_scale(block: nn.Module, site: Site, scale_C: Tensor, stored: torch.dtype) -> Tensor:
-    """The scale nearest to scale_C whose norm weight is exact in the stored dtype: (C,). Where that weight vanishes, and for hosts that are quantized, scale_C."""
-    assert site.host is not None
-    if site.host.index is not None:
-        return scale_C
-    whole_C = block.get_submodule(site.host.module).weight.float() + site.host.offset
-    divided_C = (whole_C / scale_C - site.host.offset).to(stored).float() + site.host.offset
-    ratio_C = whole_C / divided_C
-    return torch.where(ratio_C.isfinite() & (ratio_C > 0), ratio_C, scale_C)
-
-
-def apply(block: nn.Module, sites: Mapping[str, Site], smoothing: Smoothing, probe: Probe, stored: torch.dtype, place: str) -> tuple[float, dict[str, Tensor]]:
+def apply(block: nn.Module, sites: Mapping[str, Site], smoothing: Smoothing, probe: Probe, stored: torch.dtype) -> tuple[float, dict[str, Tensor]]:
     """Absorb the scales into a float32 block and check that it computes what it did before.
 
     Returns the relative error of that check and the scales as they became: a norm's new weight is rounded to the stored dtype first,
@@ -151,7 +140,7 @@ def apply(block: nn.Module, sites: Mapping[str, Site], smoothing: Smoothing, pro
         off = relative_error(before, probe.run(block, torch.float32))
     if not off <= TOLERANCE:
         raise PlanishError(
-            f"smooth at {place} ({', '.join(exact)}): the transformed block is off by {off:.2g} (at most {TOLERANCE:g}). "
+            f"smooth at block {probe.index} ({', '.join(exact)}): the transformed block is off by {off:.2g} (at most {TOLERANCE:g}). "
             "The topology's hosts or readers do not fit this model; leave the step out and report the model."
         )
     return off, exact

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .calib.packing import Packed
+from .calib.precision import bfloat16_products
 from .calib.sites import Site, reader_weight
 from .calib.walk import Pass, SiteWalk
-from .quant.formats import QuantizedWeight
+from .quant.formats import QuantizedWeight, WeightFormat
 from .quant.linear import QuantizedLinear, StaticGrid, quantize_input
 from .quant.solvers import Moments, Solution, Solver
 
@@ -57,20 +58,36 @@ def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWal
             if not walk.replay:
                 pass_.prepared = (name, quantized)
             x_TC = quantized.dequantize()
-        x_TC *= keep[:, None]
+        x_TC *= token_weights(x_TC, keep)[:, None]
         second_II.addmm_(x_TC.T, x_TC)
         if full_arrivals is not None and cross_II is not None:
             twin = next(full_arrivals).x
             assert twin is not None
-            cross_II.addmm_((twin.float() * keep[:, None] - x_TC).T, x_TC)
+            cross_II.addmm_((twin.float() * token_weights(twin.float(), keep)[:, None] - x_TC).T, x_TC)
     return Moments(second_II=second_II, tokens=sum(int(keep.sum()) for keep in keep_T), cross_II=cross_II)
+
+
+def token_weights(x_TC, keep_T):
+    import os
+    mode = os.environ.get("PL_SINK", "norm")
+    if mode == "exclude":
+        return keep_T.float()
+    if mode == "include":
+        return torch.ones_like(keep_T, dtype=torch.float32)
+    size_T = torch.linalg.vector_norm(x_TC, dim=1)
+    usual = size_T[keep_T].median() * float(os.environ.get("PL_MULT", "1"))
+    return torch.where(keep_T, torch.ones_like(size_T), (usual / size_T.clamp(min=1e-30)).clamp(max=1))
 
 
 def solve(readers: Readers, solver: Solver, moments: Moments | None, scale_dtype: torch.dtype) -> Solution | None:
     """Quantize the site's readers, all in one matrix unless the format has one scale per tensor. Returns the last solution, for the record."""
     if readers.packed is None or readers.packed.scheme.weights is None:
         return None
-    fmt = readers.packed.scheme.weights
+    with bfloat16_products(False):
+        return _solve(readers, readers.packed.scheme.weights, solver, moments, scale_dtype)
+
+
+def _solve(readers: Readers, fmt: WeightFormat, solver: Solver, moments: Moments | None, scale_dtype: torch.dtype) -> Solution | None:
     joint = [list(readers.weights)] if fmt.granularity != "tensor" else [[path] for path in readers.weights]
     solution = None
     for paths in joint:

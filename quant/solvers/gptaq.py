@@ -35,7 +35,7 @@ class Gptaq(Gptq):
         if not 0 <= self.alpha <= 1:
             raise PlanishError(f"solver.alpha is {self.alpha}, but it is the part of the input's error to make up for, 0 to 1. Usual: 0.25.")
 
-    def _debts(self, U_II: Tensor, moments: Moments, order_I: Tensor) -> Tensor:
+    def _shares(self, U_II: Tensor, moments: Moments, order_I: Tensor) -> Tensor:
         """Shares in the two debts of a column, its error and its weight: (I, I, 2)."""
         if moments.cross_II is None:
             raise PlanishError("solver gptaq needs moments of the full-precision inputs as well, but only the quantized stream was run. Choose gptq.")

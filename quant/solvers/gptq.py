@@ -62,7 +62,7 @@ class Gptq:
             w_OI = w_OI.masked_fill(dead_I, 0)
         order_I = self._order(H_II)
         factor = inverse_factor(H_II[order_I[:, None], order_I], self.damping)
-        columns = Columns(w_OI[:, order_I], self._debts(factor.upper_II, moments, order_I))
+        columns = Columns(w_OI[:, order_I], self._shares(factor.upper_II, moments, order_I))
         if self.order == "diagonal":
             scale_OG, zero_OG = fit_grid(w_OI, fmt, self.clip, scale_dtype)
             steps_IO, zeros_IO = _per_column((scale_OG, zero_OG), in_channels, out_channels)
@@ -79,7 +79,7 @@ class Gptq:
             return torch.arange(len(H_II), device=H_II.device)
         return H_II.diagonal().argsort(descending=True, stable=True)
 
-    def _debts(self, U_II: Tensor, moments: Moments, order_I: Tensor) -> Tensor:
+    def _shares(self, U_II: Tensor, moments: Moments, order_I: Tensor) -> Tensor:
         """What each column takes from each debt of an earlier column: (I, I, E). In GPTQ the debt is the column's error."""
         return (U_II / U_II.diagonal()[:, None]).T[:, :, None]
 

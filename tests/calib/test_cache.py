@@ -1,3 +1,5 @@
+"""Folders in the cache are whole or absent."""
+
 from pathlib import Path
 
 import pytest

@@ -1,0 +1,217 @@
+"""How well a model predicts a text, and how far a compressed one is from its base: both streamed, one block in memory at a time.
+
+A window of L tokens gives L - 1 predictions; windows share no context. Perplexity is exp of the mean negative log-likelihood over all of them.
+
+Shapes: ids (N, L) windows of token numbers; hidden (B, L, D) of B windows at once; logits (t, V) of t tokens.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..calib.checkpoint import Checkpoint
+from ..calib.precision import bfloat16_products
+from ..calib.runner import BlockRunner, Head
+from ..quant.errors import PlanishError
+
+BATCH_TOKENS = 2048  # tokens that run through a block at a time
+
+Report = Callable[[int, int], None]
+"""report(done, total): so many steps (blocks, and heads) of all are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A model on a text. nll: mean negative log-likelihood per token in nats. tokens: predictions made. windows: the mean of each window."""
+
+    nll: float
+    tokens: int
+    windows: tuple[float, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll); infinite where that is more than a float holds."""
+        return math.exp(self.nll) if self.nll < 700 else math.inf
+
+    def to_dict(self) -> dict[str, object]:
+        """As plain values, for JSON."""
+        return {"nll": self.nll, "perplexity": self.perplexity, "tokens": self.tokens}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Base and quantized model on the same predictions. kl: mean KL(base || quantized) per token in nats. agreement: share with the same top token."""
+
+    base: Score
+    quantized: Score
+    kl: float
+    agreement: float
+
+    def to_dict(self) -> dict[str, object]:
+        """As plain values, for JSON."""
+        return {"base": self.base.to_dict(), "quantized": self.quantized.to_dict(), "kl": self.kl, "agreement": self.agreement}
+
+
+@dataclass(slots=True)
+class Divergence:
+    """A running mean of KL(p || q) and of top-token agreement."""
+
+    kl: float = 0.0
+    same: int = 0
+    tokens: int = 0
+
+    def add(self, p_tV: Tensor, q_tV: Tensor) -> None:
+        """Logits of both models for the same tokens."""
+        log_p, log_q = p_tV.log_softmax(1), q_tV.log_softmax(1)
+        self.kl += (log_p.exp() * (log_p - log_q)).sum(1, dtype=torch.float64).sum().item()
+        self.same += int((p_tV.argmax(1) == q_tV.argmax(1)).sum())
+        self.tokens += len(p_tV)
+
+    @property
+    def mean_kl(self) -> float:
+        """In nats per token."""
+        return self.kl / self.tokens
+
+    @property
+    def agreement(self) -> float:
+        """Share of tokens."""
+        return self.same / self.tokens
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Adds up the log-likelihoods of windows."""
+
+    sums: list[float] = field(default_factory=list)
+    predictions: int = 0
+
+    def start(self, predictions: int) -> None:
+        self.sums.append(0.0)
+        self.predictions = predictions
+
+    def add(self, logits_tV: Tensor, next_t: Tensor) -> None:
+        self.sums[-1] -= next_log_probabilities(logits_tV, next_t).sum(dtype=torch.float64).item()
+
+    def score(self) -> Score:
+        tokens = self.predictions * len(self.sums)
+        return Score(math.fsum(self.sums) / tokens, tokens, tuple(total / self.predictions for total in self.sums))
+
+
+def next_log_probabilities(logits_tV: Tensor, next_t: Tensor) -> Tensor:
+    """log p of each token that really follows: (t,)."""
+    return -torch.nn.functional.cross_entropy(logits_tV, next_t, reduction="none")
+
+
+@contextmanager
+def arithmetic(dtype: torch.dtype, *, as_walked: bool = False) -> Iterator[None]:
+    """No gradients, and float32 products exact; or, as_walked, as the compression's walk computes them when it works in bfloat16."""
+    with torch.no_grad(), bfloat16_products(as_walked and dtype is torch.bfloat16):
+        yield
+
+
+def final_hidden(runner: BlockRunner, batches: list[Tensor], report: Report | None = None) -> list[Tensor]:
+    """The hidden states after the last block for each batch of ids. Call inside `arithmetic`."""
+    count = runner.topology.block_count
+    hidden, calls = (list(column) for column in zip(*runner.start(batches), strict=True))
+    for index in range(count):
+        block = runner.load_block(index)
+        for i, call in enumerate(calls):
+            hidden[i] = call.run(block, index, hidden[i])
+        runner.release_block(index)
+        if report is not None:
+            report(index + 1, count)
+    return hidden
+
+
+def window_batches(ids_NL: Tensor) -> list[Tensor]:
+    """Windows in batches of about BATCH_TOKENS tokens."""
+    if ids_NL.dim() != 2 or ids_NL.shape[0] < 1 or ids_NL.shape[1] < 2:
+        raise PlanishError(f"evaluation text has the shape {tuple(ids_NL.shape)}. Give at least one window of at least 2 tokens.")
+    return list(ids_NL.split(max(1, BATCH_TOKENS // ids_NL.shape[1])))
+
+
+def score(
+    checkpoint: Checkpoint,
+    ids_NL: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    progress: Report | None = None,
+) -> Score:
+    """The model's mean log-likelihood of windows of text, computed in `dtype`; the softmax is always in float32.
+
+    Equivalent to cross_entropy(model(ids).logits[:, :-1], ids[:, 1:]). Works on full-precision and stored compressed checkpoints alike.
+    Memory: one block or the head, the hidden states of all windows, and the logits of 256 tokens.
+    """
+    batches, tally = window_batches(ids_NL), _Tally()
+    with arithmetic(dtype):
+        runner = BlockRunner(checkpoint, dtype, torch.device(device))
+        hidden = final_hidden(runner, batches, _shifted(progress, 0, runner.topology.block_count + 1))
+        with runner.head() as head:
+            for ids_L, hidden_LD in _windows(batches, hidden):
+                tally.start(len(ids_L) - 1)
+                for (logits,), next_t in _side_by_side([(head, hidden_LD)], ids_L):
+                    tally.add(logits, next_t)
+    if progress is not None:
+        progress(runner.topology.block_count + 1, runner.topology.block_count + 1)
+    return tally.score()
+
+
+def compare(
+    base: Checkpoint,
+    quantized: Checkpoint,
+    ids_NL: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    progress: Report | None = None,
+) -> Comparison:
+    """Both models' scores and their divergence. Blocks run one at a time, the base model's first; both heads are in memory at the end.
+
+    Errors: the models have different vocabularies.
+    """
+    if base.config.vocab_size != quantized.config.vocab_size:
+        raise PlanishError(
+            f"{quantized.path} has a vocabulary of {quantized.config.vocab_size} and {base.path} one of {base.config.vocab_size}: "
+            "one is not made from the other. Give the model that was compressed."
+        )
+    batches, tallies, divergence = window_batches(ids_NL), (_Tally(), _Tally()), Divergence()
+    with arithmetic(dtype):
+        one, two = (BlockRunner(checkpoint, dtype, torch.device(device)) for checkpoint in (base, quantized))
+        total = one.topology.block_count + two.topology.block_count + 1
+        first = final_hidden(one, batches, _shifted(progress, 0, total))
+        second = final_hidden(two, batches, _shifted(progress, one.topology.block_count, total))
+        with one.head() as head_one, two.head() as head_two:
+            for (ids_L, p_LD), (_, q_LD) in zip(_windows(batches, first), _windows(batches, second), strict=True):
+                for tally in tallies:
+                    tally.start(len(ids_L) - 1)
+                for logits, next_t in _side_by_side([(head_one, p_LD), (head_two, q_LD)], ids_L):
+                    for tally, logits_tV in zip(tallies, logits, strict=True):
+                        tally.add(logits_tV, next_t)
+                    divergence.add(*logits)
+    if progress is not None:
+        progress(total, total)
+    return Comparison(tallies[0].score(), tallies[1].score(), divergence.mean_kl, divergence.agreement)
+
+
+def _shifted(report: Report | None, before: int, total: int) -> Report | None:
+    return None if report is None else lambda done, _all: report(before + done, total)
+
+
+def _windows(batches: list[Tensor], hidden: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each window's ids (L,) and hidden states (L, D)."""
+    for ids_BL, hidden_BLD in zip(batches, hidden, strict=True):
+        yield from zip(ids_BL, hidden_BLD, strict=True)
+
+
+def _side_by_side(heads: list[tuple[Head, Tensor]], ids_L: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """Pieces of one window: the logits (t, V) of every head, and the tokens (t,) that follow."""
+    done = 0
+    for logits in zip(*(head.logits(hidden_LD[:-1]) for head, hidden_LD in heads), strict=True):
+        count = len(logits[0])
+        yield logits, ids_L[1 + done : 1 + done + count].to(logits[0].device)
+        done += count

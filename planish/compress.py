@@ -1,0 +1,221 @@
+"""The whole job: recipe and model in, a verified checkpoint out; resumable, and the output folder appears by one rename."""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .block import BlockCompressor, BlockRecord, Streams, made_dynamic
+from .calib.packing import Packed
+from .calib.precision import bfloat16_products
+from .calib.runner import BlockRunner
+from .calib.shards import read_header, read_tensor
+from .calib.stream import Stream
+from .eval.probe import check_probe, record_probe
+from .export import publish, write_checkpoint
+from .journal import Journal
+from .plan import Plan, make_plan
+from .quant.errors import PlanishError
+from .quant.transforms.smooth import Smooth
+from .recipe import Recipe, digest, load_recipe
+
+PROBE = (8, 128)  # samples and tokens on which smoothing is searched and checked
+
+
+class Progress(Protocol):
+    """Told of what happens; every method may return at once."""
+
+    def say(self, text: str) -> None:
+        """Something that the user should know."""
+
+    def stage(self, name: str, steps: int) -> None:
+        """A stage of so many steps begins."""
+
+    def step(self, done: int, note: str = "") -> None:
+        """So many steps of the stage are done."""
+
+
+class Silent:
+    """Progress that nobody sees."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def stage(self, name: str, steps: int) -> None:
+        """Nothing."""
+
+    def step(self, done: int, note: str = "") -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """A finished compression. seconds: of this call; a resumed run's earlier part is not in it. stored_bytes: size of the weight files."""
+
+    out: Path
+    plan: Plan
+    blocks: tuple[BlockRecord, ...]
+    seconds: float
+    stored_bytes: int
+
+
+def compress(
+    recipe: Recipe | str | Path,
+    model: str | Path,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    offload_dir: str | Path | None = None,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Compress `model` as `recipe` says and write the checkpoint to the new folder `out`.
+
+    recipe: a Recipe, a shipped name or a file. model: local folder, Hub name, GGUF file or demo:smollm2. dtype: of the walk's arithmetic (default:
+    bfloat16 where model and hardware have it, else float32). offload_dir: keep the activation streams on disk there (default: in memory where they
+    fit, else beside `out`).
+    The same call after an interruption goes on at the block where it was and ends in the same bytes. Raises PlanishError; then nothing new is left behind.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    target = Path(out)
+    plan = make_plan(loaded, model, device=device, dtype=dtype, offload_dir=offload_dir, out=target, allow_pickle=allow_pickle)
+    return carry_out(plan, target, progress or Silent())
+
+
+@torch.no_grad()
+def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
+    """What the plan says, into the new folder `out`."""
+    start = time.monotonic()
+    for note in plan.notes:
+        progress.say(note)
+    progress.stage("checking weights", plan.checkpoint.nbytes)
+    plan.checkpoint.check_finite(lambda done, _all: progress.step(done))
+    with _working_folder(out, plan) as journal, _stream_folder(out, plan, journal.folder) as folder_of_streams:
+        if journal.blocks:
+            progress.say(f"resuming after block {len(journal.blocks) - 1} of {plan.topology.block_count}")
+        runner = BlockRunner(plan.checkpoint, plan.dtype, plan.device)
+        streams = _streams(plan, runner, folder_of_streams)
+        smooth = next((step for step in plan.recipe.steps if isinstance(step, Smooth)), None)
+        compressor = BlockCompressor(runner, plan.recipe.solver, smooth, plan.packed, streams)
+        progress.stage("blocks", plan.topology.block_count)
+        for index in range(plan.topology.block_count):
+            if index < len(journal.blocks):
+                compressor.advance(index, _stored_block(journal.block_file(index)), packed_linears(plan, journal.blocks[index]))
+            else:
+                result = compressor.compress(index)
+                journal.add(result.record, result.tensors)
+            progress.step(index + 1, _describe(journal.blocks[index]))
+        probe = None if streams is None else _probe(plan, runner, streams)
+        progress.stage("writing and reloading", 2)
+        folder = journal.folder / "checkpoint"
+        linears = {name: how for block in journal.blocks for name, how in packed_linears(plan, block).items()}
+        write_checkpoint(plan, journal, linears, probe, folder)
+        progress.step(1)
+        _check(folder, plan)
+        progress.step(2)
+        stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        publish(folder, out)
+    return Result(out, plan, tuple(journal.blocks), time.monotonic() - start, stored)
+
+
+@contextmanager
+def _working_folder(out: Path, plan: Plan) -> Iterator[Journal]:
+    """OUT.partial while the work lasts: removed when it is done or refused, left for the next try when it was interrupted."""
+    folder = out.with_name(out.name + ".partial")
+    fresh = not folder.exists()
+    journal = Journal.open(folder, fingerprint(plan))
+    try:
+        with journal.locked():
+            yield journal
+    except PlanishError:
+        if fresh:
+            shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def _stream_folder(out: Path, plan: Plan, working: Path) -> Iterator[Path | None]:
+    """Where the activation streams lie, None: in memory. Empty at first and gone at the end; a killed run's is found again by its output's name."""
+    if not plan.offload:
+        yield None
+        return
+    mark = hashlib.sha256(str(out.absolute()).encode()).hexdigest()[:8]
+    folder = working / "streams" if plan.offload_dir is None else plan.offload_dir / f"{out.name}.streams-{mark}"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fingerprint(plan: Plan) -> str:
+    """SHA-256 (hex) of all that decides the result's bytes: recipe, model, versions, arithmetic, threads."""
+    parts = [
+        digest(plan.recipe),
+        plan.checkpoint.fingerprint(),
+        *(f"{name} {version(name)}" for name in ("planish", "torch", "transformers", "compressed-tensors")),
+        f"{plan.dtype} {plan.device.type} {torch.get_num_threads()}",
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _streams(plan: Plan, runner: BlockRunner, folder: Path | None) -> Streams | None:
+    calibration = plan.recipe.calibration
+    if calibration is None:
+        return None
+    ids = calibration.tokens(plan.checkpoint.tokenizer())
+    batches = list(ids.split(calibration.batch_size))
+    probe = ids[: PROBE[0], : PROBE[1]]
+
+    def stream(name: str) -> Stream:
+        return Stream(None if folder is None else folder / name)
+
+    full, quant = stream("full"), stream("quant")
+    calls = []
+    for i, (hidden, call) in enumerate(runner.start([*batches, probe])):
+        if i < len(batches):
+            full[i] = hidden
+            quant[i] = hidden
+        calls.append(call)
+    before = stream("before") if plan.recipe.solver.needs_cross else None
+    return Streams(full, quant, before, calls[:-1], calls[-1], (probe.shape[0], probe.shape[1]), plan.replay)
+
+
+def _stored_block(file: Path) -> dict[str, Tensor]:
+    return {name: read_tensor(info) for name, info in read_header(file).items()}
+
+
+def packed_linears(plan: Plan, record: BlockRecord) -> dict[str, Packed]:
+    """How a finished block's quantized linears are stored, by full name."""
+    linears: dict[str, Packed] = {}
+    for site in plan.topology.sites:
+        how = plan.packed[record.index, site.name]
+        if how is not None:
+            how = made_dynamic(how) if record.sites[site.name].made_dynamic else how
+            linears.update({f"{plan.topology.blocks}.{record.index}.{path}": how for path in site.readers})
+    return linears
+
+
+def _describe(record: BlockRecord) -> str:
+    parts = [] if record.error is None else [f"error {record.error:.4f}"]
+    parts += [] if record.strength is None else [f"smoothing {record.strength}"]
+    parts += [f"{name}: {site.note}" for name, site in record.sites.items() if site.note]
+    return ", ".join(parts)
+
+
+def _probe(plan: Plan, runner: BlockRunner, streams: Streams) -> dict[str, Tensor]:
+    """What the quantized model in memory says of the first calibration batch."""
+    assert plan.recipe.calibration is not None
+    ids = plan.recipe.calibration.tokens(plan.checkpoint.tokenizer())[: plan.recipe.calibration.batch_size]
+    with bfloat16_products(plan.dtype is torch.bfloat16):
+        return record_probe(runner, streams.quant[0], ids)

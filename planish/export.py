@@ -1,0 +1,100 @@
+"""From finished blocks to a checkpoint folder: shards, config, side files, model card and manifest; compared with memory before it gets its name.
+
+Everything written is a function of recipe, model, versions and machine: the same run gives the same bytes. Times are not written here.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .block import BlockRecord
+from .calib.packing import Packed, quantization_config
+from .calib.shards import TensorInfo, read_header, read_json
+from .eval.probe import PROBE_FILE
+from .journal import Journal, sync, write_text
+from .modelcard import model_card
+from .plan import Plan
+from .recipe import digest, to_yaml
+from .shardwriter import write_shards
+
+FOLDER = "planish"  # inside the checkpoint: manifest, recipe, probe
+MANIFEST = "manifest.json"
+VERSIONS = ("planish", "torch", "transformers", "compressed-tensors", "safetensors")
+
+
+def write_checkpoint(plan: Plan, journal: Journal, packed: Mapping[str, Packed], probe: dict[str, Tensor] | None, folder: Path) -> None:
+    """Write the whole checkpoint into the new folder: weights, config, side files, and planish's own records of it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / FOLDER).mkdir(parents=True)
+    tensors = _tensors(plan, journal)
+    write_shards(folder, tensors, plan.recipe.export.shard_bytes)
+    for file in plan.checkpoint.carry_over():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.checkpoint.path / file, folder / file)
+    write_text(folder / "config.json", json.dumps(_config(plan, packed), indent=2, sort_keys=True) + "\n")
+    write_text(folder / FOLDER / "recipe.yaml", to_yaml(plan.recipe))
+    write_text(folder / FOLDER / MANIFEST, json.dumps(manifest(plan, journal.blocks, tensors), indent=2) + "\n")
+    write_text(folder / "README.md", model_card(plan, journal.blocks, stored_bytes(tensors)))
+    if probe is not None:
+        save_file(probe, folder / PROBE_FILE)
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Give the finished folder its name, in one step."""
+    folder.rename(out)
+    sync(out.absolute().parent)
+
+
+def stored_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    """Size of all tensors in bytes."""
+    return sum(info.nbytes for info in tensors.values())
+
+
+def _tensors(plan: Plan, journal: Journal) -> dict[str, TensorInfo]:
+    """Every tensor of the checkpoint and where its bytes lie now: blocks in the working folder, all else in the original model."""
+    blocks = plan.topology.blocks + "."
+    tensors = {name: info for name, info in plan.checkpoint.tensors.items() if not name.startswith(blocks)}
+    for record in journal.blocks:
+        tensors.update(sorted(read_header(journal.block_file(record.index)).items()))
+    return tensors
+
+
+def _config(plan: Plan, packed: Mapping[str, Packed]) -> dict[str, Any]:
+    """The original config.json with a quantization_config; the tie of the embeddings as the weights have it."""
+    config: dict[str, Any] = dict(read_json(plan.checkpoint.path / "config.json"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(plan.checkpoint.dtype).removeprefix("torch.")
+    config["tie_word_embeddings"] = plan.checkpoint.tied
+    kept = {plan.topology.head}
+    for (index, name), how in plan.packed.items():
+        if how is None:
+            site = next(site for site in plan.topology.sites if site.name == name)
+            kept |= {f"{plan.topology.blocks}.{index}.{path}" for path in site.readers}
+    config["quantization_config"] = quantization_config(packed, kept)
+    return config
+
+
+def manifest(plan: Plan, blocks: list[BlockRecord], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """What made this checkpoint and what it did: versions, digests, seed, arithmetic, sizes, every block's errors."""
+    calibration = plan.recipe.calibration
+    return {
+        "recipe": {"name": plan.recipe.name, "sha256": digest(plan.recipe)},
+        "model": {"sha256": plan.checkpoint.fingerprint(), "family": plan.topology.family, "bytes": plan.checkpoint.nbytes},
+        "versions": {name: version(name) for name in VERSIONS},
+        "arithmetic": {"dtype": str(plan.dtype).removeprefix("torch."), "device": plan.device.type},
+        "calibration": None if calibration is None else asdict(calibration),
+        "bytes": stored_bytes(tensors),
+        "bits_per_weight": plan.bits_per_weight,
+        "notes": list(plan.notes),
+        "servers": list(plan.servers),
+        "blocks": [asdict(block) for block in blocks],
+    }

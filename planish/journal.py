@@ -1,0 +1,97 @@
+"""What has been done, on disk: finished blocks and their records, so that a killed run goes on where it was.
+
+Layout of the working folder OUT.partial: journal.json, block-00000.safetensors and on, streams/ (activations that do not fit in memory),
+checkpoint/ (the result, which becomes OUT by one rename).
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .block import BlockRecord
+from .quant.errors import PlanishError
+
+
+class BusyError(PlanishError):
+    """Another process works in the folder."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Force a file's or folder's content to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(slots=True)
+class Journal:
+    """The journal of one run. fingerprint: of recipe, model, versions and arithmetic; a folder with another one is not resumed."""
+
+    folder: Path
+    fingerprint: str
+    blocks: list[BlockRecord] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, folder: Path, fingerprint: str) -> "Journal":
+        """Start a journal in a new folder, or go on with the one there. Raises PlanishError if that belongs to another run."""
+        file = folder / "journal.json"
+        if not file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            journal = cls(folder, fingerprint)
+            journal._write()
+            return journal
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data["fingerprint"] != fingerprint:
+            raise PlanishError(
+                f"{folder}: the remains of an unfinished run with another recipe, model, setting or version. "
+                "Repeat that run's command to finish it, delete the folder, or choose another output folder."
+            )
+        return cls(folder, fingerprint, [BlockRecord.read(block) for block in data["blocks"]])
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else works in this folder while the `with` lasts; PlanishError if somebody does."""
+        with (self.folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BusyError(f"{self.folder}: another planish is at work there. Wait for it, or choose another output folder.") from None
+            yield
+
+    def block_file(self, index: int) -> Path:
+        """Where the tensors of block `index` lie."""
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def add(self, record: BlockRecord, tensors: Mapping[str, Tensor]) -> None:
+        """Note a finished block: first its tensors, then its record."""
+        file = self.block_file(record.index)
+        new = file.with_suffix(".new")
+        save_file(dict(tensors), new)
+        sync(new)
+        new.replace(file)
+        self.blocks.append(record)
+        self._write()
+
+    def _write(self) -> None:
+        data = {"fingerprint": self.fingerprint, "blocks": [dataclasses.asdict(block) for block in self.blocks]}
+        write_text(self.folder / "journal.json", json.dumps(data))

@@ -1,0 +1,35 @@
+"""The README.md of a compressed checkpoint: what it is, how it was made, what it costs, how to run it."""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from .block import BlockRecord
+from .plan import Plan
+from .recipe import to_yaml
+
+
+def model_card(plan: Plan, blocks: Sequence[BlockRecord], stored: int) -> str:
+    """Markdown with the header that model hubs read."""
+    before = plan.checkpoint.nbytes
+    name = plan.checkpoint.path.name
+    errors = [block.error for block in blocks if block.error is not None]
+    rows = [
+        ("recipe", plan.recipe.name),
+        ("size", f"{stored / 1e6:.1f} MB of {before / 1e6:.1f} MB ({stored / before:.0%})"),
+        ("bits per quantized weight", f"{plan.bits_per_weight:.2f}, scales included"),
+        ("runs as measured in", ", ".join(plan.servers)),
+        *([("relative error of the last block's output", f"{errors[-1]:.4f}")] if errors else []),
+    ]
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    notes = "".join(f"\n- {note}" for note in plan.notes)
+    return (
+        f"---\nbase_model: {name}\nlibrary_name: transformers\ntags:\n- planish\n- compressed-tensors\n---\n\n"
+        f"# {name}, compressed with planish {version('planish')} ({plan.recipe.name})\n\n"
+        f"| | |\n|---|---|\n{table}\n"
+        f"{notes}\n\n"
+        "Perplexity and divergence from the original: `planish verify THIS_FOLDER --against ORIGINAL`.\n\n"
+        "## Use\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(\"THIS_FOLDER\")\n```\n\n"
+        "or `vllm serve THIS_FOLDER`. Errors of every block, versions and digests: planish/manifest.json.\n\n"
+        f"## Recipe\n\n```yaml\n{to_yaml(plan.recipe)}```\n"
+    )

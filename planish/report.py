@@ -1,0 +1,157 @@
+"""What a compression cost: sizes, quality on held-out text, time and memory, as one JSON file beside the checkpoint."""
+
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calib.data import tokens
+from .calib.packing import Packed
+from .calib.stored import open_stored
+from .compress import Progress, Result
+from .decode import encode
+from .eval.score import Comparison, compare
+from .plan import Plan
+from .quant.formats import Scheme
+
+WINDOWS = 4  # of the built-in evaluation text, at most
+LENGTH = 2048  # tokens a window, or as many as the model takes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evaluation:
+    """Base and compressed model on the same windows of the built-in text, in float32."""
+
+    comparison: Comparison
+    windows: int
+    length: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, object]:
+        """As plain values, for JSON."""
+        about = {"source": "builtin, evaluation half", "windows": self.windows, "length": self.length, "dtype": "float32", "seconds": self.seconds}
+        return {**about, **self.comparison.to_dict()}
+
+
+def evaluation_windows(plan: Plan) -> Tensor:
+    """The windows to evaluate on: (at most 4, at most 2048). Raises PlanishError if the model has no tokenizer."""
+    length = min(LENGTH, getattr(plan.checkpoint.config.get_text_config(), "max_position_embeddings", LENGTH))
+    return tokens("builtin", plan.checkpoint.tokenizer(), samples=None, length=length, part="evaluation")[:WINDOWS]
+
+
+def evaluate(result: Result, ids_NL: Tensor, progress: Progress) -> Evaluation:
+    """Both models on the windows, a block in memory at a time."""
+    start = time.monotonic()
+    plan = result.plan
+    progress.stage("evaluating", 2 * plan.topology.block_count + 1)
+    comparison = compare(
+        plan.checkpoint, open_stored(result.out), ids_NL, device=plan.device, progress=lambda done, _all: progress.step(done)
+    )
+    return Evaluation(comparison, ids_NL.shape[0], ids_NL.shape[1], time.monotonic() - start)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """A plan as plain values, for JSON."""
+    return {
+        "recipe": encode(plan.recipe, defaults=True),
+        "model": str(plan.checkpoint.path),
+        "family": plan.topology.family,
+        "blocks": plan.topology.block_count,
+        "sites": {name: [{"blocks": rows, **described(how)} for how, rows in by_scheme.items()] for name, by_scheme in schemes(plan).items()},
+        "bytes": {"before": plan.checkpoint.nbytes, "after": plan.out_bytes},
+        "bits_per_weight": plan.bits_per_weight,
+        "arithmetic": {"dtype": str(plan.dtype).removeprefix("torch."), "device": str(plan.device)},
+        "memory": {**asdict(plan.memory), "total": plan.memory.total},
+        "offload": plan.offload,
+        "replay": plan.replay,
+        "disk": plan.disk,
+        "seconds": plan.seconds,
+        "servers": list(plan.servers),
+        "notes": list(plan.notes),
+    }
+
+
+def schemes(plan: Plan) -> dict[str, dict[Packed | None, list[int]]]:
+    """For every site, how it is stored in which blocks. None: in full precision."""
+    found: dict[str, dict[Packed | None, list[int]]] = {site.name: {} for site in plan.topology.sites}
+    for (block, name), how in plan.packed.items():
+        found[name].setdefault(how, []).append(block)
+    return found
+
+
+def described(how: Packed | None) -> dict[str, str | None]:
+    """A site's formats in words."""
+    if how is None:
+        return {"weights": None, "activations": None, "layout": None}
+    return {**_formats(how.scheme), "layout": how.layout}
+
+
+def _formats(scheme: Scheme) -> dict[str, str | None]:
+    weights, activations = scheme.weights, scheme.activations
+    assert weights is not None
+    group = f"group of {weights.group_size}" if weights.group_size else weights.granularity
+    words = f"int{weights.bits} per {group}{'' if weights.symmetric else ', asymmetric'}"
+    if activations is None:
+        return {"weights": words, "activations": None}
+    group = f"group of {activations.group_size}" if activations.group_size else activations.granularity
+    kind = ("" if activations.dynamic else ", static") + ("" if activations.symmetric else ", asymmetric")
+    return {"weights": words, "activations": f"int{activations.bits} per {group}{kind}"}
+
+
+def report_path(out: Path) -> Path:
+    """Where the report of the checkpoint `out` lies."""
+    return out.with_name(out.name + ".report.json")
+
+
+def run_report(result: Result, model: str, peak: int, evaluation: Evaluation | None) -> dict[str, Any]:
+    """Everything that is known of a finished compression, as plain values. peak: memory in bytes."""
+    return {
+        "planish": version("planish"),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": model,
+        "checkpoint": str(result.out.absolute()),
+        "bytes": {"before": result.plan.checkpoint.nbytes, "after": result.stored_bytes},
+        "bits_per_weight": result.plan.bits_per_weight,
+        "evaluation": None if evaluation is None else evaluation.to_dict(),
+        "seconds": result.seconds,
+        "peak_bytes": peak,
+        "machine": {
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "compressed-tensors")}},
+        },
+        "blocks": [asdict(block) for block in result.blocks],
+        "plan": plan_dict(result.plan),
+    }
+
+
+def to_json(data: Mapping[str, Any]) -> str:
+    """Indented JSON. A number that is not finite, which JSON does not have, becomes null."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

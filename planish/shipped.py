@@ -1,0 +1,32 @@
+"""The recipes that come with planish, as text. Light to import, so that listing them is quick."""
+
+from importlib import resources
+
+from .quant.errors import PlanishError, nearest
+from .yamltext import parse_yaml
+
+
+def shipped_texts() -> dict[str, str]:
+    """The YAML of every shipped recipe by its name, as it was written, with its comments."""
+    files = resources.files("planish").joinpath("recipes").iterdir()
+    texts = {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files if file.name.endswith(".yaml")}
+    return dict(sorted(texts.items()))
+
+
+def shipped() -> dict[str, str]:
+    """Name and description of every shipped recipe."""
+    return {name: _description(name, text) for name, text in shipped_texts().items()}
+
+
+def shipped_text(name: str) -> str:
+    """The YAML of one shipped recipe. Raises PlanishError if there is none of that name."""
+    texts = shipped_texts()
+    if name not in texts:
+        raise PlanishError(f"recipe {name} is not shipped. {nearest(name, texts)}")
+    return texts[name]
+
+
+def _description(name: str, text: str) -> str:
+    data = parse_yaml(text, f"recipe {name}")
+    assert isinstance(data, dict)
+    return str(data["description"])

@@ -1,0 +1,113 @@
+"""Plans, results and verifications as people read them."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from .calib.packing import Packed
+from .compress import Result
+from .eval.check import Verification
+from .plan import Plan
+from .report import Evaluation, described, schemes
+from .units import duration, size
+
+MARKS = {True: Text("ok", style="green"), False: Text("FAILED", style="bold red"), None: Text("–", style="dim")}
+
+
+def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
+    """Two columns: what, and its value."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in rows:
+        table.add_row(f"  {key}", Text(value))
+    return table
+
+
+def recipes_table(descriptions: Mapping[str, str]) -> Table:
+    """Shipped recipes."""
+    return _pairs(descriptions.items())
+
+
+def plan_table(plan: Plan, model: str) -> Table:
+    """What a run would do and take."""
+    blocks = plan.topology.block_count
+    memory = plan.memory
+    where = "streams on disk" if plan.offload else f"streams {size(memory.streams + memory.waiting)}"
+    rows = [
+        ("model", f"{model}: {plan.topology.family}, {blocks} blocks, {size(plan.checkpoint.nbytes)} in {_short(plan.checkpoint.dtype)}"),
+        ("recipe", f"{plan.recipe.name}: {plan.recipe.description}".rstrip(": ")),
+        *((", ".join(names), what) for what, names in _sites(plan).items()),
+        ("checkpoint", f"about {size(plan.out_bytes)}, {plan.bits_per_weight:.2f} bits per quantized weight"),
+        ("memory", f"about {size(memory.total)} at most: program {size(memory.program)}, one block {size(memory.block)}, {where}"),
+        ("disk", f"about {size(plan.disk)} while it runs"),
+        ("time", f"about {duration(plan.seconds)} in {_short(plan.dtype)} on {plan.device}; measured while it runs"),
+        ("runs in", ", ".join(plan.servers)),
+        *(("note", note) for note in plan.notes),
+    ]
+    return _pairs(rows)
+
+
+def _short(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sites(plan: Plan) -> dict[str, list[str]]:
+    """Site names by what becomes of them."""
+    rows: dict[str, list[str]] = {}
+    for name, by_scheme in schemes(plan).items():
+        words = "; ".join(_scheme(how, blocks, len(by_scheme) > 1) for how, blocks in by_scheme.items())
+        rows.setdefault(words, []).append(name)
+    return rows
+
+
+def _scheme(how: Packed | None, blocks: list[int], mixed: bool) -> str:
+    words = described(how)
+    formats = "full precision" if how is None else f"weights {words['weights']}"
+    formats += f"; activations {words['activations']}" if words["activations"] else ""
+    return f"{formats} (blocks {_ranges(blocks)})" if mixed else formats
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0-3, 7, 9-11."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def result_table(result: Result, evaluation: Evaluation | None, peak: int, report: Path) -> tuple[Table, Table]:
+    """What the compression did to the model, and what it took."""
+    before, after = result.plan.checkpoint.nbytes, result.stored_bytes
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+    for heading in ("", "before", "after", ""):
+        table.add_column(heading, justify="left" if not heading else "right")
+    table.add_row("  size", size(before), size(after), Text(f"{after / before:.0%} of it", style="dim"))
+    table.add_row("  bits per quantized weight", str(8 * result.plan.checkpoint.dtype.itemsize), f"{result.plan.bits_per_weight:.2f}", "")
+    if evaluation is not None:
+        base, quantized = evaluation.comparison.base.perplexity, evaluation.comparison.quantized.perplexity
+        table.add_row("  perplexity", f"{base:.3f}", f"{quantized:.3f}", Text(f"{quantized / base - 1:+.2%}", style="dim"))
+        table.add_row("  KL divergence per token", "", f"{evaluation.comparison.kl:.4f}", "")
+        table.add_row("  same likeliest token", "", f"{evaluation.comparison.agreement:.1%}", "")
+    took = f"{duration(result.seconds)}, peak memory {size(peak)}"
+    rows = [("compressed in", took)]
+    if evaluation is not None:
+        text = f"{duration(evaluation.seconds)}, on {evaluation.windows} x {evaluation.length} tokens of the built-in text, float32"
+        rows.append(("evaluated in", text))
+    return table, _pairs([*rows, ("checkpoint", str(result.out)), ("report", str(report))])
+
+
+def verification_table(verification: Verification) -> Table:
+    """Every check with its outcome."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in verification.checks:
+        table.add_row(f"  {check.name}", MARKS[check.ok], Text(check.message))
+    return table

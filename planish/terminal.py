@@ -1,0 +1,89 @@
+"""What every command does at the terminal: one message for an error, a clean stop, and silence from everybody else."""
+
+import errno
+import logging
+import sys
+import traceback
+import warnings
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from safetensors import SafetensorError
+from typer.core import TyperGroup
+
+from .quant.errors import PlanishError
+
+USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_TRACEBACK = "planish.traceback"
+
+
+def out_console() -> Console:
+    """For results: standard output."""
+    return Console(highlight=False)
+
+
+def err_console() -> Console:
+    """For progress and messages: standard error."""
+    return Console(stderr=True, highlight=False)
+
+
+def _remember(context: typer.Context, value: bool) -> None:
+    if value:
+        context.meta[_TRACEBACK] = True
+
+
+Traceback = Annotated[bool, typer.Option("--traceback", callback=_remember, help="Show where in the program an error arose.")]
+"""An option of the program and of every command. What it is set to is kept in the context, not used by the command."""
+
+
+class Front(TyperGroup):
+    """The program: turns errors that a user can act on into one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Exit codes: 2 for a user's error, 130 when interrupted."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _end(ctx, error, str(error) or "Stopped.", INTERRUPTED) from None
+        except PlanishError as error:
+            raise _end(ctx, error, str(error), USER_ERROR) from None
+        except (OSError, SafetensorError) as error:
+            message = _system_message(error)
+            if message is None:
+                raise
+            raise _end(ctx, error, message, USER_ERROR) from None
+
+
+def _end(ctx: Any, error: BaseException, message: str, code: int) -> typer.Exit:
+    if ctx.meta.get(_TRACEBACK):
+        traceback.print_exception(error)
+    label = Text("Error: ", style="bold red") if code == USER_ERROR else Text()
+    err_console().print(label + Text(message), soft_wrap=True)
+    return typer.Exit(code)
+
+
+def _system_message(error: OSError | SafetensorError) -> str | None:
+    """What the operating system refused, and about which file; None for what is no matter of the user's."""
+    full = "the disk is full. Free some room and repeat the command; a compression goes on at the block where it was."
+    if isinstance(error, SafetensorError):  # that library has one class for everything
+        return f"{full[0].upper()}{full[1:]}" if "os error 28" in str(error) else None
+    if error.errno is None or error.errno == errno.EPIPE:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return where + (full if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"{error.strerror}.")
+
+
+def hush() -> None:
+    """Nothing on the terminal but what planish writes. Imports transformers; the Hub's download bars stay, for a download can be long."""
+    from loguru import logger
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    logging.getLogger().addHandler(logging.NullHandler())
+    logger.disable("compressed_tensors")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,50 @@
+"""Compressed checkpoints made without calibration: every block linear rounded to nearest."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from planish.calib.checkpoint import Checkpoint, open_checkpoint
+from planish.calib.packing import Packed, default_layout, pack, quantization_config
+from planish.calib.runner import BlockRunner
+from planish.calib.topology import reader_weight
+from planish.quant.formats import Scheme
+from planish.quant.linear import StaticGrid
+from planish.quant.solvers import Rtn
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Linear
+from transformers.pytorch_utils import Conv1D
+
+
+def rounded(source: Path, folder: Path, scheme: Scheme, static: StaticGrid | None = None) -> Path:
+    """A checkpoint of `source` with the linears of all blocks quantized. static: one grid for all inputs, if the scheme has a static one."""
+    checkpoint = open_checkpoint(source)
+    runner = BlockRunner(checkpoint, torch.float32, torch.device("cpu"))
+    how = Packed(scheme, default_layout(scheme))
+    tensors: dict[str, Tensor] = checkpoint.read(checkpoint.tensors)
+    packed: dict[str, Packed] = {}
+    for index in range(runner.topology.block_count):
+        block = runner.load_block(index)
+        for path, module in block.named_modules():
+            if isinstance(module, Linear | Conv1D):
+                name = f"{runner.block_name(index)}.{path}"
+                assert scheme.weights is not None
+                weight = Rtn().solve(reader_weight(module), scheme.weights, None, torch.bfloat16).weight
+                del tensors[f"{name}.weight"]
+                tensors.update({f"{name}.{local}": tensor for local, tensor in pack(weight, how.layout, torch.bfloat16, static).items()})
+                packed[name] = how
+        runner.release_block(index)
+    write(checkpoint, folder, tensors, packed)
+    return folder
+
+
+def write(checkpoint: Checkpoint, folder: Path, tensors: dict[str, Tensor], packed: dict[str, Packed]) -> None:
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((checkpoint.path / "config.json").read_text())
+    values["quantization_config"] = quantization_config(packed, ["lm_head"])
+    (folder / "config.json").write_text(json.dumps(values))
+    for name in checkpoint.carry_over():
+        shutil.copy(checkpoint.path / name, folder / name)

@@ -1,0 +1,128 @@
+"""Textbook twins of the solvers: slow, float64, one column at a time, nothing blocked, nothing shared with the fast code but the number formats."""
+
+import torch
+from torch import Tensor
+
+from planish.quant.formats import QuantizedWeight, WeightFormat, scale_and_zero, to_codes, weight_range
+from planish.quant.solvers import Clip
+
+Grid = tuple[Tensor, Tensor | None]
+FORMATS = [
+    WeightFormat(bits=8),
+    WeightFormat(bits=4),
+    WeightFormat(bits=4, symmetric=False),
+    WeightFormat(bits=3, granularity="tensor"),
+    WeightFormat(bits=4, symmetric=False, granularity="tensor"),
+    WeightFormat(bits=4, granularity="group", group_size=6),
+    WeightFormat(bits=4, symmetric=False, granularity="group", group_size=12),
+]
+
+
+def format_name(fmt: WeightFormat) -> str:
+    return f"{fmt.bits}{'s' if fmt.symmetric else 'a'}-{fmt.granularity}{fmt.group_size or ''}"
+
+
+def inputs(tokens: int, channels: int, seed: int = 0) -> Tensor:
+    """Correlated inputs with a few large channels, (tokens, channels) float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(channels, channels, generator=generator, dtype=torch.float64) / channels**0.5 + 0.5
+    x = torch.randn(tokens, channels, generator=generator, dtype=torch.float64) @ mix
+    x[:, ::7] *= 5
+    return x
+
+
+def weights(out_channels: int, in_channels: int, seed: int = 1) -> Tensor:
+    return torch.randn(out_channels, in_channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.05
+
+
+def second(x_TI: Tensor) -> Tensor:
+    return x_TI.T @ x_TI
+
+
+def hat(weight: QuantizedWeight) -> Tensor:
+    return weight.dequantize().double()
+
+
+def output_error(w_OI: Tensor, hat_OI: Tensor, H_II: Tensor) -> float:
+    """tr((w - w_hat) H (w - w_hat)^T)."""
+    gap = w_OI - hat_OI
+    return float((gap @ H_II * gap).sum())
+
+
+def plain_grid(w_OI: Tensor, fmt: WeightFormat, dtype: torch.dtype) -> Grid:
+    return scale_and_zero(*weight_range(w_OI, fmt), fmt.bits, fmt.symmetric, dtype)
+
+
+def loss(w: Tensor, scale: Tensor, zero: Tensor | None, bits: int, power: float) -> float:
+    """Sum |w - w_hat|^power of all weights under one scale."""
+    codes = to_codes(w, scale, zero, bits)
+    return float(((codes - (0 if zero is None else zero)) * scale - w).abs().pow(power).sum())
+
+
+def clip_losses(w: Tensor, fmt: WeightFormat, clip: Clip, dtype: torch.dtype) -> list[float]:
+    """The loss of every candidate, for the weights under one scale."""
+    losses, i = [], 0
+    while i < clip.shrink * clip.grid - 1e-9:
+        factor = 1 - i / clip.grid
+        scale, zero = scale_and_zero(w.min() * factor, w.max() * factor, fmt.bits, fmt.symmetric, dtype)
+        losses.append(loss(w, scale, zero, fmt.bits, clip.power))
+        i += 1
+    return losses
+
+
+def column(w_O: Tensor, grid: Grid, group: int, bits: int) -> Tensor:
+    """One column rounded to its group's grid."""
+    scale, zero = grid[0][:, group], None if grid[1] is None else grid[1][:, group]
+    return (to_codes(w_O, scale, zero, bits) - (0 if zero is None else zero)) * scale
+
+
+def _group_grid(w_OI: Tensor, j: int, fmt: WeightFormat, dtype: torch.dtype, grids: Grid | None) -> tuple[Grid, int]:
+    if grids is not None:
+        return grids, 0 if fmt.group_size is None else j // fmt.group_size
+    size = fmt.group_size or w_OI.shape[1]
+    return plain_grid(w_OI[:, j // size * size :][:, :size], fmt, dtype), 0
+
+
+def obq_gptq(w_OI: Tensor, H_II: Tensor, fmt: WeightFormat, damping: float, order: str, dtype: torch.dtype) -> Tensor:
+    """GPTQ by the explicit inverse of what is free, downdated by each column that is rounded (optimal brain surgeon). Returns w_hat."""
+    w_OI, H_II = w_OI.clone(), H_II.clone()
+    size = w_OI.shape[1]
+    dead = H_II.diagonal() == 0
+    w_OI[:, dead] = 0
+    mean = H_II.diagonal()[~dead].mean()
+    H_II[dead, dead] = mean
+    inverse = torch.linalg.inv(H_II + damping * mean * torch.eye(size, dtype=w_OI.dtype))
+    natural = order == "natural"
+    sequence = list(range(size)) if natural else H_II.diagonal().where(~dead, 0).argsort(descending=True, stable=True).tolist()
+    grids = None if natural and fmt.group_size else plain_grid(w_OI, fmt, dtype)
+    hat_OI, free = torch.zeros_like(w_OI), torch.ones(size, dtype=torch.bool)
+    for j in sequence:
+        if natural and fmt.group_size and j % fmt.group_size == 0:
+            grid, group = _group_grid(w_OI, j, fmt, dtype, None)
+        elif grids is not None:
+            grid, group = _group_grid(w_OI, j, fmt, dtype, grids)
+        hat_OI[:, j] = column(w_OI[:, j], grid, group, fmt.bits)
+        free[j] = False
+        error = (w_OI[:, j] - hat_OI[:, j]) / inverse[j, j]
+        w_OI[:, free] -= error[:, None] * inverse[j, free]
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return hat_OI
+
+
+def least_squares_gptaq(w_OI: Tensor, x_TI: Tensor, full_TI: Tensor, fmt: WeightFormat, damping: float, alpha: float, dtype: torch.dtype) -> Tensor:
+    """GPTAQ by one least-squares problem a column, on the inputs themselves: the free columns stand in for what the column lost. Returns w_hat.
+
+    Damping is written as extra tokens sqrt(damping * mean) * I that both streams share.
+    """
+    w_OI, size = w_OI.clone(), w_OI.shape[1]
+    extra = (damping * x_TI.square().sum(0).mean()).sqrt() * torch.eye(size, dtype=w_OI.dtype)
+    x, gap = torch.cat([x_TI, extra]), torch.cat([full_TI - x_TI, torch.zeros_like(extra)])
+    hat_OI = torch.zeros_like(w_OI)
+    for j in range(size):
+        if j == 0 or (fmt.group_size and j % fmt.group_size == 0):
+            grid, group = _group_grid(w_OI, j, fmt, dtype, None)
+        hat_OI[:, j] = column(w_OI[:, j], grid, group, fmt.bits)
+        if j + 1 < size:
+            lost_TO = torch.outer(x[:, j], w_OI[:, j] - hat_OI[:, j]) + alpha * torch.outer(gap[:, j], w_OI[:, j])
+            w_OI[:, j + 1 :] += torch.linalg.lstsq(x[:, j + 1 :], lost_TO).solution.T
+    return hat_OI
