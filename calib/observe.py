@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .outliers import massive
 from .runner import Call
-from .statistics import ChannelStatistics
+from .statistics import Extremes
 from .stream import Stream
 from .sites import Site
 from .walk import site_inputs
@@ -24,7 +24,7 @@ class Observation:
     seen: statistics of each site without the sink tokens. sinks_C: the sink tokens' absolute maxima by site. keep_T: for each batch, which tokens are no sinks.
     """
 
-    seen: dict[str, ChannelStatistics] = field(default_factory=dict)
+    seen: dict[str, Extremes] = field(default_factory=dict)
     sinks_C: dict[str, Tensor] = field(default_factory=dict)
     keep_T: list[Tensor] = field(default_factory=list)
 
@@ -34,26 +34,39 @@ class Observation:
         return sum(int((~keep).sum()) for keep in self.keep_T)
 
 
-def sinks(before_BLD: Tensor, after_BLD: Tensor) -> Tensor:
-    """Which tokens carry a massive activation into the block or out of it: (B * L,) bool."""
-    return massive(before_BLD.flatten(0, 1)) | massive(after_BLD.flatten(0, 1))
+def sinks(*views_TC: Tensor) -> Tensor:
+    """Which tokens are sinks: those with a massive activation in any of the views of them. (T,) bool."""
+    return torch.stack([massive(view_TC) for view_TC in views_TC]).any(0)
 
 
 @torch.no_grad()
-def observe(block: nn.Module, index: int, sites: Sequence[Site], calls: Sequence[Call], stream: Stream, before: Stream | None = None) -> Observation:
-    """Move `stream` past the block and look at its sites on the way. before: takes what entered the block, for a second pass."""
+def observe(
+    block: nn.Module,
+    index: int,
+    sites: Sequence[Site],
+    calls: Sequence[Call],
+    stream: Stream,
+    before: Stream | None = None,
+    statistics: type[Extremes] = Extremes,
+) -> Observation:
+    """Move `stream` past the block and look at its sites on the way.
+
+    before: takes what entered the block, for a second pass. statistics: what is to be known of a site; ChannelStatistics for all there is.
+    """
     observation = Observation()
     for i, call in enumerate(calls):
         hidden = stream[i]
         with site_inputs(block, sites) as inputs:
             out = call.run(block, index, hidden)
-        keep_T = ~sinks(hidden, out)
+        keep_T = ~sinks(hidden.flatten(0, 1), out.flatten(0, 1), *inputs.values())
         observation.keep_T.append(keep_T)
         for name, x_TC in inputs.items():
-            observation.seen.setdefault(name, ChannelStatistics(x_TC.shape[1])).update(x_TC, keep_T)
-            zero_C = torch.zeros(1, x_TC.shape[1], device=x_TC.device)
-            largest_C = torch.cat([x_TC[~keep_T].float().abs(), zero_C]).amax(0)
-            observation.sinks_C[name] = torch.maximum(observation.sinks_C.get(name, largest_C), largest_C)
+            if name not in observation.seen:
+                observation.seen[name] = statistics(x_TC.shape[1], f"{index}.{name}")
+                observation.sinks_C[name] = torch.zeros(x_TC.shape[1], device=x_TC.device)
+            observation.seen[name].update(x_TC, keep_T)
+            if not keep_T.all():
+                observation.sinks_C[name] = torch.maximum(observation.sinks_C[name], x_TC[~keep_T].float().abs().amax(0))
         if before is not None:
             before[i] = hidden
         stream[i] = out

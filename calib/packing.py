@@ -54,7 +54,7 @@ def pack(weight: QuantizedWeight, layout: Layout, scale_dtype: torch.dtype, stat
         if weight.zero is not None:
             tensors["weight_zero_point"] = pack_to_int32(weight.zero.to(torch.int8), fmt.bits, packed_dim=0)
     if static is not None:
-        tensors["input_scale"] = static.scale.reshape(1)
+        tensors["input_scale"] = static.scale.reshape(1).clone()  # readers of one site share it, and safetensors stores no shared memory
         if static.zero is not None:
             tensors["input_zero_point"] = static.zero.reshape(1).to(torch.int8)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}

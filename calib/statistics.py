@@ -17,11 +17,10 @@ STRIDE = 7  # every seventh token kept enters the channels' sketch; prime to win
 _PIECE_VALUES = 1 << 18
 
 
-class Ranges:
-    """Ranges and sums of x (T, C) over the tokens kept.
+class Extremes:
+    """The range of x (T, C) over the tokens kept: all that scales need, at a fraction of the cost of ChannelStatistics.
 
-    minimum_C, maximum_C: float32, infinite while no token was kept. sum_C, square_C: float64 sums of x and of x^2 (squares taken in float32).
-    tokens: number kept. name: the site, for messages. Means and maxima of no token raise PlanishError.
+    minimum_C, maximum_C: float32, infinite while no token was kept. tokens: number kept. name: the site, for messages.
     """
 
     def __init__(self, channel_count: int, name: str = "a site") -> None:
@@ -29,14 +28,38 @@ class Ranges:
         self.tokens = 0
         self.minimum_C = torch.full((channel_count,), torch.inf)
         self.maximum_C = torch.full((channel_count,), -torch.inf)
-        self.sum_C = torch.zeros(channel_count, dtype=torch.float64)
-        self.square_C = torch.zeros(channel_count, dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(self, x_TC: Tensor, keep_T: Tensor | None = None) -> None:
+        """Take in x: (T, C) of any float type. keep_T: bool, False for the sink tokens, which are left out; None keeps all."""
+        kept_TC = x_TC if keep_T is None or bool(keep_T.all()) else x_TC[keep_T]
+        if len(kept_TC):
+            self.widen(len(kept_TC), kept_TC.amin(0).float(), kept_TC.amax(0).float())
+
+    def widen(self, tokens: int, minimum_C: Tensor, maximum_C: Tensor) -> None:
+        """Take in the range of more tokens, which may lie on another device: the result lies there too."""
+        self.tokens += tokens
+        self.minimum_C = torch.minimum(self.minimum_C.to(minimum_C.device), minimum_C)
+        self.maximum_C = torch.maximum(self.maximum_C.to(maximum_C.device), maximum_C)
 
     @property
     def absmax_C(self) -> Tensor:
-        """Largest |x| of each channel: (C,) float32."""
+        """Largest |x| of each channel: (C,) float32. Raises PlanishError if no token was kept, as all figures below do."""
         self._check_any()
         return torch.maximum(-self.minimum_C, self.maximum_C)
+
+    def _check_any(self) -> None:
+        if not self.tokens:
+            raise PlanishError(f"Statistics of {self.name}: not one token was kept. Give more calibration text.")
+
+
+class Ranges(Extremes):
+    """Ranges and sums of x (T, C) over the tokens kept. sum_C, square_C: float64 sums of x and of x^2 (squares taken in float32)."""
+
+    def __init__(self, channel_count: int, name: str = "a site") -> None:
+        super().__init__(channel_count, name)
+        self.sum_C = torch.zeros(channel_count, dtype=torch.float64)
+        self.square_C = torch.zeros(channel_count, dtype=torch.float64)
 
     @property
     def mean_C(self) -> Tensor:
@@ -52,20 +75,13 @@ class Ranges:
 
     def add(self, tokens: int, minimum_C: Tensor, maximum_C: Tensor, sum_C: Tensor, square_C: Tensor) -> None:
         """Take in the ranges and sums of more tokens, which may lie on another device: the result lies there too."""
-        device = minimum_C.device
-        self.tokens += tokens
-        self.minimum_C = torch.minimum(self.minimum_C.to(device), minimum_C)
-        self.maximum_C = torch.maximum(self.maximum_C.to(device), maximum_C)
-        self.sum_C = self.sum_C.to(device) + sum_C
-        self.square_C = self.square_C.to(device) + square_C
+        self.widen(tokens, minimum_C, maximum_C)
+        self.sum_C = self.sum_C.to(sum_C.device) + sum_C
+        self.square_C = self.square_C.to(square_C.device) + square_C
 
     def add_ranges(self, other: "Ranges") -> None:
         """Take in what another one has seen."""
         self.add(other.tokens, other.minimum_C, other.maximum_C, other.sum_C, other.square_C)
-
-    def _check_any(self) -> None:
-        if not self.tokens:
-            raise PlanishError(f"Statistics of {self.name}: not one token was kept. Give more calibration text.")
 
     def check_finite(self) -> None:
         """PlanishError, naming the site and channels, if a value seen was not finite or too large to be squared."""

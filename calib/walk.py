@@ -27,10 +27,19 @@ class Pass:
     """One batch's forward pass through the block. x is the input of the site it stands at: (T, C)."""
 
     run: Callable[[], Tensor]
-    prepared: tuple[str, QuantizedInput] | None = None
+    prepared: "Prepared | None" = None
     x: Tensor | None = None
     output: Tensor | None = None
     thread: greenlet.greenlet | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Prepared:
+    """The quantized input of a site, made once for all its readers. left: the left factor of their products, when the first of them has made it."""
+
+    site: str
+    quantized: QuantizedInput
+    left: Tensor | None = None
 
 
 class _Tap(nn.Module):

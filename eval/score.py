@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..calib.checkpoint import Checkpoint
 from ..calib.precision import bfloat16_products
-from ..calib.runner import BlockRunner, Head
+from ..calib.runner import BlockRunner, Call, Head
 from ..quant.errors import PlanishError
 
 BATCH_TOKENS = 2048  # tokens that run through a block at a time
@@ -44,7 +44,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Base and quantized model on the same predictions. kl: mean KL(base || quantized) per token in nats. agreement: share with the same top token."""
+    """Base and quantized model on the same predictions. kl: mean KL(base || quantized) per token in nats. agreement: share with one top token."""
 
     base: Score
     quantized: Score
@@ -113,25 +113,41 @@ def arithmetic(dtype: torch.dtype, *, as_walked: bool = False) -> Iterator[None]
         yield
 
 
-def final_hidden(runner: BlockRunner, batches: list[Tensor], report: Report | None = None) -> list[Tensor]:
-    """The hidden states after the last block for each batch of ids. Call inside `arithmetic`."""
+def final_hidden(
+    runner: BlockRunner, batches: list[Tensor], report: Report | None = None, disturb: Callable[[Tensor], Tensor] | None = None
+) -> list[Tensor]:
+    """The hidden states after the last block for each batch of ids. Call inside `arithmetic`. disturb: applied to what every block gives out."""
     count = runner.topology.block_count
-    hidden, calls = (list(column) for column in zip(*runner.start(batches), strict=True))
+    hidden: list[Tensor] = []
+    calls: list[Call] = []
+    for first, call in runner.start(batches):
+        hidden.append(first)
+        calls.append(call)
     for index in range(count):
         block = runner.load_block(index)
         for i, call in enumerate(calls):
-            hidden[i] = call.run(block, index, hidden[i])
+            out = call.run(block, index, hidden[i])
+            hidden[i] = out if disturb is None else disturb(out)
         runner.release_block(index)
         if report is not None:
             report(index + 1, count)
     return hidden
 
 
+def last_bits(hidden: Tensor) -> Tensor:
+    """Up to half a unit in the last place added at random and rounded: about what another order of summation does in a block.
+
+    As `disturb` of final_hidden it shows how far two correct evaluations of one model may be apart.
+    """
+    noise = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device) - 0.5
+    return (hidden * (1 + torch.finfo(hidden.dtype).eps * noise)).to(hidden.dtype)
+
+
 def window_batches(ids_NL: Tensor) -> list[Tensor]:
     """Windows in batches of about BATCH_TOKENS tokens."""
     if ids_NL.dim() != 2 or ids_NL.shape[0] < 1 or ids_NL.shape[1] < 2:
         raise PlanishError(f"evaluation text has the shape {tuple(ids_NL.shape)}. Give at least one window of at least 2 tokens.")
-    return list(ids_NL.split(max(1, BATCH_TOKENS // ids_NL.shape[1])))
+    return list(torch.split(ids_NL, max(1, BATCH_TOKENS // ids_NL.shape[1])))
 
 
 def score(

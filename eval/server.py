@@ -1,4 +1,9 @@
-"""A real server scores the tokens that planish scores: what it computes from the checkpoint must be what was measured."""
+"""A real server scores the tokens that planish scores: what it computes from the checkpoint must be what was measured.
+
+Two correct evaluations differ: last bits decide which code an activation gets. With int4 weights and int8 activations single tokens of a small model
+come out 0.35 nats apart (standard deviation, planish against itself with its last bits disturbed), so the mean of a window of 512 tokens is uncertain
+by 0.015, that of 4 windows of 2048 by 0.004. The bar is for the mean over all windows; give it thousands of tokens.
+"""
 
 import json
 import os
@@ -12,12 +17,12 @@ from torch import Tensor
 
 from ..calib.checkpoint import Checkpoint
 from ..quant.errors import PlanishError, nearest
-from .check import Check
+from .check import Check, Figure
 from .score import Report, score
 
 SERVERS = ("vllm",)
 ENVIRONMENT = "PLANISH_VLLM_ENV"
-TOLERANCE = 0.02  # nats per token, of each list's mean: bfloat16 sums in another order, a few times over
+TOLERANCE = 0.02  # nats per token, mean over all
 SCRIPT = Path(__file__).with_name("vllm_score.py")
 SECONDS = 1800
 _COMMANDS = f"Make one with `make server-env` (2.5 GB) and set {ENVIRONMENT} to its folder, ~/.cache/planish/vllm-0.32.0 by default"
@@ -75,25 +80,28 @@ def _reason(output: str) -> str:
 
 
 def check_server(checkpoint: Checkpoint, ids_NL: Tensor, python: Path, *, device: torch.device | str = "cpu", report: Report | None = None) -> Check:
-    """vLLM's mean log-likelihood of each list against planish's own, both in bfloat16."""
+    """vLLM's mean log-likelihood per token against planish's own, both in bfloat16. ids_NL: windows; cut so that the server can add one token."""
+    longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", ids_NL.shape[1] + 1)
+    ids_NL = ids_NL[:, : longest - 1]
     try:
         served = serve(python, checkpoint.path, ids_NL)
     except ServerFailed as failure:
         return Check("server", False, f"vLLM did not run the checkpoint: {failure}", {})
     own = score(checkpoint, ids_NL, dtype=torch.bfloat16, device=device, progress=report)
-    differences = [abs(theirs + nll) for theirs, nll in zip(served.means, own.windows, strict=True)]
-    worst = max(differences)
-    figures = {
+    theirs = sum(served.means) / len(served.means)
+    difference = theirs + own.nll
+    figures: dict[str, Figure] = {
         "version": served.version,
-        "server_mean": sum(served.means) / len(served.means),
+        "server_mean": theirs,
         "own_mean": -own.nll,
-        "largest_difference": worst,
+        "difference": difference,
         "tolerance": TOLERANCE,
-        "lists": len(own.windows),
+        "largest_window_difference": max(abs(mean + nll) for mean, nll in zip(served.means, own.windows, strict=True)),
+        "windows": len(own.windows),
         "tokens": own.tokens,
     }
     message = (
-        f"vLLM {served.version}: mean log-likelihood {figures['server_mean']:.4f}, planish {-own.nll:.4f}; "
-        f"largest difference of a list {worst:.4f} (at most {TOLERANCE})"
+        f"vLLM {served.version}: mean log-likelihood {theirs:.4f} per token, planish {-own.nll:.4f}, over {own.tokens} tokens; "
+        f"difference {difference:+.4f}, allowed {TOLERANCE}"
     )
-    return Check("server", worst <= TOLERANCE, message, figures)
+    return Check("server", abs(difference) <= TOLERANCE, message, figures)

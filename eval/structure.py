@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..calib.checkpoint import build_skeleton
+from ..calib.convert import REJECTED
 from ..calib.locate import weight_files
 from ..calib.naming import LEFTOVERS
 from ..calib.packing import Packed, read_config, stored_names
@@ -46,14 +48,17 @@ def declared(folder: Path) -> dict[str, Any]:
     quantization = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
         found = "none" if not quantization else f"{quantization!r:.120}"
-        raise PlanishError(f"{folder / 'config.json'}: quantization_config: {found}. Give a compressed-tensors checkpoint, such as planish compress writes.")
+        raise PlanishError(f"{folder / 'config.json'}: quantization_config: {found}. Give a compressed-tensors checkpoint, such as planish writes.")
     return quantization
 
 
 def read_layout(folder: Path) -> Layout:
     """Read config.json and the headers of the weight files. Errors: they are broken, or the format is one that planish does not read."""
     quantization = declared(folder)
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except REJECTED as error:
+        raise PlanishError(f"{folder / 'config.json'}: transformers does not take it: {error}") from error
     assert isinstance(config, PreTrainedConfig)
     del config.quantization_config
     skeleton = build_skeleton(config, torch.float32, folder)
@@ -63,8 +68,11 @@ def read_layout(folder: Path) -> Layout:
             linears[name] = (module.out_features, module.in_features)
         elif isinstance(module, Conv1D):
             linears[name] = (module.weight.shape[1], module.weight.shape[0])
-    tensors = read_shards(weight_files(folder))
-    return Layout(folder, tensors, skeleton, linears, read_config(quantization, linears))
+    try:
+        packed = read_config(quantization, linears)
+    except ValidationError as error:
+        raise PlanishError(f"{folder / 'config.json'}: quantization_config: {error}") from error
+    return Layout(folder, read_shards(weight_files(folder)), skeleton, linears, packed)
 
 
 def check_structure(layout: Layout) -> Check:
@@ -121,9 +129,12 @@ def check_values(layout: Layout) -> Check:
             if local == "weight":
                 used[fmt] = max(used[fmt], _bits_of(low, high))
     faults += [
-        f"config.json declares {fmt.bits}-bit weights, but no code needs more than {count} bits" for fmt, count in used.items() if 1 < count < fmt.bits
+        f"config.json declares {fmt.bits}-bit weights, but no code needs more than {count} bits"
+        for fmt, count in used.items()
+        if 1 < count < fmt.bits
     ]
-    return Check("values", not faults, listed(faults) if faults else "all numbers finite, scales positive, codes in range", {"tensors": len(layout.tensors)})
+    message = listed(faults) if faults else "all numbers finite, scales positive, codes in range"
+    return Check("values", not faults, message, {"tensors": len(layout.tensors)})
 
 
 def extent(info: TensorInfo, buffer: torch.Tensor) -> tuple[float, float]:
@@ -155,6 +166,10 @@ def _nbytes(layout: Layout, name: str) -> int:
 
 def _quantized_faults(layout: Layout) -> Iterator[str]:
     for name, how in layout.packed.items():
+        size, inputs = _format(how).group_size, layout.linears[name][1]
+        if size and inputs % size:
+            yield f"{name}: config.json declares groups of {size}, which do not divide its {inputs} inputs"
+            continue
         for local in stored_names(how):
             info = layout.tensors.get(f"{name}.{local}")
             if info is None:

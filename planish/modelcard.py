@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from .block import BlockRecord
-from .plan import Plan
+from .preflight import Plan
 from .recipe import to_yaml
 
 

@@ -2,12 +2,15 @@
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from .units import duration
@@ -24,7 +27,7 @@ class Stage:
     name: str
     steps: int
     done: int = 0
-    start: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=lambda: time.monotonic())
     times: list[float] = field(default_factory=list)
 
     def step(self, done: int) -> None:
@@ -46,7 +49,7 @@ class Stage:
     def left(self) -> float | None:
         """Seconds until the end, by the median time of the latest steps; None when nothing is known."""
         marks = [self.start, *self.times] if self.done == len(self.times) else self.times
-        steps = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        steps = [after - before for before, after in pairwise(marks)]
         return statistics.median(steps) * (self.steps - self.done) if steps else None
 
     def count(self) -> str:
@@ -57,6 +60,16 @@ class Stage:
         """What is left, or what it took."""
         left = self.left()
         return duration(self.elapsed) if self.over else "" if left is None else f"{duration(left)} left"
+
+
+class Told(Protocol):
+    """Whatever is told of stages and steps."""
+
+    def stage(self, name: str, steps: int) -> None:
+        """A stage of so many steps begins."""
+
+    def step(self, done: int, note: str = "") -> None:
+        """So many steps of the stage are done."""
 
 
 class Plain:
@@ -92,12 +105,13 @@ class Live:
     def __init__(self, console: Console) -> None:
         self._bars = Progress(
             SpinnerColumn(finished_text="[green]✓[/green]"),
-            TextColumn("{task.description:<22}", markup=False),
-            BarColumn(bar_width=20),
+            TextColumn("{task.description:<21}", markup=False),
+            BarColumn(bar_width=16),
             TextColumn("{task.fields[count]:>7}", markup=False),
-            TextColumn("{task.fields[time]:>16}", markup=False),
-            TextColumn("{task.fields[note]}", style="dim", markup=False),
+            TextColumn("{task.fields[time]:>15}", markup=False),
+            TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=console,
+            expand=True,
             refresh_per_second=4,
         )
         self._stage = Stage("", 0)
@@ -134,3 +148,17 @@ def showing(console: Console) -> Iterator[Plain | Live]:
     live = Live(console)
     with live.shown():
         yield live
+
+
+def stages(progress: Told) -> Callable[[str, int, int], None]:
+    """A function of a stage's name, steps done and steps in all that begins a stage when its name is new."""
+    current = ""
+
+    def report(name: str, done: int, total: int) -> None:
+        nonlocal current
+        if name != current:
+            current = name
+            progress.stage(name, total)
+        progress.step(done)
+
+    return report

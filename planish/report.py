@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calib.data import tokens
 from .calib.packing import Packed
 from .calib.stored import open_stored
-from .compress import Progress, Result
+from .compression import Progress, Result
 from .decode import encode
 from .eval.score import Comparison, compare
-from .plan import Plan
+from .eval.verify import evaluation_windows
+from .preflight import Plan
 from .quant.formats import Scheme
 
 WINDOWS = 4  # of the built-in evaluation text, at most
@@ -45,10 +45,9 @@ class Evaluation:
         return {**about, **self.comparison.to_dict()}
 
 
-def evaluation_windows(plan: Plan) -> Tensor:
+def windows(plan: Plan) -> Tensor:
     """The windows to evaluate on: (at most 4, at most 2048). Raises PlanishError if the model has no tokenizer."""
-    length = min(LENGTH, getattr(plan.checkpoint.config.get_text_config(), "max_position_embeddings", LENGTH))
-    return tokens("builtin", plan.checkpoint.tokenizer(), samples=None, length=length, part="evaluation")[:WINDOWS]
+    return evaluation_windows(plan.checkpoint, "builtin", WINDOWS, LENGTH)
 
 
 def evaluate(result: Result, ids_NL: Tensor, progress: Progress) -> Evaluation:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .calib.precision import bfloat16_products
 from .calib.runner import Call
-from .calib.statistics import ChannelStatistics
+from .calib.statistics import Extremes
 from .calib.stream import relative_error
 from .calib.sites import Site, absorb, exact_scale, reader_weight, tie
 from .calib.walk import replaced
@@ -22,7 +22,7 @@ from .quant.solvers import Rtn
 from .quant.transforms.smooth import Smooth, smoothing_scale
 from .resolve import matches
 
-STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # alphas tried by strength auto, besides none
+STRENGTHS = (0.3, 0.45, 0.6, 0.75, 0.9)  # alphas tried by strength auto, besides none
 TOLERANCE = 1e-3  # relative error of a transformed block in float32; right mappings reach 1e-6
 
 
@@ -35,22 +35,22 @@ class Probe:
     hidden_PLD: Tensor
     keep_T: Tensor
 
-    def run(self, block: nn.Module, dtype: torch.dtype) -> Tensor:
-        """The block's output on the tokens kept: (kept, D)."""
-        out = self.call.run(block, self.index, self.hidden_PLD.to(dtype))
+    def run(self, block: nn.Module) -> Tensor:
+        """A float32 block's output on the tokens kept: (kept, D)."""
+        out = self.call.run(block, self.index, self.hidden_PLD.float())
         return out.flatten(0, 1)[self.keep_T]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Smoothing:
-    """What was decided: scales (C,) by site name, the strength (None: not smoothed), the errors of every strength tried."""
+    """What was decided for one site: its scale (C,), the strength (None: not smoothed), and the block's error with every strength tried."""
 
-    scales: Mapping[str, Tensor]
+    scale_C: Tensor | None
     strength: float | None
     tried: Mapping[str, float]
 
 
-def static_grid(seen: ChannelStatistics, scheme: Scheme, divisor_C: Tensor | None = None) -> StaticGrid | None:
+def static_grid(seen: Extremes, scheme: Scheme, divisor_C: Tensor | None = None) -> StaticGrid | None:
     """The static grid of a site from the range of the tokens kept; None if the scheme's activations are dynamic or not quantized."""
     fmt = scheme.activations
     if fmt is None or fmt.dynamic:
@@ -63,81 +63,63 @@ def static_grid(seen: ChannelStatistics, scheme: Scheme, divisor_C: Tensor | Non
 
 
 def choose(
-    block: nn.Module, sites: Mapping[str, Site], schemes: Mapping[str, Scheme | None], seen: Mapping[str, ChannelStatistics], step: Smooth, probe: Probe
-) -> Smoothing:
+    block: nn.Module, sites: Mapping[str, Site], schemes: Mapping[str, Scheme | None], seen: Mapping[str, Extremes], step: Smooth, probe: Probe
+) -> dict[str, Smoothing]:
     """The scales of the sites that have a free host, match the step and have quantized activations.
 
-    block: in its working dtype, untouched on return. strength auto: the one whose rounded-to-nearest block errs least on the probe.
+    block: float32, untouched on return. strength auto: for each site the one with which the block errs least on the probe when this site alone is
+    quantized, its weights rounded to nearest.
     """
-    chosen = [
-        site
-        for site in sites.values()
-        if site.host is not None and _activations(schemes[site.name]) and matches(step.sites, probe.index, site.name)
-    ]
-    if not chosen:
-        return Smoothing({}, None, {})
-    weight_C = {site.name: torch.stack([reader_weight(block.get_submodule(r)).abs().amax(0).float() for r in site.readers]).amax(0) for site in chosen}
-
-    def scales(strength: float) -> dict[str, Tensor]:
-        return {s.name: tie(s, smoothing_scale(seen[s.name].absmax_C.float(), weight_C[s.name], strength)) for s in chosen}
-
-    if step.strength != "auto":
-        return Smoothing(scales(step.strength), step.strength, {})
-    dtype = next(block.parameters()).dtype
-    reference = probe.run(block, dtype)
-
-    def error(candidate: Mapping[str, Tensor]) -> float:
-        with replaced(block, _rounded(block, sites, schemes, seen, candidate, dtype)):
-            return relative_error(reference, probe.run(block, dtype))
-
-    candidates: dict[float | None, dict[str, Tensor]] = {None: {}, **{a: scales(a) for a in STRENGTHS}}
-    errors = {strength: error(candidate) for strength, candidate in candidates.items()}
-    best = min(errors, key=lambda strength: errors[strength])
-    return Smoothing(candidates[best], best, {str(strength): value for strength, value in errors.items()})
-
-
-def _activations(scheme: Scheme | None) -> bool:
-    return scheme is not None and scheme.activations is not None
-
-
-def _rounded(
-    block: nn.Module,
-    sites: Mapping[str, Site],
-    schemes: Mapping[str, Scheme | None],
-    seen: Mapping[str, ChannelStatistics],
-    scales: Mapping[str, Tensor],
-    dtype: torch.dtype,
-) -> dict[str, nn.Module]:
-    """Stand-ins for the readers: rounded to nearest, with the scales on trial."""
-    layers: dict[str, nn.Module] = {}
-    for site in sites.values():
-        scheme, scale_C = schemes[site.name], scales.get(site.name)
-        if scheme is None or scheme.weights is None:
+    reference = probe.run(block) if step.strength == "auto" else None
+    chosen: dict[str, Smoothing] = {}
+    for name, site in sites.items():
+        scheme = schemes[name]
+        if site.host is None or scheme is None or scheme.activations is None or not matches(step.sites, probe.index, name):
             continue
-        static = static_grid(seen[site.name], scheme, scale_C)
-        for path in site.readers:
-            module = block.get_submodule(path)
-            w_OI = reader_weight(module).float()
-            weight = Rtn().solve(w_OI if scale_C is None else w_OI * scale_C, scheme.weights, None, dtype).weight
-            layers[path] = QuantizedLinear(weight, module.bias, scheme.activations, static, scale_C, dtype)
+        absmax_C = seen[name].absmax_C
+        weight_C = torch.stack([reader_weight(block.get_submodule(path)).abs().amax(0) for path in site.readers]).amax(0)
+        strengths = STRENGTHS if step.strength == "auto" else (step.strength,)
+        scales: dict[float | None, Tensor | None] = {a: tie(site, smoothing_scale(absmax_C, weight_C, a)) for a in strengths}
+        errors: dict[float | None, float] = {}
+        if reference is not None:
+            scales = {None: None, **scales}
+            for strength, scale_C in scales.items():
+                with replaced(block, _rounded(block, site, scheme, seen[name], scale_C)):
+                    errors[strength] = relative_error(reference, probe.run(block))
+        best = min(scales, key=lambda strength: errors.get(strength, 0.0))
+        chosen[name] = Smoothing(scales[best], best, {str(strength): error for strength, error in errors.items()})
+    return chosen
+
+
+def _rounded(block: nn.Module, site: Site, scheme: Scheme, seen: Extremes, scale_C: Tensor | None) -> dict[str, nn.Module]:
+    """Stand-ins for the site's readers: rounded to nearest, with the scale on trial."""
+    layers: dict[str, nn.Module] = {}
+    assert scheme.weights is not None
+    static = static_grid(seen, scheme, scale_C)
+    for path in site.readers:
+        module = block.get_submodule(path)
+        w_OI = reader_weight(module)
+        weight = Rtn().solve(w_OI if scale_C is None else w_OI * scale_C, scheme.weights, None, torch.float32).weight
+        layers[path] = QuantizedLinear(weight, module.bias, scheme.activations, static, scale_C)
     return layers
 
 
-def apply(block: nn.Module, sites: Mapping[str, Site], smoothing: Smoothing, probe: Probe, stored: torch.dtype) -> tuple[float, dict[str, Tensor]]:
+def apply(block: nn.Module, sites: Mapping[str, Site], chosen: Mapping[str, Smoothing], probe: Probe, stored: torch.dtype) -> tuple[float, dict[str, Tensor]]:
     """Absorb the scales into a float32 block and check that it computes what it did before.
 
     Returns the relative error of that check and the scales as they became: a norm's new weight is rounded to the stored dtype first,
     and the readers take the exact ratio.
     """
-    if not smoothing.scales:
+    scales = {name: smoothing.scale_C for name, smoothing in chosen.items() if smoothing.scale_C is not None}
+    if not scales:
         return 0.0, {}
     exact = {}
     with bfloat16_products(False):
-        before = probe.run(block, torch.float32)
-        for name, scale_C in smoothing.scales.items():
+        before = probe.run(block)
+        for name, scale_C in scales.items():
             exact[name] = exact_scale(block, sites[name], scale_C, stored)
             absorb(block, sites[name], exact[name])
-        off = relative_error(before, probe.run(block, torch.float32))
+        off = relative_error(before, probe.run(block))
     if not off <= TOLERANCE:
         raise PlanishError(
             f"smooth at block {probe.index} ({', '.join(exact)}): the transformed block is off by {off:.2g} (at most {TOLERANCE:g}). "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .calib.packing import Packed
 from .calib.precision import bfloat16_products
 from .calib.sites import Site, reader_weight
-from .calib.walk import Pass, SiteWalk
+from .calib.walk import Pass, Prepared, SiteWalk
 from .quant.formats import QuantizedWeight, WeightFormat
 from .quant.linear import QuantizedLinear, StaticGrid, quantize_input
 from .quant.solvers import Moments, Solution, Solver
@@ -56,14 +56,15 @@ def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWal
         else:
             quantized = quantize_input(pass_.x, act, readers.static)
             if not walk.replay:
-                pass_.prepared = (name, quantized)
+                pass_.prepared = Prepared(name, quantized)
             x_TC = quantized.dequantize()
-        x_TC *= token_weights(x_TC, keep)[:, None]
+        weight_T1 = token_weights(x_TC, keep)[:, None]
+        x_TC *= weight_T1
         second_II.addmm_(x_TC.T, x_TC)
         if full_arrivals is not None and cross_II is not None:
             twin = next(full_arrivals).x
             assert twin is not None
-            cross_II.addmm_((twin.float() * token_weights(twin.float(), keep)[:, None] - x_TC).T, x_TC)
+            cross_II.addmm_((twin.float() * weight_T1 - x_TC).T, x_TC)
     return Moments(second_II=second_II, tokens=sum(int(keep.sum()) for keep in keep_T), cross_II=cross_II)
 
 
@@ -128,10 +129,16 @@ def settle(readers: Readers, walk: SiteWalk, dtype: torch.dtype, stored: torch.d
         if path in kept:
             return nn.functional.linear(x_TC, kept[path], biases[path])
         if act is None:
-            y_TO: Tensor = layers[path](x_TC)
-            return y_TO
-        if pass_.prepared is None or pass_.prepared[0] != name:
-            pass_.prepared = (name, quantize_input(x_TC, act, readers.static))
-        return layers[path].multiply(pass_.prepared[1])
+            whole_TO: Tensor = layers[path](x_TC)
+            return whole_TO
+        if pass_.prepared is None or pass_.prepared.site != name:
+            pass_.prepared = Prepared(name, quantize_input(x_TC, act, readers.static))
+        prepared = pass_.prepared
+        if prepared.left is None:
+            prepared.left = layers[path].left(prepared.quantized)
+        y_TO = layers[path].multiply(prepared.quantized, prepared.left)
+        if path == readers.site.readers[-1]:
+            pass_.prepared = None
+        return y_TO
 
     walk.settle(name, reader)

@@ -7,9 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .calib.packing import Packed
-from .compress import Result
+from .compression import Result
 from .eval.check import Verification
-from .plan import Plan
+from .preflight import Plan
 from .report import Evaluation, described, schemes
 from .units import duration, size
 
@@ -34,16 +34,15 @@ def recipes_table(descriptions: Mapping[str, str]) -> Table:
 def plan_table(plan: Plan, model: str) -> Table:
     """What a run would do and take."""
     blocks = plan.topology.block_count
-    memory = plan.memory
-    where = "streams on disk" if plan.offload else f"streams {size(memory.streams + memory.waiting)}"
+    where = f"on disk ({plan.offload_dir})" if plan.offload_dir else "on disk" if plan.offload else "in memory"
     rows = [
         ("model", f"{model}: {plan.topology.family}, {blocks} blocks, {size(plan.checkpoint.nbytes)} in {_short(plan.checkpoint.dtype)}"),
         ("recipe", f"{plan.recipe.name}: {plan.recipe.description}".rstrip(": ")),
         *((", ".join(names), what) for what, names in _sites(plan).items()),
         ("checkpoint", f"about {size(plan.out_bytes)}, {plan.bits_per_weight:.2f} bits per quantized weight"),
-        ("memory", f"about {size(memory.total)} at most: program {size(memory.program)}, one block {size(memory.block)}, {where}"),
+        ("memory", f"about {size(plan.memory.total)} at most, activations {where}"),
         ("disk", f"about {size(plan.disk)} while it runs"),
-        ("time", f"about {duration(plan.seconds)} in {_short(plan.dtype)} on {plan.device}; measured while it runs"),
+        ("time", f"about {duration(plan.seconds)} in {_short(plan.dtype)} on {plan.device}"),
         ("runs in", ", ".join(plan.servers)),
         *(("note", note) for note in plan.notes),
     ]
@@ -87,7 +86,7 @@ def result_table(result: Result, evaluation: Evaluation | None, peak: int, repor
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
     for heading in ("", "before", "after", ""):
         table.add_column(heading, justify="left" if not heading else "right")
-    table.add_row("  size", size(before), size(after), Text(f"{after / before:.0%} of it", style="dim"))
+    table.add_row("  size", size(before), size(after), Text(f"{after / before - 1:+.1%}", style="dim"))
     table.add_row("  bits per quantized weight", str(8 * result.plan.checkpoint.dtype.itemsize), f"{result.plan.bits_per_weight:.2f}", "")
     if evaluation is not None:
         base, quantized = evaluation.comparison.base.perplexity, evaluation.comparison.quantized.perplexity

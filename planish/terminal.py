@@ -30,9 +30,9 @@ def err_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def _remember(context: typer.Context, value: bool) -> None:
-    if value:
-        context.meta[_TRACEBACK] = True
+def _remember(context: typer.Context, value: bool) -> bool:
+    context.meta[_TRACEBACK] = value or context.meta.get(_TRACEBACK, False)
+    return value
 
 
 Traceback = Annotated[bool, typer.Option("--traceback", callback=_remember, help="Show where in the program an error arose.")]
@@ -61,7 +61,8 @@ def _end(ctx: Any, error: BaseException, message: str, code: int) -> typer.Exit:
     if ctx.meta.get(_TRACEBACK):
         traceback.print_exception(error)
     label = Text("Error: ", style="bold red") if code == USER_ERROR else Text()
-    err_console().print(label + Text(message), soft_wrap=True)
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())  # libraries' messages inside ours may have several lines
+    err_console().print(label + Text(line), soft_wrap=True)
     return typer.Exit(code)
 
 
@@ -85,5 +86,5 @@ def hush() -> None:
         warnings.simplefilter("ignore")
     logging.getLogger().addHandler(logging.NullHandler())
     logger.disable("compressed_tensors")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -156,5 +156,6 @@ def activation_grid(x_TC: Tensor, fmt: ActivationFormat) -> tuple[Tensor, Tensor
         size = fmt.group_size or x_TC.shape[1]
         if x_TC.shape[1] % size:
             raise PlanishError(f"activations.group_size {size} does not divide {x_TC.shape[1]} channels.")
-        low, high = x_TC.unflatten(1, (-1, size)).aminmax(dim=2)
+        x_TGC = x_TC.reshape(x_TC.shape[0], -1, size)
+        low, high = x_TGC.amin(2), x_TGC.amax(2)  # two reductions: several times faster than aminmax along a dimension
     return scale_and_zero(low.float(), high.float(), fmt.bits, fmt.symmetric)

@@ -40,15 +40,14 @@ class QuantizedInput:
 
     def dequantize(self) -> Tensor:
         """(T, C) float32: (codes - zero) * scale."""
-        x_TGC = self.integers(torch.float32).unflatten(1, (self.scale.shape[1], -1))
-        return (x_TGC * self.scale[:, :, None]).flatten(1)
+        x_TGC = self.integers(torch.float32).reshape(len(self.codes), self.scale.shape[1], -1)
+        return x_TGC.mul_(self.scale[:, :, None]).flatten(1)
 
 
 def quantize_input(x_TC: Tensor, fmt: ActivationFormat, static: StaticGrid | None = None) -> QuantizedInput:
     """x_TC as codes: with its own dynamic grid, or the given static one."""
     scale, zero = activation_grid(x_TC, fmt) if static is None else (static.scale, static.zero)
-    groups = scale.shape[1]
-    x_TGC = x_TC.float().unflatten(1, (groups, -1))
+    x_TGC = x_TC.reshape(x_TC.shape[0], scale.shape[1], -1)
     codes = to_codes(x_TGC, scale[:, :, None], None if zero is None else zero[:, :, None], fmt.bits)
     return QuantizedInput(codes.flatten(1).to(torch.int8), scale, zero)
 
@@ -83,14 +82,18 @@ class QuantizedLinear(nn.Module):
             x_TC = (x_TC / self.divisor).to(x.dtype)
         if self.activations is None:
             return nn.functional.linear(x_TC, self.matrix, self.bias).unflatten(0, x.shape[:-1])
-        return self.multiply(quantize_input(x_TC, self.activations, self.static)).unflatten(0, x.shape[:-1])
+        quantized = quantize_input(x_TC, self.activations, self.static)
+        return self.multiply(quantized, self.left(quantized)).unflatten(0, x.shape[:-1])
 
-    def multiply(self, x: QuantizedInput) -> Tensor:
-        """The product with an input that is already quantized: (T, O) in the layer's dtype."""
-        dtype = self.matrix.dtype
+    def left(self, x: QuantizedInput) -> Tensor:
+        """The left factor of the product: (T, I) in the layer's dtype. Readers of one input can share it."""
+        return x.dequantize().to(self.matrix.dtype) if self.factor is None else x.integers(self.matrix.dtype)
+
+    def multiply(self, x: QuantizedInput, left_TI: Tensor) -> Tensor:
+        """The product with an input that is already quantized, left_TI = left(x): (T, O) in the layer's dtype."""
         if self.factor is None:
-            return nn.functional.linear(x.dequantize().to(dtype), self.matrix, self.bias)
-        y_TO = (x.integers(dtype) @ self.matrix.T) * (x.scale * self.factor)
+            return nn.functional.linear(left_TI, self.matrix, self.bias)
+        y_TO = (left_TI @ self.matrix.T) * (x.scale * self.factor)
         if self.bias is not None:
             y_TO += self.bias
-        return y_TO.to(dtype)
+        return y_TO.to(self.matrix.dtype)

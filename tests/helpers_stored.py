@@ -5,6 +5,15 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from torch import Tensor
+from torch.nn import Linear
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+
 from planish.calib.checkpoint import Checkpoint, open_checkpoint
 from planish.calib.packing import Packed, default_layout, pack, quantization_config
 from planish.calib.runner import BlockRunner
@@ -12,10 +21,17 @@ from planish.calib.topology import reader_weight
 from planish.quant.formats import Scheme
 from planish.quant.linear import StaticGrid
 from planish.quant.solvers import Rtn
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.nn import Linear
-from transformers.pytorch_utils import Conv1D
+
+
+def saved(model: PreTrainedModel, folder: Path, tokenizer: bool = False) -> Path:
+    """The model's checkpoint; with a tokenizer of one token a character."""
+    model.save_pretrained(folder)
+    if tokenizer:
+        vocabulary = {chr(32 + i): i for i in range(model.config.vocab_size)}
+        core = Tokenizer(WordLevel(vocabulary, unk_token=" "))
+        core.pre_tokenizer = Split(Regex("."), "isolated")
+        PreTrainedTokenizerFast(tokenizer_object=core, unk_token=" ").save_pretrained(folder)
+    return folder
 
 
 def rounded(source: Path, folder: Path, scheme: Scheme, static: StaticGrid | None = None) -> Path:

@@ -16,7 +16,7 @@ from .calib.proof import check_structure
 from .calib.runner import BlockRunner
 from .calib.sites import Topology, reader_weight
 from .quant.errors import PlanishError
-from .recipe import Recipe
+from .recipe import Recipe, load_recipe
 from .resolve import SERVED_GROUPS, Address, resolve
 from .units import size
 
@@ -67,7 +67,7 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     model: str | Path,
     *,
     device: str | None = None,
@@ -80,6 +80,9 @@ def make_plan(
 
     Raises PlanishError: anything wrong with model or recipe, groups that do not divide, patterns without a site, too little text, disk or memory.
     """
+    if out is not None:
+        _check_free(out)
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     where = pick_device(device)
     working = dtype or working_dtype(checkpoint.dtype, where)
@@ -102,7 +105,6 @@ def make_plan(
     moved = streams if offload else 0
     elsewhere = None if offload_dir is None else Path(offload_dir)
     if out is not None:
-        _check_free(out)
         _check_room({out: 2 * sizes.out_bytes + moved} if elsewhere is None else {out: 2 * sizes.out_bytes, elsewhere: moved})
     return Plan(
         recipe=recipe,

@@ -18,16 +18,17 @@ from .calib.packing import Packed
 from .calib.precision import bfloat16_products
 from .calib.runner import BlockRunner
 from .calib.shards import read_header, read_tensor
+from .calib.stored import open_stored
 from .calib.stream import Stream
-from .eval.probe import check_probe, record_probe
+from .eval.probe import check_probe, read_probe, record_probe
 from .export import publish, write_checkpoint
 from .journal import Journal
-from .plan import Plan, make_plan
+from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
 from .quant.transforms.smooth import Smooth
-from .recipe import Recipe, digest, load_recipe
+from .recipe import Recipe, digest
 
-PROBE = (8, 128)  # samples and tokens on which smoothing is searched and checked
+PROBE = (4, 64)  # samples and tokens on which smoothing is searched and checked
 
 
 class Progress(Protocol):
@@ -83,25 +84,26 @@ def compress(
     recipe: a Recipe, a shipped name or a file. model: local folder, Hub name, GGUF file or demo:smollm2. dtype: of the walk's arithmetic (default:
     bfloat16 where model and hardware have it, else float32). offload_dir: keep the activation streams on disk there (default: in memory where they
     fit, else beside `out`).
-    The same call after an interruption goes on at the block where it was and ends in the same bytes. Raises PlanishError; then nothing new is left behind.
+    The same call after an interruption goes on at the block where it was and ends in the same bytes.
+    Raises PlanishError; then nothing new is left behind.
     """
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     target = Path(out)
-    plan = make_plan(loaded, model, device=device, dtype=dtype, offload_dir=offload_dir, out=target, allow_pickle=allow_pickle)
-    return carry_out(plan, target, progress or Silent())
+    plan = make_plan(recipe, model, device=device, dtype=dtype, offload_dir=offload_dir, out=target, allow_pickle=allow_pickle)
+    progress = progress or Silent()
+    for note in plan.notes:
+        progress.say(note)
+    return carry_out(plan, target, progress)
 
 
 @torch.no_grad()
 def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
     """What the plan says, into the new folder `out`."""
     start = time.monotonic()
-    for note in plan.notes:
-        progress.say(note)
     progress.stage("checking weights", plan.checkpoint.nbytes)
     plan.checkpoint.check_finite(lambda done, _all: progress.step(done))
     with _working_folder(out, plan) as journal, _stream_folder(out, plan, journal.folder) as folder_of_streams:
         if journal.blocks:
-            progress.say(f"resuming after block {len(journal.blocks) - 1} of {plan.topology.block_count}")
+            progress.say(f"going on: {len(journal.blocks)} of {plan.topology.block_count} blocks are done")
         runner = BlockRunner(plan.checkpoint, plan.dtype, plan.device)
         streams = _streams(plan, runner, folder_of_streams)
         smooth = next((step for step in plan.recipe.steps if isinstance(step, Smooth)), None)
@@ -208,7 +210,8 @@ def packed_linears(plan: Plan, record: BlockRecord) -> dict[str, Packed]:
 
 def _describe(record: BlockRecord) -> str:
     parts = [] if record.error is None else [f"error {record.error:.4f}"]
-    parts += [] if record.strength is None else [f"smoothing {record.strength}"]
+    strengths = [f"{name} {site.strength}" for name, site in record.sites.items() if site.strength is not None]
+    parts += [f"smoothing {', '.join(strengths)}"] if strengths else []
     parts += [f"{name}: {site.note}" for name, site in record.sites.items() if site.note]
     return ", ".join(parts)
 
@@ -219,3 +222,16 @@ def _probe(plan: Plan, runner: BlockRunner, streams: Streams) -> dict[str, Tenso
     ids = plan.recipe.calibration.tokens(plan.checkpoint.tokenizer())[: plan.recipe.calibration.batch_size]
     with bfloat16_products(plan.dtype is torch.bfloat16):
         return record_probe(runner, streams.quant[0], ids)
+
+
+def _check(folder: Path, plan: Plan) -> None:
+    """Reload the written checkpoint: it computes what the model in memory did."""
+    checkpoint, probe = open_stored(folder), read_probe(folder)
+    if probe is None:
+        return
+    found = check_probe(checkpoint, probe, device=plan.device)
+    if not found.ok:
+        raise PlanishError(
+            f"{folder}: reloaded, the checkpoint differs from the model in memory by {found.logprob_mean:.3g} nats per token "
+            f"(at most {found.tolerance.mean:g}). Try again; if it happens again, the disk or planish is broken."
+        )

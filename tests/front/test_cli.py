@@ -1,0 +1,131 @@
+"""The command line when all is well."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from helpers_front import SHORT, Ran, tree
+
+from planish.shipped import shipped, shipped_text
+
+Planish = Callable[..., Ran]
+
+
+@pytest.fixture(scope="module", params=sorted(shipped()))
+def recipe(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_compress_verify_and_load(recipe: str, planish: Planish, original: Path, tmp_path: Path) -> None:
+    ran = planish("compress", recipe, "--model", original, "--out", "new", *SHORT)
+    assert ran.code == 0, ran
+    for words in ("size", "bits per quantized weight", "perplexity", "KL divergence", "peak memory", "new.report.json"):
+        assert words in ran.out
+    assert "blocks 3/3, error 0." in ran.err
+    assert "runs in" in ran.err
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", ran.out + ran.err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "new.report.json"]
+    ran = planish("verify", "new", "--against", original, "--windows", "2", "--length", "64")
+    assert ran.code == 0, ran
+    assert "FAILED" not in ran.out
+
+
+def test_report(planish: Planish, original: Path, tmp_path: Path) -> None:
+    ran = planish("compress", "w8a8", "--model", original, "--out", "new", *SHORT, "--json")
+    assert ran.code == 0
+    report = json.loads(ran.out)
+    assert report == json.loads((tmp_path / "new.report.json").read_text())
+    assert report["planish"] == version("planish")
+    assert report["checkpoint"] == str(tmp_path / "new")
+    assert report["bytes"]["after"] == sum(file.stat().st_size for file in (tmp_path / "new").glob("*.safetensors"))
+    assert 8 <= report["bits_per_weight"] < 9
+    evaluation = report["evaluation"]
+    assert (evaluation["windows"], evaluation["length"]) == (4, 128)
+    assert evaluation["quantized"]["perplexity"] == pytest.approx(evaluation["base"]["perplexity"], rel=0.05)
+    assert 0 < evaluation["kl"] < 0.1
+    assert [block["index"] for block in report["blocks"]] == [0, 1, 2]
+    assert report["plan"]["sites"]["qkv"] == [
+        {"blocks": [0, 1, 2], "weights": "int8 per channel", "activations": "int8 per token", "layout": "int-quantized"}
+    ]
+
+
+def test_two_runs_give_the_same_bytes(planish: Planish, original: Path, tmp_path: Path) -> None:
+    for out, options in (("a", ()), ("b", ("--offload-dir", "streams"))):
+        assert planish("compress", "w8a8", "--model", original, "--out", out, *SHORT, "--no-evaluate", "--quiet", *options).code == 0
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert "planish/manifest.json" in tree(tmp_path / "a")
+    assert not tree(tmp_path / "streams")
+
+
+def test_quiet_and_unevaluated(planish: Planish, original: Path) -> None:
+    ran = planish("compress", "w4a8", "--model", original, "--out", "new", *SHORT, "--quiet", "--no-evaluate", "--dtype", "bfloat16")
+    assert (ran.code, ran.err) == (0, "")
+    assert "perplexity" not in ran.out
+    report = json.loads(Path("new.report.json").read_text())
+    assert report["evaluation"] is None
+    assert report["plan"]["arithmetic"] == {"dtype": "bfloat16", "device": "cpu"}
+
+
+def test_plan(planish: Planish, original: Path, tmp_path: Path) -> None:
+    ran = planish("plan", "w4a16-g128", "--model", original, *SHORT)
+    assert (ran.code, ran.err) == (0, "")
+    for words in ("llama, 3 blocks", "qkv, o, gate_up", "int4 per group of", "note", "memory", "disk", "time", "vLLM"):
+        assert words in ran.out
+    ran = planish("plan", "w8a8", "--model", original, "--json", "--set", 'overrides=[{sites: ["1.*"], keep: true}]', "--offload-dir", tmp_path)
+    plan = json.loads(ran.out)
+    assert plan["offload"]
+    assert [row["blocks"] for row in plan["sites"]["down"]] == [[0, 2], [1]]
+    assert plan["sites"]["down"][1]["weights"] is None
+    assert not tree(tmp_path)
+
+
+def test_verify_fails_with_exit_code_1(planish: Planish, original: Path, tmp_path: Path) -> None:
+    assert planish("compress", "w8a8", "--model", original, "--out", "new", *SHORT, "--no-evaluate").code == 0
+    (shard,) = (tmp_path / "new").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-2000:] = bytes(2000)
+    shard.write_bytes(content)
+    ran = planish("verify", "new")
+    assert ran.code == 1
+    assert "FAILED" in ran.out
+    ran = planish("verify", "new", "--json")
+    assert ran.code == 1
+    assert json.loads(ran.out)["ok"] is False
+
+
+def test_recipes(planish: Planish) -> None:
+    ran = planish("recipes")
+    assert ran.code == 0
+    assert [line.split()[0] for line in ran.out.splitlines()] == sorted(shipped())
+    assert planish("recipes", "show", "w4a8").out == shipped_text("w4a8")
+
+
+def test_version_and_help(planish: Planish) -> None:
+    assert planish("--version") == Ran(0, f"planish {version('planish')}\n", "")
+    ran = planish("--help")
+    assert ran.code == 0
+    for command in ("compress", "plan", "verify", "recipes", "demo"):
+        assert command in ran.out
+
+
+def test_what_needs_no_torch_imports_none() -> None:
+    code = "import sys, planish, planish.cli, planish.shipped; planish.PlanishError; planish.shipped.shipped(); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.demo
+def test_demo(planish: Planish, tmp_path: Path) -> None:
+    ran = planish("demo", "--json")
+    assert ran.code == 0
+    report = json.loads(ran.out)
+    assert report["model"] == "demo:smollm2"
+    assert report["bytes"]["after"] < 0.65 * report["bytes"]["before"]
+    assert report["evaluation"]["quantized"]["perplexity"] < 1.02 * report["evaluation"]["base"]["perplexity"]
+    assert report["peak_bytes"] < 3e9
+    assert sorted(path.name for path in (tmp_path / "build").iterdir()) == ["demo-w8a8", "demo-w8a8.report.json"]
