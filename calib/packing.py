@@ -19,6 +19,9 @@ from ..quant.formats import ActivationFormat, QuantizedWeight, Scheme, WeightFor
 from ..quant.linear import StaticGrid
 
 Layout = Literal["int-quantized", "pack-quantized"]
+TRANSPOSED = "conv1d-"
+"""Stands before a format's name where the layers are transposed (transformers' Conv1D). No consumer's library has a format of that name, so they all
+refuse the checkpoint; by the plain name, transformers would leave such layers out and go on with random weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +44,18 @@ def default_layout(scheme: Scheme) -> Layout:
 def pack(weight: QuantizedWeight, layout: Layout, scale_dtype: torch.dtype, static: StaticGrid | None) -> dict[str, Tensor]:
     """The tensors of one linear by their local names (weight or weight_packed, weight_scale, ...)."""
     codes, fmt = weight.codes, weight.format
-    tensors = {"weight_scale": weight.scale.to(scale_dtype)}
-    if fmt.granularity == "tensor":
-        tensors["weight_scale"] = tensors["weight_scale"].reshape(1)
+    scale, zero = weight.scale.to(scale_dtype), None if weight.zero is None else weight.zero.to(torch.int8)
+    whole = fmt.granularity == "tensor"  # one scale and zero point: both of shape (1,), and the library packs neither
+    tensors = {"weight_scale": scale.reshape(1) if whole else scale}
+    if zero is not None:
+        tensors["weight_zero_point"] = zero.reshape(1) if whole else zero
     if layout == "int-quantized":
         tensors["weight"] = codes
-        if weight.zero is not None:
-            tensors["weight_zero_point"] = weight.zero.to(torch.int8)
     else:
         tensors["weight_packed"] = pack_to_int32(codes, fmt.bits)
         tensors["weight_shape"] = torch.tensor(codes.shape, dtype=torch.int64)
-        if weight.zero is not None:
-            tensors["weight_zero_point"] = pack_to_int32(weight.zero.to(torch.int8), fmt.bits, packed_dim=0)
+        if zero is not None and not whole:
+            tensors["weight_zero_point"] = pack_to_int32(zero, fmt.bits, packed_dim=0)
     if static is not None:
         tensors["input_scale"] = static.scale.reshape(1).clone()  # readers of one site share it, and safetensors stores no shared memory
         if static.zero is not None:
@@ -69,11 +72,12 @@ def unpack(tensors: Mapping[str, Tensor], packed: Packed) -> tuple[QuantizedWeig
     zero = tensors.get("weight_zero_point")
     if packed.layout == "int-quantized":
         codes = tensors["weight"]
-        zero = None if zero is None else zero.float().reshape(scale.shape)
     else:
         shape = torch.Size(int(n) for n in tensors["weight_shape"])
         codes = unpack_from_int32(tensors["weight_packed"], fmt.bits, shape)
-        zero = None if zero is None else unpack_from_int32(zero, fmt.bits, scale.shape, packed_dim=0).float()
+        if zero is not None and fmt.granularity != "tensor":
+            zero = unpack_from_int32(zero, fmt.bits, scale.shape, packed_dim=0)
+    zero = None if zero is None else zero.float().reshape(scale.shape)
     static = None
     if "input_scale" in tensors:
         offset = tensors.get("input_zero_point")
@@ -92,8 +96,11 @@ def stored_names(packed: Packed) -> tuple[str, ...]:
     return tuple(names)
 
 
-def quantization_config(linears: Mapping[str, Packed], ignored: Iterable[str]) -> dict[str, Any]:
-    """config.json's quantization_config for these linears (by full module name); `ignored` ones stay in full precision."""
+def quantization_config(linears: Mapping[str, Packed], ignored: Iterable[str], *, transposed: bool = False) -> dict[str, Any]:
+    """config.json's quantization_config for these linears (by full module name); `ignored` ones stay in full precision.
+
+    transposed: some of them are Conv1D layers, whose codes nobody but planish finds a place for; see TRANSPOSED.
+    """
     groups: dict[Packed, list[str]] = {}
     for name, packed in linears.items():
         groups.setdefault(packed, []).append(name)
@@ -106,6 +113,9 @@ def quantization_config(linears: Mapping[str, Packed], ignored: Iterable[str]) -
     )
     data = config.model_dump(mode="json", exclude_none=False)
     data.pop("moe_sparsity_config", None)
+    if transposed:
+        for part in (data, *data["config_groups"].values()):
+            part["format"] = TRANSPOSED + part["format"]
     return data
 
 
@@ -126,7 +136,7 @@ def _scheme(packed: Packed, names: list[str], alone: bool) -> QuantizationScheme
 
 def read_config(data: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Packed]:
     """Which of the model's linears a quantization_config quantizes, and how. The inverse of `quantization_config`."""
-    config = QuantizationConfig.model_validate(dict(data))
+    config = QuantizationConfig.model_validate(_known_formats(data))
     ignored = config.ignore or []
     result: dict[str, Packed] = {}
     for name in linears:
@@ -138,6 +148,14 @@ def read_config(data: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Pa
                 result[name] = _packed(scheme, config.format, name)
                 break
     return result
+
+
+def _known_formats(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the formats' names as the library knows them."""
+    part = {key: value.removeprefix(TRANSPOSED) if key == "format" and isinstance(value, str) else value for key, value in data.items()}
+    if isinstance(groups := part.get("config_groups"), dict):
+        part["config_groups"] = {name: _known_formats(group) if isinstance(group, dict) else group for name, group in groups.items()}
+    return part
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -60,7 +60,7 @@ def read_layout(folder: Path) -> Layout:
     except REJECTED as error:
         raise PlanishError(f"{folder / 'config.json'}: transformers does not take it: {error}") from error
     assert isinstance(config, PreTrainedConfig)
-    del config.quantization_config
+    vars(config).pop("quantization_config")
     skeleton = build_skeleton(config, torch.float32, folder)
     linears: dict[str, tuple[int, int]] = {}
     for name, module in skeleton.named_modules():
@@ -114,7 +114,7 @@ def check_values(layout: Layout) -> Check:
     buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
     for name, info in sorted(layout.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
         local = name.rpartition(".")[2]
-        if info.nbytes == 0 or local in ("weight_packed", "weight_shape") or info.dtype is torch.int32:
+        if info.nbytes == 0 or not (info.dtype.is_floating_point or info.dtype is torch.int8):
             continue
         low, high = extent(info, buffer)
         if not math.isfinite(low) or not math.isfinite(high):
@@ -189,7 +189,7 @@ def _expected(how: Packed, local: str, n: int, k: int) -> tuple[tuple[torch.dtyp
     fmt = _format(how)
     groups = fmt.groups(k)
     scales: tuple[tuple[int, ...], ...] = ((1,), (1, 1), ()) if fmt.granularity == "tensor" else ((n, groups),)
-    packed = how.layout == "pack-quantized"
+    packed = how.layout == "pack-quantized" and fmt.granularity != "tensor"
     match local:
         case "weight":
             return (torch.int8,), ((n, k),)
@@ -200,7 +200,7 @@ def _expected(how: Packed, local: str, n: int, k: int) -> tuple[tuple[torch.dtyp
         case "weight_scale":
             return FLOATS, scales
         case "weight_zero_point" if packed:
-            return (torch.int32,), ((math.ceil((1 if fmt.granularity == "tensor" else n) * fmt.bits / 32), groups),)
+            return (torch.int32,), ((math.ceil(n * fmt.bits / 32), groups),)
         case "weight_zero_point":
             return (torch.int8,), scales
         case "input_zero_point":

@@ -96,14 +96,10 @@ def evaluation_windows(checkpoint: Checkpoint, text: str, windows: int, length: 
             raise PlanishError(f"{name} is {value}, but must be at least {least}.")
     length = min(length, getattr(checkpoint.config.get_text_config(), "max_position_embeddings", length))
     tokenizer = checkpoint.tokenizer()
-    if text == "builtin":
-        return tokens(text, tokenizer, samples=None, length=length, part="evaluation")[:windows]
-    for samples in range(windows, 1, -1):
-        try:
-            return tokens(text, tokenizer, samples=samples, length=length, part="evaluation")
-        except PlanishError:
-            continue  # the text is short, or the last call says what is wrong with it
-    return tokens(text, tokenizer, samples=1, length=length, part="evaluation")
+    try:
+        return tokens(text, tokenizer, samples=windows, length=length, part="evaluation")
+    except PlanishError:  # the text is short, so all of it is not much; if it is bad, this says so again
+        return tokens(text, tokenizer, samples=None, length=length, part="evaluation")
 
 
 def _probe(checkpoint: StoredCheckpoint, device: torch.device | str, report: Report | None) -> Check:

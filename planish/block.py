@@ -174,7 +174,7 @@ class _Turn:
         probe = Probe(streams.probe, self.index, hidden, ~sinks(hidden.flatten(0, 1), streams.probe.run(block, self.index, hidden).flatten(0, 1)))
         schemes = {name: packed and packed.scheme for name, packed in self.packed.items()}
         block.float()
-        chosen = {} if self.smooth is None else choose(block, self.sites, schemes, self.observation.seen, self.smooth, probe)
+        chosen = {} if self.smooth is None else choose(block, self.sites, schemes, self.observation, self.smooth, probe)
         self.record.equivalence, scales = apply(block, self.sites, chosen, probe, self.stored)
         for name in self.sites:
             if name in chosen:

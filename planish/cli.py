@@ -90,7 +90,7 @@ def compress(
     quiet: Quiet = False,
     traceback: Traceback = False,
 ) -> None:
-    """Compress a model: recipe and checkpoint in; a smaller checkpoint, and a report of what it cost, out.
+    """Compress a model: a recipe and a checkpoint go in, a smaller checkpoint and a report of what it cost come out.
 
     After an interruption the same command goes on at the block where it was.
     """
@@ -237,7 +237,7 @@ def _run(job: "Job", plan: "Plan", ids: "Tensor | None", as_json: bool, quiet: b
         outcome = job.run(plan, ids, Silent())
     else:
         console = err_console()
-        console.print(plan_table(plan, job.model))
+        console.print(plan_table(plan, job.model), "")
         with showing(console) as progress:
             outcome = job.run(plan, ids, progress)
     if as_json:

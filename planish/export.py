@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .block import BlockRecord
 from .calib.packing import Packed, quantization_config
@@ -74,12 +75,9 @@ def _config(plan: Plan, packed: Mapping[str, Packed]) -> dict[str, Any]:
     config.pop("torch_dtype", None)
     config["dtype"] = str(plan.checkpoint.dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = plan.checkpoint.tied
-    kept = {plan.topology.head}
-    for (index, name), how in plan.packed.items():
-        if how is None:
-            site = next(site for site in plan.topology.sites if site.name == name)
-            kept |= {f"{plan.topology.blocks}.{index}.{path}" for path in site.readers}
-    config["quantization_config"] = quantization_config(packed, kept)
+    linears = {name: module for name, module in plan.checkpoint.skeleton().named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    transposed = any(isinstance(linears[name], Conv1D) for name in packed)
+    config["quantization_config"] = quantization_config(packed, linears.keys() - packed.keys(), transposed=transposed)
     return config
 
 

@@ -28,8 +28,14 @@ def model_card(plan: Plan, blocks: Sequence[BlockRecord], stored: int) -> str:
         f"| | |\n|---|---|\n{table}\n"
         f"{notes}\n\n"
         "Perplexity and divergence from the original: `planish verify THIS_FOLDER --against ORIGINAL`.\n\n"
-        "## Use\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(\"THIS_FOLDER\")\n```\n\n"
-        "or `vllm serve THIS_FOLDER`. Errors of every block, versions and digests: planish/manifest.json.\n\n"
+        f"## Use\n\n{_use(plan)}\n\nErrors of every block, versions and digests: planish/manifest.json.\n\n"
         f"## Recipe\n\n```yaml\n{to_yaml(plan.recipe)}```\n"
     )
+
+
+def _use(plan: Plan) -> str:
+    """How to run it, in the consumers that do."""
+    stock = "transformers" in plan.servers
+    code = "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained" if stock else "import planish\n\nmodel = planish.load"
+    server = "\n\nor `vllm serve THIS_FOLDER`." if "vLLM" in plan.servers else ""
+    return f'```python\n{code}("THIS_FOLDER")\n```{server}'

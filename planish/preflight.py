@@ -22,7 +22,7 @@ from .units import size
 
 PROGRAM_BYTES = 450_000_000  # resident memory of Python with torch and transformers imported
 AVAILABLE_SHARE = 0.6  # of the memory that is free, what the streams may take before they move to disk
-PLAIN_LINEARS = ("gpt2",)  # families whose linear layers are transposed Conv1D modules, which servers and transformers do not load quantized
+PLAIN_LINEARS = ("gpt2",)  # families whose linear layers are transposed Conv1D modules, which servers and transformers refuse quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +237,7 @@ def _in_vllm(how: Packed) -> bool:
 
 def _warnings(packed: dict[Address, Packed | None], topology: Topology) -> tuple[str, ...]:
     if topology.family in PLAIN_LINEARS:
-        return (f"{topology.family}: its linear layers are Conv1D modules; neither vLLM nor transformers loads them quantized. planish.load does.",)
+        return (f"{topology.family}: its linear layers are Conv1D modules; vLLM and transformers refuse the checkpoint, planish.load runs it.",)
     if any(how and how.scheme.activations is not None and how.scheme.activations.bits != 8 for how in packed.values()):
         return ("activations of other than 8 bits: transformers simulates them, vLLM refuses the checkpoint.",)
     return ()

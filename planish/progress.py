@@ -148,6 +148,7 @@ def showing(console: Console) -> Iterator[Plain | Live]:
     live = Live(console)
     with live.shown():
         yield live
+    console.print()
 
 
 def stages(progress: Told) -> Callable[[str, int, int], None]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .calib.observe import Observation
 from .calib.precision import bfloat16_products
 from .calib.runner import Call
 from .calib.statistics import Extremes
@@ -63,7 +64,7 @@ def static_grid(seen: Extremes, scheme: Scheme, divisor_C: Tensor | None = None)
 
 
 def choose(
-    block: nn.Module, sites: Mapping[str, Site], schemes: Mapping[str, Scheme | None], seen: Mapping[str, Extremes], step: Smooth, probe: Probe
+    block: nn.Module, sites: Mapping[str, Site], schemes: Mapping[str, Scheme | None], observed: Observation, step: Smooth, probe: Probe
 ) -> dict[str, Smoothing]:
     """The scales of the sites that have a free host, match the step and have quantized activations.
 
@@ -76,15 +77,19 @@ def choose(
         scheme = schemes[name]
         if site.host is None or scheme is None or scheme.activations is None or not matches(step.sites, probe.index, name):
             continue
-        absmax_C = seen[name].absmax_C
+        seen, absmax_C = observed.seen[name], observed.seen[name].absmax_C
+        driven_C = observed.sinks_C[name] > absmax_C  # by sink tokens alone: such a column is not to be made small beside its row
         weight_C = torch.stack([reader_weight(block.get_submodule(path)).abs().amax(0) for path in site.readers]).amax(0)
         strengths = STRENGTHS if step.strength == "auto" else (step.strength,)
-        scales: dict[float | None, Tensor | None] = {a: tie(site, smoothing_scale(absmax_C, weight_C, a)) for a in strengths}
+        scales: dict[float | None, Tensor | None] = {}
+        for strength in strengths:
+            scale_C = smoothing_scale(absmax_C, weight_C, strength)
+            scales[strength] = tie(site, torch.where(driven_C, scale_C.clamp(min=1), scale_C))
         errors: dict[float | None, float] = {}
         if reference is not None:
             scales = {None: None, **scales}
             for strength, scale_C in scales.items():
-                with replaced(block, _rounded(block, site, scheme, seen[name], scale_C)):
+                with replaced(block, _rounded(block, site, scheme, seen, scale_C)):
                     errors[strength] = relative_error(reference, probe.run(block))
         best = min(scales, key=lambda strength: errors.get(strength, 0.0))
         chosen[name] = Smoothing(scales[best], best, {str(strength): error for strength, error in errors.items()})

@@ -38,9 +38,10 @@ class Readers:
 
 
 def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWalk | None) -> Moments:
-    """Bring all batches to the site and add up the moments of its input as the readers will get it, sink tokens left out.
+    """Bring all batches to the site and add up the moments of its input as the readers will get it.
 
-    full: the full-precision walk that goes along; its inputs give the cross moment of GPTAQ.
+    Sink tokens (not in keep_T) count: their outputs are what all other tokens attend to, and a Hessian without them lets the solver spoil the few
+    weights that make them. They do not set the damping. full: the full-precision walk that goes along; its inputs give the cross moment of GPTAQ.
     """
     name = readers.site.name
     act = readers.packed and readers.packed.scheme.activations
@@ -49,6 +50,7 @@ def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWal
     second_II = torch.zeros(width, width, device=device)
     cross_II = None if full is None else torch.zeros(width, width, device=device)
     full_arrivals = None if full is None else full.arrivals(name)
+    sink_trace = 0.0
     for pass_, keep in zip(walk.arrivals(name), keep_T, strict=True):
         assert pass_.x is not None
         if act is None:
@@ -58,26 +60,15 @@ def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWal
             if not walk.replay:
                 pass_.prepared = Prepared(name, quantized)
             x_TC = quantized.dequantize()
-        weight_T1 = token_weights(x_TC, keep)[:, None]
-        x_TC *= weight_T1
         second_II.addmm_(x_TC.T, x_TC)
+        sink_trace += x_TC[~keep].double().square().sum().item()
         if full_arrivals is not None and cross_II is not None:
             twin = next(full_arrivals).x
             assert twin is not None
-            cross_II.addmm_((twin.float() * weight_T1 - x_TC).T, x_TC)
-    return Moments(second_II=second_II, tokens=sum(int(keep.sum()) for keep in keep_T), cross_II=cross_II)
-
-
-def token_weights(x_TC, keep_T):
-    import os
-    mode = os.environ.get("PL_SINK", "norm")
-    if mode == "exclude":
-        return keep_T.float()
-    if mode == "include":
-        return torch.ones_like(keep_T, dtype=torch.float32)
-    size_T = torch.linalg.vector_norm(x_TC, dim=1)
-    usual = size_T[keep_T].median() * float(os.environ.get("PL_MULT", "1"))
-    return torch.where(keep_T, torch.ones_like(size_T), (usual / size_T.clamp(min=1e-30)).clamp(max=1))
+            cross_II.addmm_((twin.float() - x_TC).T, x_TC)
+    trace = second_II.diagonal().double().sum().item()
+    ordinary = max(0.0, 1 - sink_trace / trace) if trace > 0 else 1.0
+    return Moments(second_II=second_II, tokens=sum(len(keep) for keep in keep_T), cross_II=cross_II, ordinary=ordinary)
 
 
 def solve(readers: Readers, solver: Solver, moments: Moments | None, scale_dtype: torch.dtype) -> Solution | None:

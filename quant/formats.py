@@ -16,6 +16,7 @@ from .errors import PlanishError
 
 WeightGranularity = Literal["tensor", "channel", "group"]
 ActivationGranularity = Literal["tensor", "token", "group"]
+LEAST_SCALE = 2.0**-24  # the smallest float16; of the wider types only normal numbers are scales
 
 
 def _check_bits(where: str, bits: int) -> None:
@@ -99,8 +100,8 @@ def scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype:
     low, high = low.clamp(max=0), high.clamp(min=0)
     width = torch.maximum(-low, high) / qmax if symmetric else (high - low) / (qmax - qmin)
     scale = width if dtype is None else width.to(dtype).to(width.dtype)
-    tiny = torch.finfo(dtype or width.dtype).tiny
-    scale = torch.where(scale < tiny, torch.ones_like(scale), scale)
+    least = min(torch.finfo(dtype or width.dtype).tiny, LEAST_SCALE)
+    scale = torch.where(scale < least, torch.ones_like(scale), scale)
     if symmetric:
         return scale, None
     return scale, (qmin - low / scale).round_().clamp_(qmin, qmax)
@@ -156,6 +157,6 @@ def activation_grid(x_TC: Tensor, fmt: ActivationFormat) -> tuple[Tensor, Tensor
         size = fmt.group_size or x_TC.shape[1]
         if x_TC.shape[1] % size:
             raise PlanishError(f"activations.group_size {size} does not divide {x_TC.shape[1]} channels.")
-        x_TGC = x_TC.reshape(x_TC.shape[0], -1, size)
+        x_TGC = x_TC.unflatten(1, (-1, size))
         low, high = x_TGC.amin(2), x_TGC.amax(2)  # two reductions: several times faster than aminmax along a dimension
     return scale_and_zero(low.float(), high.float(), fmt.bits, fmt.symmetric)

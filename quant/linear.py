@@ -40,14 +40,14 @@ class QuantizedInput:
 
     def dequantize(self) -> Tensor:
         """(T, C) float32: (codes - zero) * scale."""
-        x_TGC = self.integers(torch.float32).reshape(len(self.codes), self.scale.shape[1], -1)
+        x_TGC = self.integers(torch.float32).unflatten(1, (self.scale.shape[1], -1))
         return x_TGC.mul_(self.scale[:, :, None]).flatten(1)
 
 
 def quantize_input(x_TC: Tensor, fmt: ActivationFormat, static: StaticGrid | None = None) -> QuantizedInput:
     """x_TC as codes: with its own dynamic grid, or the given static one."""
     scale, zero = activation_grid(x_TC, fmt) if static is None else (static.scale, static.zero)
-    x_TGC = x_TC.reshape(x_TC.shape[0], scale.shape[1], -1)
+    x_TGC = x_TC.unflatten(1, (scale.shape[1], -1))
     codes = to_codes(x_TGC, scale[:, :, None], None if zero is None else zero[:, :, None], fmt.bits)
     return QuantizedInput(codes.flatten(1).to(torch.int8), scale, zero)
 

@@ -61,7 +61,7 @@ class Gptq:
         if not dead_I.all():
             w_OI = w_OI.masked_fill(dead_I, 0)
         order_I = self._order(H_II)
-        factor = inverse_factor(H_II[order_I[:, None], order_I], self.damping)
+        factor = inverse_factor(H_II[order_I[:, None], order_I], self.damping * moments.ordinary)
         columns = Columns(w_OI[:, order_I], self._shares(factor.upper_II, moments, order_I))
         if self.order == "diagonal":
             scale_OG, zero_OG = fit_grid(w_OI, fmt, self.clip, scale_dtype)
@@ -99,7 +99,7 @@ class Gptq:
 class Columns:
     """The columns of a weight on their way to codes.
 
-    debts_IEO: (I, E, O). What rounded columns leave to later ones; [:, 0] is the error. The last debt's place holds the weight until then.
+    weights_IO: (I, O). What is left to round. debts_IEO: (I, E, O). What rounded columns leave to later ones: [:, 0] the error, [:, 1] the weight it had at first.
     shares_IK: (I, I * E). What column i takes from each debt of the columns before it.
     codes_IO: (I, O) int8, filled as columns are rounded.
     """
@@ -108,9 +108,8 @@ class Columns:
         """w_OI: (out, in) and shares_IIE: (in, in, E), both in the order of rounding."""
         out_channels, in_channels = w_OI.shape
         self.shares_IK = shares_IIE.flatten(1).contiguous()
-        self.debts_IEO = w_OI.new_empty(in_channels, shares_IIE.shape[2], out_channels)
-        self.weights_IO = self.debts_IEO[:, -1]
-        self.weights_IO.copy_(w_OI.T)
+        self.weights_IO = w_OI.T.contiguous()
+        self.debts_IEO = self.weights_IO[:, None].repeat(1, shares_IIE.shape[2], 1)
         self.codes_IO = torch.empty(in_channels, out_channels, dtype=torch.int8, device=w_OI.device)
 
     def settle(self, first: int, start: int, stop: int) -> None:

@@ -17,11 +17,14 @@ class Moments:
 
     second_II: (I, I) sum of x^T x, x the input at run time (H of GPTQ; its scale does not matter).
     cross_II: (I, I) sum of (x_full - x)^T x, x_full the input in the full-precision model (D of GPTAQ); None if only one stream was run.
+    ordinary: the share of second_II's trace that ordinary tokens make; the rest is of sink tokens, and damping is relative to the ordinary share,
+    so that a massive activation protects its own weights without drowning the others in damping.
     """
 
     second_II: Tensor
     tokens: int
     cross_II: Tensor | None = None
+    ordinary: float = 1.0
 
     def __post_init__(self) -> None:
         channels = self.second_II.shape[0]

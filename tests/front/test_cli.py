@@ -35,6 +35,7 @@ def test_compress_verify_and_load(recipe: str, planish: Planish, original: Path,
     assert "FAILED" not in ran.out
 
 
+@pytest.mark.smoke
 def test_report(planish: Planish, original: Path, tmp_path: Path) -> None:
     ran = planish("compress", "w8a8", "--model", original, "--out", "new", *SHORT, "--json")
     assert ran.code == 0
@@ -98,6 +99,7 @@ def test_verify_fails_with_exit_code_1(planish: Planish, original: Path, tmp_pat
     assert json.loads(ran.out)["ok"] is False
 
 
+@pytest.mark.smoke
 def test_recipes(planish: Planish) -> None:
     ran = planish("recipes")
     assert ran.code == 0
@@ -105,6 +107,7 @@ def test_recipes(planish: Planish) -> None:
     assert planish("recipes", "show", "w4a8").out == shipped_text("w4a8")
 
 
+@pytest.mark.smoke
 def test_version_and_help(planish: Planish) -> None:
     assert planish("--version") == Ran(0, f"planish {version('planish')}\n", "")
     ran = planish("--help")

@@ -67,7 +67,7 @@ def test_live() -> None:
         shown.step(2, "error [0.2]")
         shown.stage("writing", 10**6)
         shown.step(10**6)
-    last = text.getvalue().split("\n")[-3:-1]
+    last = text.getvalue().split("\n")[-4:-2]
     assert all(words in last[0] for words in ("✓ blocks", "2/2", "error [0.2]"))
     assert all(words in last[1] for words in ("✓ writing", "100 %"))
     assert "a [note] of the plan" in text.getvalue()

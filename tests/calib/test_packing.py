@@ -1,0 +1,136 @@
+"""Packing: what is stored comes back exactly, by planish's own reading and by the compressed-tensors library's; so do configurations."""
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from helpers_solvers import format_name, weights
+from pydantic import ValidationError
+from torch import Tensor
+
+from planish.calib.packing import Layout, Packed, default_layout, pack, quantization_config, read_config, stored_names, unpack
+from planish.quant.errors import PlanishError
+from planish.quant.formats import ActivationFormat, QuantizedWeight, Scheme, WeightFormat
+from planish.quant.linear import StaticGrid
+from planish.quant.solvers import Rtn
+
+FORMATS = [
+    WeightFormat(bits=bits, symmetric=symmetric, granularity=granularity, group_size=16 if granularity == "group" else None)
+    for bits in (2, 3, 4, 8)
+    for symmetric in (True, False)
+    for granularity in ("tensor", "channel", "group")
+]
+LAYOUTS: tuple[Layout, ...] = ("int-quantized", "pack-quantized")
+TOKEN, STATIC = ActivationFormat(bits=8), ActivationFormat(bits=8, symmetric=False, granularity="tensor", dynamic=False)
+
+
+def rounded(fmt: WeightFormat, rows: int = 10, columns: int = 48) -> QuantizedWeight:
+    return Rtn().solve(weights(rows, columns).float(), fmt, None, torch.bfloat16).weight
+
+
+def same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
+    zeros = (one.zero is None and other.zero is None) or (one.zero is not None and other.zero is not None and torch.equal(one.zero, other.zero))
+    return torch.equal(one.codes, other.codes) and torch.equal(one.scale, other.scale) and zeros and one.format == other.format
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
+def test_unpack_is_the_inverse(fmt: WeightFormat, layout: Layout) -> None:
+    weight = rounded(fmt)
+    packed = Packed(Scheme(weights=fmt), layout)
+    tensors = pack(weight, layout, torch.bfloat16, None)
+    assert set(tensors) == set(stored_names(packed))
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    found, static = unpack(tensors, packed)
+    assert same(found, weight)
+    assert static is None
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33])
+@pytest.mark.parametrize("columns", [1, 5, 31, 33])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_odd_sizes(rows: int, columns: int, bits: int) -> None:
+    for symmetric in (True, False):
+        weight = rounded(WeightFormat(bits=bits, symmetric=symmetric), rows, columns)
+        for layout in LAYOUTS:
+            assert same(unpack(pack(weight, layout, torch.bfloat16, None), Packed(Scheme(weights=weight.format), layout))[0], weight)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
+def test_the_library_unpacks_the_same_weight(fmt: WeightFormat, layout: Layout) -> None:
+    weight = rounded(fmt)
+    config = QuantizationConfig.model_validate(quantization_config({"a": Packed(Scheme(weights=fmt), layout)}, []))
+    scheme = config.config_groups["group_0"]
+    compressor = BaseCompressor.get_value_from_registry(layout)
+    tensors: dict[str, Tensor] = {name: tensor.float() if name == "weight_scale" else tensor for name, tensor in pack(weight, layout, torch.bfloat16, None).items()}
+    assert torch.equal(compressor.decompress(tensors, scheme)["weight"], weight.dequantize())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_grids(symmetric: bool, layout: Layout) -> None:
+    act = ActivationFormat(bits=8, symmetric=symmetric, granularity="tensor", dynamic=False)
+    grid = StaticGrid(torch.tensor([[0.5]]), None if symmetric else torch.tensor([[-128.0]]))
+    packed = Packed(Scheme(weights=FORMATS[0], activations=act), layout)
+    tensors = [pack(rounded(FORMATS[0]), layout, torch.bfloat16, grid) for _ in range(2)]
+    assert set(tensors[0]) == set(stored_names(packed))
+    assert tensors[0]["input_scale"].data_ptr() != tensors[1]["input_scale"].data_ptr()
+    found = unpack(tensors[0], packed)[1]
+    assert found is not None
+    assert torch.equal(found.scale, grid.scale)
+    assert (found.zero is None and grid.zero is None) or (found.zero is not None and grid.zero is not None and torch.equal(found.zero, grid.zero))
+
+
+def test_default_layouts() -> None:
+    four = WeightFormat(bits=4)
+    assert default_layout(Scheme(weights=four)) == "pack-quantized"
+    assert default_layout(Scheme(weights=four, activations=TOKEN)) == "int-quantized"
+
+
+MIXED = {
+    "m.0.q": Packed(Scheme(weights=WeightFormat(bits=8), activations=TOKEN), "int-quantized"),
+    "m.0.d": Packed(Scheme(weights=WeightFormat(bits=8), activations=STATIC), "int-quantized"),
+    "m.1.q": Packed(Scheme(weights=WeightFormat(bits=4, granularity="group", group_size=32)), "pack-quantized"),
+    "m.11.q": Packed(Scheme(weights=WeightFormat(bits=4, symmetric=False)), "pack-quantized"),
+    "m.1.d": Packed(Scheme(weights=WeightFormat(bits=4, symmetric=False)), "pack-quantized"),
+    "m.2.d": Packed(
+        Scheme(weights=WeightFormat(bits=4, granularity="tensor"), activations=ActivationFormat(bits=4, granularity="group", group_size=32)), "int-quantized"
+    ),
+}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("linears", [MIXED, {"m.0.q": MIXED["m.0.q"], "m.1.q": MIXED["m.0.q"]}], ids=["mixed", "alone"])
+def test_configurations_round_trip(linears: dict[str, Packed], transposed: bool) -> None:
+    """Mixed schemes, names that are prefixes of others, layers left alone."""
+    kept = ["lm_head", "m.2.q"]
+    data = quantization_config(linears, kept, transposed=transposed)
+    assert data["ignore"] == kept
+    assert data["quantization_status"] == "compressed"
+    before = str(data)
+    assert read_config(data, [*linears, *kept]) == linears
+    assert str(data) == before
+    if transposed:
+        with pytest.raises(ValidationError, match="conv1d-"):
+            QuantizationConfig.model_validate(data)
+    else:
+        QuantizationConfig.model_validate(data)
+
+
+def test_formats_of_the_whole() -> None:
+    assert quantization_config(MIXED, [])["format"] == "mixed-precision"
+    alone = quantization_config({"a": MIXED["m.1.q"]}, [])
+    assert alone["format"] == "pack-quantized"
+    assert alone["config_groups"]["group_0"]["targets"] == ["Linear"]
+
+
+def test_foreign_formats_are_refused() -> None:
+    data = quantization_config({"a": MIXED["m.0.q"]}, [])
+    group = data["config_groups"]["group_0"]
+    for changes, words in (
+        ({"format": "float-quantized", "weights": {**group["weights"], "type": "float"}}, "a: stored as float-quantized float"),
+        ({"format": "pack-quantized", "weights": {"num_bits": 4, "strategy": "tensor_group", "group_size": 16}}, "strategy tensor_group is none of"),
+    ):
+        with pytest.raises(PlanishError, match=words):
+            read_config({**data, "config_groups": {"group_0": {**group, **changes}}}, ["a"])

@@ -1,0 +1,46 @@
+"""Which arithmetic is used, and that it is switched back."""
+
+import pytest
+import torch
+
+from planish.calib.precision import bfloat16_products, pick_device, working_dtype
+from planish.quant.errors import PlanishError
+
+CPU = torch.device("cpu")
+
+
+def test_devices() -> None:
+    assert pick_device("cpu") == CPU
+    assert pick_device(CPU) == CPU
+    assert pick_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("cuda:99", "warp", "mps:0"):
+        with pytest.raises(PlanishError, match=f"device '{name}' is not available. Here: cpu"):
+            pick_device(name)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_working_dtype(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+    assert working_dtype(torch.bfloat16, CPU) is (torch.bfloat16 if native else torch.float32)
+    assert working_dtype(torch.float16, CPU) is torch.float32
+    assert working_dtype(torch.float32, CPU) is torch.float32
+
+
+def test_products_are_switched_back() -> None:
+    before = torch.get_float32_matmul_precision()
+    with bfloat16_products(True):
+        assert torch.get_float32_matmul_precision() == "medium"
+        with bfloat16_products(False):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(ValueError, match="stop"), bfloat16_products(True):
+        raise ValueError("stop")
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_products_of_bfloat16_values_are_exact_either_way(on: bool) -> None:
+    a, b = torch.randint(-255, 256, (2, 64, 64)).float()
+    with bfloat16_products(on):
+        assert torch.equal((a @ b).long(), a.long() @ b.long())

@@ -1,0 +1,187 @@
+"""Number formats against plain float64 arithmetic, and against compressed-tensors' own quantize and dequantize for given scales."""
+
+import math
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+from helpers_solvers import FORMATS, format_name, weights
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from planish.quant.errors import PlanishError, nearest
+from planish.quant.formats import (
+    ActivationFormat,
+    QuantizedWeight,
+    Scheme,
+    WeightFormat,
+    activation_grid,
+    code_range,
+    scale_and_zero,
+    to_codes,
+    weight_range,
+)
+
+HUGE = 1e37
+numbers = st.one_of(st.just(0.0), st.floats(-1e3, 1e3, width=32), st.sampled_from([HUGE, -HUGE, 1e-30, -1e-30, 1e-42]))
+
+
+def quantized(w_OI: Tensor, fmt: WeightFormat, dtype: torch.dtype = torch.float32) -> QuantizedWeight:
+    """Rounded to nearest on the plain grid."""
+    low, high = weight_range(w_OI, fmt)
+    scale, zero = scale_and_zero(low, high, fmt.bits, fmt.symmetric, dtype)
+    each = [None if part is None else part.repeat_interleave(w_OI.shape[1] // part.shape[1], 1) for part in (scale, zero)]
+    assert each[0] is not None
+    return QuantizedWeight(to_codes(w_OI, each[0], each[1], fmt.bits).to(torch.int8), scale, zero, fmt)
+
+
+def plain_range(values: list[float], bits: int, symmetric: bool) -> tuple[float, int]:
+    """Scale and zero point in Python's own numbers."""
+    low, high = min(0.0, *values), max(0.0, *values)
+    if symmetric:
+        return max(-low, high) / (2 ** (bits - 1) - 1) or 1.0, 0
+    scale = (high - low) / (2**bits - 1) or 1.0
+    return scale, max(-(2 ** (bits - 1)), min(2 ** (bits - 1) - 1, round(-(2 ** (bits - 1)) - low / scale)))
+
+
+def library(fmt: WeightFormat) -> QuantizationArgs:
+    return QuantizationArgs(num_bits=fmt.bits, symmetric=fmt.symmetric, strategy=fmt.granularity, group_size=fmt.group_size)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
+def test_weights_equal_the_plain_reference(fmt: WeightFormat) -> None:
+    w_OI = weights(5, 24)
+    found = quantized(w_OI, fmt)
+    per_scale = w_OI.flatten()[None, None] if fmt.granularity == "tensor" else w_OI.unflatten(1, (-1, fmt.group_size or 24))
+    for row, groups in enumerate(per_scale):
+        for group, values in enumerate(groups):
+            scale, zero = plain_range(values.tolist(), fmt.bits, fmt.symmetric)
+            assert found.scale[row, group].item() == pytest.approx(scale, rel=1e-6)
+            assert fmt.symmetric or found.zero is not None and found.zero[row, group].item() == zero
+    step = found.scale.repeat_interleave(24 // found.scale.shape[1], 1).double()
+    assert bool(((found.dequantize() - w_OI).abs() <= step * 0.501 * (1 if fmt.symmetric else 2)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
+def test_codes_and_values_equal_the_librarys(fmt: WeightFormat, dtype: torch.dtype) -> None:
+    w_OI = weights(5, 24).float()
+    found = quantized(w_OI, fmt, dtype)
+    assert torch.equal(found.scale.to(dtype).float(), found.scale)
+    args = library(fmt)
+    scale = found.scale.reshape(1) if fmt.granularity == "tensor" else found.scale
+    zero = torch.zeros_like(scale) if found.zero is None else found.zero.reshape(scale.shape)
+    codes = quantize(w_OI, scale, zero, args, dtype=torch.int8)
+    assert torch.equal(found.codes, codes)
+    assert torch.equal(found.dequantize(), dequantize(codes, scale, None if found.zero is None else zero, args))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_code_is_used_and_zero_is_exact(bits: int, symmetric: bool) -> None:
+    qmin, qmax = code_range(bits)
+    assert (qmin, qmax) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    x = torch.linspace(-1, 2, 4001)
+    scale, zero = scale_and_zero(x.amin().reshape(1), x.amax().reshape(1), bits, symmetric)
+    codes = to_codes(x, scale, zero, bits)
+    assert codes.amax() == qmax
+    assert codes.amin() in ((-qmax // 2, -qmax // 2 + 1) if symmetric else (qmin,))
+    at_zero = to_codes(torch.zeros(1), scale, zero, bits)
+    assert at_zero == (0 if zero is None else zero)
+
+
+@given(st.integers(2, 8), st.booleans(), st.lists(numbers, min_size=1, max_size=9), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_any_range(bits: int, symmetric: bool, values: list[float], dtype: torch.dtype) -> None:
+    """Zeros alone, constants, huge and subnormal values: everything stays finite, and off by a step at most."""
+    x = torch.tensor(values, dtype=torch.float32)
+    scale, zero = scale_and_zero(x.amin().reshape(1), x.amax().reshape(1), bits, symmetric, dtype)
+    codes = to_codes(x, scale, zero, bits)
+    qmin, qmax = code_range(bits)
+    assert bool(((codes >= qmin) & (codes <= qmax) & (codes == codes.round())).all())
+    assert scale.item() > 0
+    assert math.isfinite(scale.item())
+    back = (codes.double() - (0 if zero is None else zero.double())) * scale.double()
+    slack = 1 + 2**bits * max(torch.finfo(dtype).eps, 1e-7)  # a scale rounded down moves the range's ends inwards
+    normal = x.abs().amax() >= torch.finfo(torch.float32).tiny * 2**bits
+    assert not normal or bool(((back - x.double()).abs() <= scale.double() * slack).all())
+    if not x.any():
+        assert scale.item() == 1
+        assert not back.any()
+
+
+@given(st.integers(2, 8), st.booleans(), st.floats(1e-3, 1e3), st.booleans())
+def test_constants_are_exact_enough(bits: int, symmetric: bool, value: float, negative: bool) -> None:
+    x = torch.full((3,), -value if negative else value)
+    scale, zero = scale_and_zero(x.amin().reshape(1), x.amax().reshape(1), bits, symmetric)
+    codes = to_codes(x, scale, zero, bits)
+    assert torch.allclose((codes - (0 if zero is None else zero)) * scale, x, rtol=1e-5)
+
+
+def test_small_float16_scales_are_kept() -> None:
+    """Scales below float16's normal numbers are still there in its subnormal ones: small rows are not wiped out."""
+    w_OI = weights(4, 16).float() * 0.02
+    found = quantized(w_OI, WeightFormat(bits=8), torch.float16)
+    assert bool((found.scale < torch.finfo(torch.float16).tiny).all())
+    assert torch.equal(found.scale.half().float(), found.scale)
+    assert (found.dequantize() - w_OI).norm() < 0.02 * w_OI.norm()
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 4), st.booleans(), st.integers(0, 99))
+def test_odd_sizes_group_by_group(rows: int, size: int, groups: int, symmetric: bool, seed: int) -> None:
+    """A grouped weight is its groups, each quantized as a channel of its own; dead rows are zeros again."""
+    size += 1
+    w_OI = weights(rows, size * groups, seed).float()
+    w_OI[0] = 0
+    found = quantized(w_OI, WeightFormat(bits=4, symmetric=symmetric, granularity="group", group_size=size))
+    assert found.scale.shape == (rows, groups)
+    alone = [quantized(part, WeightFormat(bits=4, symmetric=symmetric)) for part in w_OI.split(size, dim=1)]
+    assert torch.equal(found.dequantize(), torch.cat([part.dequantize() for part in alone], 1))
+    assert torch.equal(found.integers(), torch.cat([part.integers() for part in alone], 1))
+    assert not found.dequantize()[0].any()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_activation_grids(symmetric: bool) -> None:
+    x_TC = weights(7, 12).float()
+    x_TC[3] = 0
+    cases = [
+        (ActivationFormat(bits=8, symmetric=symmetric), (7, 1), 12),
+        (ActivationFormat(bits=8, symmetric=symmetric, granularity="group", group_size=4), (7, 3), 4),
+        (ActivationFormat(bits=8, symmetric=symmetric, granularity="tensor"), (1, 1), 84),
+    ]
+    for fmt, shape, size in cases:
+        scale, zero = activation_grid(x_TC, fmt)
+        assert scale.shape == shape
+        for (row, column), found in zip(((i, j) for i in range(shape[0]) for j in range(shape[1])), scale.flatten().tolist(), strict=True):
+            values = x_TC.flatten() if size == 84 else x_TC[row, column * size :][:size]
+            expected, offset = plain_range(values.tolist(), 8, symmetric)
+            assert found == pytest.approx(expected, rel=1e-6)
+            assert symmetric or zero is not None and zero[row, column] == offset
+    assert activation_grid(x_TC[:0], ActivationFormat(bits=8))[0].shape == (0, 1)
+
+
+REFUSED = {
+    "weights.bits is 9": lambda: WeightFormat(bits=9),
+    "weights.bits is 1": lambda: WeightFormat(bits=1),
+    "activations.bits is 16": lambda: ActivationFormat(bits=16),
+    "group_size goes with granularity group": lambda: WeightFormat(bits=4, group_size=32),
+    "granularity group with group_size None": lambda: WeightFormat(bits=4, granularity="group"),
+    "at least 2 channels": lambda: WeightFormat(bits=4, granularity="group", group_size=1),
+    "static with granularity token": lambda: ActivationFormat(bits=8, dynamic=False),
+    "activations are quantized but weights are not": lambda: Scheme(activations=ActivationFormat(bits=8)),
+    "does not divide 10 input channels": lambda: WeightFormat(bits=4, granularity="group", group_size=4).groups(10),
+    "does not divide 10 channels": lambda: activation_grid(torch.zeros(2, 10), ActivationFormat(bits=8, granularity="group", group_size=4)),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refused(words: str) -> None:
+    with pytest.raises(PlanishError, match=words):
+        REFUSED[words]()
+
+
+def test_nearest_names() -> None:
+    assert nearest("gptk", ["gptq", "rtn"]) == "Did you mean gptq?"
+    assert nearest("zzz", ["gptq", "rtn"]) == "Known: gptq, rtn."

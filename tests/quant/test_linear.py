@@ -1,0 +1,144 @@
+"""The quantized linear against fake quantization in float64: every granularity, symmetric or not, static or dynamic, grouped."""
+
+import itertools
+
+import pytest
+import torch
+from helpers_solvers import FORMATS, format_name, inputs, weights
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from planish.calib.precision import bfloat16_products
+from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat, scale_and_zero
+from planish.quant.linear import QuantizedLinear, StaticGrid, quantize_input
+from planish.quant.solvers import Rtn
+
+ACTIVATIONS: list[ActivationFormat | None] = [
+    None,
+    *(ActivationFormat(bits=8, symmetric=symmetric) for symmetric in (True, False)),
+    *(ActivationFormat(bits=4, symmetric=symmetric, granularity="group", group_size=8) for symmetric in (True, False)),
+    *(ActivationFormat(bits=8, symmetric=s, granularity="tensor", dynamic=dynamic) for s in (True, False) for dynamic in (True, False)),
+]
+
+
+def activation_name(fmt: ActivationFormat | None) -> str:
+    return "none" if fmt is None else f"{fmt.bits}{'s' if fmt.symmetric else 'a'}-{fmt.granularity}{'' if fmt.dynamic else '-static'}"
+
+
+def static_of(x_TC: Tensor, fmt: ActivationFormat | None) -> StaticGrid | None:
+    """A static grid that clips a little."""
+    if fmt is None or fmt.dynamic:
+        return None
+    return StaticGrid(*scale_and_zero(0.8 * x_TC.amin().reshape(1, 1), 0.9 * x_TC.amax().reshape(1, 1), fmt.bits, fmt.symmetric, torch.bfloat16))
+
+
+def rounded(out_channels: int, in_channels: int, fmt: WeightFormat, seed: int = 1) -> QuantizedWeight:
+    return Rtn().solve(weights(out_channels, in_channels, seed).float(), fmt, None, torch.bfloat16).weight
+
+
+def fake(x_TC: Tensor, fmt: ActivationFormat | None, static: StaticGrid | None) -> Tensor:
+    """x quantized and dequantized in float64, by nothing but the definition; grids in float32 as they are stored or computed at run time."""
+    if fmt is None:
+        return x_TC.double()
+    size = {"tensor": x_TC.numel(), "token": x_TC.shape[1], "group": fmt.group_size or 0}[fmt.granularity]
+    x = x_TC.reshape(-1, size).double()
+    if static is None:
+        scale, zero = scale_and_zero(x.amin(1, True).float(), x.amax(1, True).float(), fmt.bits, fmt.symmetric)
+    else:
+        scale, zero = static.scale, static.zero
+    offset = 0.0 if zero is None else zero.double()
+    half = 2 ** (fmt.bits - 1)
+    codes = (x / scale.double() + offset).round().clamp(-half, half - 1)
+    return ((codes - offset) * scale.double()).reshape(x_TC.shape)
+
+
+def float64_output(x_TC: Tensor, weight: QuantizedWeight, bias: Tensor | None, fmt: ActivationFormat | None, static: StaticGrid | None) -> Tensor:
+    scale = weight.scale.double().repeat_interleave(weight.codes.shape[1] // weight.scale.shape[1], 1)
+    zero = 0.0 if weight.zero is None else weight.zero.double().repeat_interleave(weight.codes.shape[1] // weight.zero.shape[1], 1)
+    y = fake(x_TC, fmt, static) @ ((weight.codes.double() - zero) * scale).T
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=activation_name)
+@pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
+def test_equals_fake_quantization(fmt: WeightFormat, act: ActivationFormat | None) -> None:
+    x = inputs(15, 24).float()
+    weight, bias, static = rounded(10, 24, fmt), weights(1, 10)[0].float(), static_of(x, act)
+    for b in (None, bias):
+        expected = float64_output(x, weight, b, act, static)
+        layer = QuantizedLinear(weight, b, act, static)
+        found = layer(x.reshape(3, 5, 24))
+        assert found.shape == (3, 5, 10)
+        assert float((found.reshape(15, 10) - expected).norm() / expected.norm()) < 1e-6
+        half = QuantizedLinear(weight, b, act, static, dtype=torch.bfloat16)(x.bfloat16())
+        assert half.dtype is torch.bfloat16
+        same_input = float64_output(x.bfloat16().float(), weight, b, act, static)
+        assert float((half.double() - same_input).norm() / same_input.norm()) < 0.01
+
+
+@pytest.mark.parametrize("act", [a for a in ACTIVATIONS if a is not None], ids=activation_name)
+def test_readers_share_the_quantized_input(act: ActivationFormat) -> None:
+    x = inputs(15, 24).float()
+    static = static_of(x, act)
+    quantized = quantize_input(x, act, static)
+    assert quantized.codes.dtype is torch.int8
+    assert torch.allclose(quantized.dequantize().double(), fake(x, act, static), rtol=1e-6)
+    layers = [QuantizedLinear(rounded(10, 24, fmt, seed), None, act, static) for seed, fmt in enumerate(FORMATS[:2])]
+    left = layers[0].left(quantized)
+    for layer in layers:
+        assert torch.equal(layer.multiply(quantized, left), layer(x))
+
+
+@pytest.mark.parametrize(("weight_symmetric", "act_symmetric"), list(itertools.product([True, False], repeat=2)))
+def test_integer_products_are_exact(weight_symmetric: bool, act_symmetric: bool) -> None:
+    """Codes minus zero points need 8 bits and a sign: bfloat16 holds them, and float32 their sums; whichever product is used, the same bits."""
+    x = inputs(9, 96).float()
+    act = ActivationFormat(bits=8, symmetric=act_symmetric)
+    weight = rounded(11, 96, WeightFormat(bits=8, symmetric=weight_symmetric))
+    quantized = quantize_input(x, act)
+    whole = quantized.integers(torch.float32).long() @ weight.integers().long().T
+    assert torch.equal(quantized.integers(torch.bfloat16).float(), quantized.integers(torch.float32))
+    assert torch.equal(weight.integers().bfloat16().float(), weight.integers())
+    layer = QuantizedLinear(weight, None, act)
+    found = []
+    for on in (False, True):
+        with bfloat16_products(on):
+            assert torch.equal((layer.left(quantized) @ layer.matrix.T).long(), whole)
+            found.append(layer(x))
+    assert torch.equal(*found)
+
+
+def test_extreme_codes_of_asymmetric_formats() -> None:
+    """Zero points at both ends: code minus zero point reaches -255 and 255."""
+    x = torch.stack([torch.linspace(0, 1, 8), torch.linspace(-1, 0, 8)])
+    quantized = quantize_input(x, ActivationFormat(bits=8, symmetric=False))
+    assert quantized.integers(torch.bfloat16).amax() == 255
+    assert quantized.integers(torch.bfloat16).amin() == -255
+
+
+def test_divisor_is_applied_before_quantization() -> None:
+    x = inputs(9, 24).float()
+    divisor = torch.linspace(0.5, 3, 24)
+    weight = rounded(10, 24, FORMATS[0])
+    for act in (None, ActivationFormat(bits=8)):
+        assert torch.equal(QuantizedLinear(weight, None, act, None, divisor)(x), QuantizedLinear(weight, None, act)(x / divisor))
+
+
+values = st.one_of(st.just(0.0), st.floats(-100, 100, width=32), st.sampled_from([1e30, -1e30, 1e-30]))
+
+
+@given(st.data(), st.integers(0, 4), st.integers(1, 7), st.integers(1, 4), st.sampled_from(ACTIVATIONS[1:3] + [None]))
+def test_odd_sizes_and_odd_values(data: st.DataObject, tokens: int, channels: int, out: int, act: ActivationFormat | None) -> None:
+    """No tokens, one channel, rows of zeros, constant rows, huge values."""
+    rows = data.draw(st.lists(st.lists(values, min_size=channels, max_size=channels), min_size=tokens, max_size=tokens))
+    x = torch.tensor(rows, dtype=torch.float32).reshape(tokens, channels)
+    if tokens > 1:
+        x[0], x[1] = 0, 7.0
+    weight = rounded(out, channels, WeightFormat(bits=8))
+    found = QuantizedLinear(weight, None, act)(x)
+    expected = float64_output(x, weight, None, act, None)
+    assert found.shape == (tokens, out)
+    size = x.double().abs().amax(1, keepdim=True) * weight.dequantize().double().abs().sum(1)
+    step = 0.0 if act is None else 1 / 127  # in float64 a value that lies between two codes may go to the other one
+    assert bool(((found.double() - expected).abs() <= (1e-5 + step) * size + 1e-30).all())
