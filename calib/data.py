@@ -34,7 +34,7 @@ class Calibration:
     samples: int = 32
     length: int = 512
     seed: int | None = 0
-    batch_size: int = 4
+    batch_size: int = 2
 
     def __post_init__(self) -> None:
         if not self.source:

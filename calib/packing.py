@@ -111,7 +111,7 @@ def quantization_config(linears: Mapping[str, Packed], ignored: Iterable[str], *
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=sorted(ignored),
     )
-    data = config.model_dump(mode="json", exclude_none=False)
+    data: dict[str, Any] = config.model_dump(mode="json", exclude_none=False)
     data.pop("moe_sparsity_config", None)
     if transposed:
         for part in (data, *data["config_groups"].values()):

@@ -24,7 +24,7 @@ def working_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of the walk: bfloat16 for a bfloat16 model where the hardware multiplies it natively, else float32."""
     if stored is not torch.bfloat16:
         return torch.float32
-    native = torch.cpu._is_amx_tile_supported() if device.type == "cpu" else torch.cuda.is_bf16_supported()  # type: ignore[no-untyped-call]
+    native = torch.cpu._is_amx_tile_supported() if device.type == "cpu" else torch.cuda.is_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
 

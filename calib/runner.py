@@ -6,7 +6,7 @@ the blocks are, so that no family needs a forward pass of its own here.
 Shapes: ids (B, L) token numbers; hidden (B, L, D).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .topology import Topology, topology
 
-HEAD_TOKENS = 256  # tokens whose logits are in memory at a time
+HEAD_TOKENS = 128  # tokens whose logits are in memory at a time
 
 
 @dataclass(slots=True)
@@ -93,7 +93,7 @@ class BlockRunner:
                 self.checkpoint.release(self.model.get_submodule(name))
 
     @contextmanager
-    def _stand_ins(self, stand_ins: list[nn.Module], replaced: dict[str, nn.Module]) -> Iterator[None]:
+    def _stand_ins(self, stand_ins: list[nn.Module], replaced: Mapping[str, nn.Module]) -> Iterator[None]:
         """The blocks, and the modules named in `replaced`, give way to others."""
         parent_of = {name: name.rpartition(".")[::2] for name in (self.topology.blocks, *replaced)}
         before = {name: self.model.get_submodule(name) for name in parent_of}
@@ -148,8 +148,9 @@ class BlockRunner:
 
     def stand_in_for_head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden (1, t, D): (t, V) in the runner's dtype. Only inside `head()`."""
-        width = self.model.get_input_embeddings().embedding_dim
-        nothing = torch.zeros(1, hidden.shape[1], int(width), dtype=self.dtype, device=self.device)
+        embedding = self.model.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        nothing = torch.zeros(1, hidden.shape[1], embedding.embedding_dim, dtype=self.dtype, device=self.device)
         stand_ins: list[nn.Module] = [_Injector(hidden) for _ in self.blocks]
         with self._stand_ins(stand_ins, {}):
             logits = self.model(inputs_embeds=nothing, use_cache=False).logits
@@ -165,5 +166,5 @@ class Head:
 
     def logits(self, hidden_LD: Tensor) -> Iterator[Tensor]:
         """Logits of the final hidden states, in float32 pieces of at most HEAD_TOKENS tokens: (t, V)."""
-        for piece in hidden_LD.split(HEAD_TOKENS):
-            yield self._runner.stand_in_for_head(piece[None]).float()
+        for start in range(0, len(hidden_LD), HEAD_TOKENS):
+            yield self._runner.stand_in_for_head(hidden_LD[None, start : start + HEAD_TOKENS]).float()

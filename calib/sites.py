@@ -66,6 +66,14 @@ def reader_weight(module: nn.Module) -> Tensor:
     raise TypeError(f"{type(module).__name__} is no linear layer")
 
 
+def reader_bias(module: nn.Module) -> Tensor | None:
+    """The bias of a linear layer: (O,), or None."""
+    if isinstance(module, nn.Linear | Conv1D):
+        bias: Tensor | None = module.bias
+        return bias
+    raise TypeError(f"{type(module).__name__} is no linear layer")
+
+
 def tie(site: Site, values_C: Tensor) -> Tensor:
     """values_C with one value for all channels that share a host row: the largest of theirs. Unchanged where none share."""
     if site.host is None or site.host.index is None:

@@ -54,7 +54,7 @@ class _Tap(nn.Module):
         if self.site not in walk.settled:
             walk.stop(self.site, x)
         y = walk.settled[self.site](self.reader, x.reshape(-1, x.shape[-1]), walk.current)
-        return y.unflatten(0, x.shape[:-1])
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 Reader = Callable[[str, Tensor, Pass], Tensor]

@@ -28,7 +28,7 @@ def main(model: str, tokens: str, result: str) -> None:
     vllm = importlib.import_module("vllm")
     lists = json.loads(Path(tokens).read_text())
     longest = max(map(len, lists)) + 1  # vLLM always generates at least one token
-    server = vllm.LLM(model=model, dtype="bfloat16", max_model_len=longest, enforce_eager=True, max_num_seqs=4, skip_tokenizer_init=True)
+    server = vllm.LLM(model=model, dtype="bfloat16", max_model_len=longest, enforce_eager=True, max_num_seqs=4)
     sampling = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
     outputs = server.generate([{"prompt_token_ids": ids} for ids in lists], sampling)
     means = []

@@ -172,7 +172,7 @@ class _Turn:
         self.observation = observe(block, self.index, sites, streams.calls, streams.full, streams.before)
         self.record.sink_tokens = self.observation.sink_tokens
         probe = Probe(streams.probe, self.index, hidden, ~sinks(hidden.flatten(0, 1), streams.probe.run(block, self.index, hidden).flatten(0, 1)))
-        schemes = {name: packed and packed.scheme for name, packed in self.packed.items()}
+        schemes = {name: None if packed is None else packed.scheme for name, packed in self.packed.items()}
         block.float()
         chosen = {} if self.smooth is None else choose(block, self.sites, schemes, self.observation, self.smooth, probe)
         self.record.equivalence, scales = apply(block, self.sites, chosen, probe, self.stored)

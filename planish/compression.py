@@ -25,7 +25,6 @@ from .export import publish, write_checkpoint
 from .journal import Journal
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
-from .quant.transforms.smooth import Smooth
 from .recipe import Recipe, digest
 
 PROBE = (4, 64)  # samples and tokens on which smoothing is searched and checked
@@ -106,7 +105,7 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
             progress.say(f"going on: {len(journal.blocks)} of {plan.topology.block_count} blocks are done")
         runner = BlockRunner(plan.checkpoint, plan.dtype, plan.device)
         streams = _streams(plan, runner, folder_of_streams)
-        smooth = next((step for step in plan.recipe.steps if isinstance(step, Smooth)), None)
+        smooth = next(iter(plan.recipe.steps), None)
         compressor = BlockCompressor(runner, plan.recipe.solver, smooth, plan.packed, streams)
         progress.stage("blocks", plan.topology.block_count)
         for index in range(plan.topology.block_count):
@@ -161,22 +160,23 @@ def _stream_folder(out: Path, plan: Plan, working: Path) -> Iterator[Path | None
 
 
 def fingerprint(plan: Plan) -> str:
-    """SHA-256 (hex) of all that decides the result's bytes: recipe, model, versions, arithmetic, threads."""
+    """SHA-256 (hex) of all that decides the result's bytes: recipe, model, text, versions, arithmetic, threads."""
     parts = [
         digest(plan.recipe),
         plan.checkpoint.fingerprint(),
         *(f"{name} {version(name)}" for name in ("planish", "torch", "transformers", "compressed-tensors")),
         f"{plan.dtype} {plan.device.type} {torch.get_num_threads()}",
+        "" if plan.ids is None else hashlib.sha256(plan.ids.numpy().tobytes()).hexdigest(),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _streams(plan: Plan, runner: BlockRunner, folder: Path | None) -> Streams | None:
     calibration = plan.recipe.calibration
-    if calibration is None:
+    if calibration is None or plan.ids is None:
         return None
-    ids = calibration.tokens(plan.checkpoint.tokenizer())
-    batches = list(ids.split(calibration.batch_size))
+    ids = plan.ids
+    batches = [ids[start : start + calibration.batch_size] for start in range(0, len(ids), calibration.batch_size)]
     probe = ids[: PROBE[0], : PROBE[1]]
 
     def stream(name: str) -> Stream:
@@ -218,8 +218,8 @@ def _describe(record: BlockRecord) -> str:
 
 def _probe(plan: Plan, runner: BlockRunner, streams: Streams) -> dict[str, Tensor]:
     """What the quantized model in memory says of the first calibration batch."""
-    assert plan.recipe.calibration is not None
-    ids = plan.recipe.calibration.tokens(plan.checkpoint.tokenizer())[: plan.recipe.calibration.batch_size]
+    assert plan.recipe.calibration is not None and plan.ids is not None
+    ids = plan.ids[: plan.recipe.calibration.batch_size]
     with bfloat16_products(plan.dtype is torch.bfloat16):
         return record_probe(runner, streams.quant[0], ids)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from .calib.checkpoint import Checkpoint, open_checkpoint
 from .calib.packing import Packed, default_layout
@@ -54,6 +55,7 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     packed: dict[Address, Packed | None]
+    ids: Tensor | None
     notes: tuple[str, ...]
     servers: tuple[str, ...]
     bits_per_weight: float
@@ -94,8 +96,7 @@ def make_plan(
     resolved = resolve(recipe, topology, lambda _block, site: widths[site])
     layout = recipe.export.layout
     packed = {a: None if s is None else Packed(s, default_layout(s) if layout == "auto" else layout) for a, s in resolved.schemes.items()}
-    if recipe.calibration is not None:
-        recipe.calibration.tokens(checkpoint.tokenizer())
+    ids = None if recipe.calibration is None else recipe.calibration.tokens(checkpoint.tokenizer())
     sizes = _Sizes.of(runner, recipe, packed, widths)
     streams, waiting = sizes.streams(working, recipe.solver.needs_cross), sizes.waiting(working)
     free = int(psutil.virtual_memory().available * AVAILABLE_SHARE)
@@ -113,6 +114,7 @@ def make_plan(
         device=where,
         dtype=working,
         packed=packed,
+        ids=ids,
         notes=resolved.notes + _warnings(packed, topology),
         servers=servers(packed, topology),
         bits_per_weight=sizes.bits,

@@ -14,7 +14,7 @@ from .calib.precision import bfloat16_products
 from .calib.runner import Call
 from .calib.statistics import Extremes
 from .calib.stream import relative_error
-from .calib.sites import Site, absorb, exact_scale, reader_weight, tie
+from .calib.sites import Site, absorb, exact_scale, reader_bias, reader_weight, tie
 from .calib.walk import replaced
 from .quant.errors import PlanishError
 from .quant.formats import Scheme, scale_and_zero
@@ -88,9 +88,9 @@ def choose(
         errors: dict[float | None, float] = {}
         if reference is not None:
             scales = {None: None, **scales}
-            for strength, scale_C in scales.items():
-                with replaced(block, _rounded(block, site, scheme, seen, scale_C)):
-                    errors[strength] = relative_error(reference, probe.run(block))
+            for tried, on_trial_C in scales.items():
+                with replaced(block, _rounded(block, site, scheme, seen, on_trial_C)):
+                    errors[tried] = relative_error(reference, probe.run(block))
         best = min(scales, key=lambda strength: errors.get(strength, 0.0))
         chosen[name] = Smoothing(scales[best], best, {str(strength): error for strength, error in errors.items()})
     return chosen
@@ -103,9 +103,9 @@ def _rounded(block: nn.Module, site: Site, scheme: Scheme, seen: Extremes, scale
     static = static_grid(seen, scheme, scale_C)
     for path in site.readers:
         module = block.get_submodule(path)
-        w_OI = reader_weight(module)
+        w_OI, bias = reader_weight(module), reader_bias(module)
         weight = Rtn().solve(w_OI if scale_C is None else w_OI * scale_C, scheme.weights, None, torch.float32).weight
-        layers[path] = QuantizedLinear(weight, module.bias, scheme.activations, static, scale_C)
+        layers[path] = QuantizedLinear(weight, bias, scheme.activations, static, scale_C)
     return layers
 
 

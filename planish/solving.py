@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .calib.packing import Packed
 from .calib.precision import bfloat16_products
-from .calib.sites import Site, reader_weight
+from .calib.sites import Site, reader_bias, reader_weight
 from .calib.walk import Pass, Prepared, SiteWalk
-from .quant.formats import QuantizedWeight, WeightFormat
+from .quant.formats import ActivationFormat, QuantizedWeight, WeightFormat
 from .quant.linear import QuantizedLinear, StaticGrid, quantize_input
 from .quant.solvers import Moments, Solution, Solver
 
@@ -33,8 +33,14 @@ class Readers:
     def of(cls, block: nn.Module, site: Site, packed: Packed | None, static: StaticGrid | None, stored: torch.dtype) -> "Readers":
         """The readers of a float32 block; biases as they will be stored."""
         modules = {path: block.get_submodule(path) for path in site.readers}
-        biases = {path: None if module.bias is None else module.bias.detach().to(stored) for path, module in modules.items()}
+        found = {path: reader_bias(module) for path, module in modules.items()}
+        biases = {path: None if bias is None else bias.detach().to(stored) for path, bias in found.items()}
         return cls(site, packed, static, {path: reader_weight(module).detach() for path, module in modules.items()}, biases, {})
+
+    @property
+    def activations(self) -> ActivationFormat | None:
+        """How the site's input is quantized, if it is."""
+        return None if self.packed is None else self.packed.scheme.activations
 
 
 def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWalk | None) -> Moments:
@@ -44,7 +50,7 @@ def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWal
     weights that make them. They do not set the damping. full: the full-precision walk that goes along; its inputs give the cross moment of GPTAQ.
     """
     name = readers.site.name
-    act = readers.packed and readers.packed.scheme.activations
+    act = readers.activations
     width = next(iter(readers.weights.values())).shape[1]
     device = keep_T[0].device
     second_II = torch.zeros(width, width, device=device)
@@ -80,18 +86,17 @@ def solve(readers: Readers, solver: Solver, moments: Moments | None, scale_dtype
 
 
 def _solve(readers: Readers, fmt: WeightFormat, solver: Solver, moments: Moments | None, scale_dtype: torch.dtype) -> Solution | None:
-    joint = [list(readers.weights)] if fmt.granularity != "tensor" else [[path] for path in readers.weights]
+    whole = fmt.granularity == "tensor"
     solution = None
-    for paths in joint:
-        rows = [readers.weights[path].shape[0] for path in paths]
+    for paths in [[path] for path in readers.weights] if whole else [list(readers.weights)]:
         solution = solver.solve(torch.cat([readers.weights[path] for path in paths]), fmt, moments, scale_dtype)
-        codes = solution.weight.codes.split(rows)
-        scales = solution.weight.scale.split(rows) if fmt.granularity != "tensor" else (solution.weight.scale,)
-        zeros: tuple[Tensor | None, ...] = (None,) * len(rows)
-        if solution.weight.zero is not None:
-            zeros = solution.weight.zero.split(rows) if fmt.granularity != "tensor" else (solution.weight.zero,)
-        for path, c, s, z in zip(paths, codes, scales, zeros, strict=True):
-            readers.solved[path] = QuantizedWeight(c.contiguous(), s, z, fmt)
+        found, start = solution.weight, 0
+        for path in paths:
+            rows = slice(start, start + len(readers.weights[path]))
+            grid = slice(None) if whole else rows
+            zero = None if found.zero is None else found.zero[grid]
+            readers.solved[path] = QuantizedWeight(found.codes[rows].contiguous(), found.scale[grid], zero, fmt)
+            start = rows.stop
     return solution
 
 
@@ -108,7 +113,7 @@ def output_error(readers: Readers, moments: Moments) -> float:
 
 def settle(readers: Readers, walk: SiteWalk, dtype: torch.dtype, stored: torch.dtype) -> None:
     """Let the batches go on: the site's readers compute as they will at run time."""
-    act = readers.packed and readers.packed.scheme.activations
+    act = readers.activations
     layers: Mapping[str, QuantizedLinear] = {
         path: QuantizedLinear(weight, readers.biases[path], act, readers.static, dtype=dtype) for path, weight in readers.solved.items()
     }

@@ -133,19 +133,25 @@ class QuantizedWeight:
         q_OI = self.codes.float()
         if self.zero is None:
             return q_OI
-        return (q_OI.unflatten(1, (self.scale.shape[1], -1)) - self.zero[:, :, None]).flatten(1)
+        return (by_group(q_OI, self.scale.shape[1]) - self.zero[:, :, None]).flatten(1)
 
     def dequantize(self) -> Tensor:
         """(O, I) float32: (codes - zero) * scale."""
-        q_OGI = self.integers().unflatten(1, (self.scale.shape[1], -1))
+        q_OI = self.integers()
+        q_OGI = by_group(q_OI, self.scale.shape[1])
         return (q_OGI * self.scale[:, :, None]).flatten(1)
+
+
+def by_group(x: Tensor, groups: int) -> Tensor:
+    """x: (N, C) as (N, groups, C / groups), a view where it can be one."""
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups)
 
 
 def weight_range(w_OI: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
     """Smallest and largest weight under each scale: (O, G), or (1, 1) per tensor."""
     if fmt.granularity == "tensor":
         return w_OI.amin().reshape(1, 1), w_OI.amax().reshape(1, 1)
-    w_OGI = w_OI.unflatten(1, (fmt.groups(w_OI.shape[1]), -1))
+    w_OGI = by_group(w_OI, fmt.groups(w_OI.shape[1]))
     return w_OGI.amin(2), w_OGI.amax(2)
 
 
@@ -157,6 +163,6 @@ def activation_grid(x_TC: Tensor, fmt: ActivationFormat) -> tuple[Tensor, Tensor
         size = fmt.group_size or x_TC.shape[1]
         if x_TC.shape[1] % size:
             raise PlanishError(f"activations.group_size {size} does not divide {x_TC.shape[1]} channels.")
-        x_TGC = x_TC.unflatten(1, (-1, size))
+        x_TGC = by_group(x_TC, x_TC.shape[1] // size)
         low, high = x_TGC.amin(2), x_TGC.amax(2)  # two reductions: several times faster than aminmax along a dimension
     return scale_and_zero(low.float(), high.float(), fmt.bits, fmt.symmetric)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .formats import ActivationFormat, QuantizedWeight, activation_grid, to_codes
+from .formats import ActivationFormat, QuantizedWeight, activation_grid, by_group, to_codes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,14 +40,14 @@ class QuantizedInput:
 
     def dequantize(self) -> Tensor:
         """(T, C) float32: (codes - zero) * scale."""
-        x_TGC = self.integers(torch.float32).unflatten(1, (self.scale.shape[1], -1))
+        x_TGC = by_group(self.integers(torch.float32), self.scale.shape[1])
         return x_TGC.mul_(self.scale[:, :, None]).flatten(1)
 
 
 def quantize_input(x_TC: Tensor, fmt: ActivationFormat, static: StaticGrid | None = None) -> QuantizedInput:
     """x_TC as codes: with its own dynamic grid, or the given static one."""
     scale, zero = activation_grid(x_TC, fmt) if static is None else (static.scale, static.zero)
-    x_TGC = x_TC.unflatten(1, (scale.shape[1], -1))
+    x_TGC = by_group(x_TC, scale.shape[1])
     codes = to_codes(x_TGC, scale[:, :, None], None if zero is None else zero[:, :, None], fmt.bits)
     return QuantizedInput(codes.flatten(1).to(torch.int8), scale, zero)
 
@@ -81,9 +81,9 @@ class QuantizedLinear(nn.Module):
         if self.divisor is not None:
             x_TC = (x_TC / self.divisor).to(x.dtype)
         if self.activations is None:
-            return nn.functional.linear(x_TC, self.matrix, self.bias).unflatten(0, x.shape[:-1])
+            return nn.functional.linear(x_TC, self.matrix, self.bias).reshape(*x.shape[:-1], self.out_features)
         quantized = quantize_input(x_TC, self.activations, self.static)
-        return self.multiply(quantized, self.left(quantized)).unflatten(0, x.shape[:-1])
+        return self.multiply(quantized, self.left(quantized)).reshape(*x.shape[:-1], self.out_features)
 
     def left(self, x: QuantizedInput) -> Tensor:
         """The left factor of the product: (T, I) in the layer's dtype. Readers of one input can share it."""

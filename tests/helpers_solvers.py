@@ -114,7 +114,7 @@ def least_squares_gptaq(w_OI: Tensor, x_TI: Tensor, full_TI: Tensor, fmt: Weight
 
     Damping is written as extra tokens sqrt(damping * mean) * I that both streams share.
     """
-    w_OI, size = w_OI.clone(), w_OI.shape[1]
+    first_OI, w_OI, size = w_OI, w_OI.clone(), w_OI.shape[1]
     extra = (damping * x_TI.square().sum(0).mean()).sqrt() * torch.eye(size, dtype=w_OI.dtype)
     x, gap = torch.cat([x_TI, extra]), torch.cat([full_TI - x_TI, torch.zeros_like(extra)])
     hat_OI = torch.zeros_like(w_OI)
@@ -123,6 +123,6 @@ def least_squares_gptaq(w_OI: Tensor, x_TI: Tensor, full_TI: Tensor, fmt: Weight
             grid, group = _group_grid(w_OI, j, fmt, dtype, None)
         hat_OI[:, j] = column(w_OI[:, j], grid, group, fmt.bits)
         if j + 1 < size:
-            lost_TO = torch.outer(x[:, j], w_OI[:, j] - hat_OI[:, j]) + alpha * torch.outer(gap[:, j], w_OI[:, j])
+            lost_TO = torch.outer(x[:, j], w_OI[:, j] - hat_OI[:, j]) + alpha * torch.outer(gap[:, j], first_OI[:, j])
             w_OI[:, j + 1 :] += torch.linalg.lstsq(x[:, j + 1 :], lost_TO).solution.T
     return hat_OI

@@ -3,10 +3,11 @@
 GPTQ keeps w x of the input x that the quantized predecessors deliver; GPTAQ keeps w x_full, the output of the full-precision model:
 min |w_hat x - w x_full|^2. When column j is rounded, the free columns F compensate its error and also what was missing in its input:
 
-    w_F <- w_F - e_j * U_jF / U_jj + w_j * P_jF,   P = alpha * ((D U^T) * strictly upper) U,   D = sum (x_full - x)^T x.
+    w_F <- w_F - e_j * U_jF / U_jj + w0_j * P_jF,   P = alpha * ((D U^T) * strictly upper) U,   D = sum (x_full - x)^T x.
 
 Row j of P / alpha is d_j X_F^T (X_F X_F^T)^-1, d_j = x_full_j - x_j over tokens: the best stand-in for the missing part.
-alpha below 1 guards against noise in D.
+alpha below 1 guards against noise in D. w0_j is the original weight, as the objective has it; the paper's code takes the weight as updated so far,
+with which corrections pile up and the error rises again towards alpha 1 where the two inputs are far apart.
 
 Shape suffixes: I in channels.
 """

@@ -315,4 +315,4 @@ def test_a_server_that_fails(tmp_path: Path) -> None:
     python.chmod(0o755)
     found = verify(out, text=text(tmp_path), server="vllm", server_env=tmp_path / "env", stock=False)
     assert found["server"].ok is False
-    assert found["server"].message == "vLLM did not run the checkpoint: ValueError: no such kernel"
+    assert found["server"].message == "vLLM did not run the checkpoint: exit status 1: ValueError: no such kernel"

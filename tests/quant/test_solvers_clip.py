@@ -1,3 +1,5 @@
+"""The clip search against every candidate tried one by one."""
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest

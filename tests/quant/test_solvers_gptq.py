@@ -1,3 +1,5 @@
+"""GPTQ against the textbook: one column at a time, the inverse updated explicitly."""
+
 import math
 
 import hypothesis

@@ -1,3 +1,5 @@
+"""Rounding to nearest against plain arithmetic."""
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest

@@ -1,0 +1,168 @@
+"""Every family with every shipped recipe: compressed, reloaded by planish and by stock transformers, the same numbers everywhere.
+
+Where transformers cannot run a checkpoint (GPT-2, whose layers are Conv1D), it refuses it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_compress import distance, ids, quick, source
+from tiny_models import CONFIGS, FAMILIES
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import planish
+from planish.eval.probe import read_probe
+from planish.quant import linear
+from planish.quant.formats import ActivationFormat
+from planish.quant.linear import QuantizedLinear
+from planish.quant.transforms.smooth import Smooth
+from planish.recipe import Recipe
+
+RECIPES = ("w8a8", "w8a8-static", "w4a8", "w4a16-g128", "w4a16-channel")
+VARIANTS = tuple(name for name in CONFIGS if name not in FAMILIES)
+CASES = [(family, recipe) for family in FAMILIES for recipe in RECIPES] + [(family, recipe) for family in VARIANTS for recipe in RECIPES[1:5:2]]
+CONV1D = ("gpt2",)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {family: source(family, root / family) for family in CONFIGS}
+
+
+def divided_by_half_steps(x_TC: Tensor, fmt: ActivationFormat) -> tuple[Tensor, Tensor | None]:
+    """Per token, symmetric, as compressed-tensors emulates it: it divides the maximum by 127.5, where servers (and planish) divide by 127."""
+    assert fmt.granularity == "token"
+    assert fmt.symmetric
+    return x_TC.abs().amax(1, keepdim=True) / 127.5, None
+
+
+def stock(folder: Path) -> PreTrainedModel:
+    """Loaded by transformers, every tensor in its place."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = loaded
+    assert not any(info.values()), info
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+@torch.no_grad()
+def check_against_probe(folder: Path, model: PreTrainedModel) -> None:
+    """The reloaded model says of the calibration text what the model in memory said."""
+    probe = read_probe(folder)
+    assert probe is not None
+    token_ids = probe["input_ids"]
+    log_probabilities = model(token_ids).logits.log_softmax(-1)[:, :-1].gather(2, token_ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(log_probabilities, probe["next_logprobs"], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def check_stock(folder: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock transformers has the same weights, bit for bit, and computes the same; but for its other divisor of dynamic activations."""
+    other = stock(folder)
+    expected, found = model(ids()).logits, other(ids()).logits
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    for name, layer in layers.items():
+        weight = layer.matrix if layer.factor is None else layer.matrix * layer.factor.T
+        theirs = other.get_submodule(name)
+        assert isinstance(theirs, nn.Linear)
+        assert torch.equal(theirs.weight, weight)
+    if not any(layer.activations is not None and layer.activations.dynamic for layer in layers.values()):
+        assert distance(found, expected) < 1e-5
+        return
+    assert distance(found, expected) < 0.06
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "activation_grid", divided_by_half_steps)
+        expected = model(ids()).logits
+    assert distance(found, expected) < 0.02  # a negative maximum then lies between two codes, and last bits decide
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "recipe"), CASES, ids=[f"{family}-{recipe}" for family, recipe in CASES])
+def test_family(family: str, recipe: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    result = planish.compress(quick(recipe), sources[family], out, dtype=torch.float32)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    for block in result.blocks:
+        assert block.error is not None
+        assert 0 < block.error < (0.6 if recipe.startswith("w4") else 0.4)
+        assert block.equivalence < 1e-4
+    if recipe == "w4a16-g128":
+        assert any("128" in note for note in result.plan.notes)
+    model = planish.load(out, dtype=torch.float32)
+    check_against_probe(out, model)
+    if family in CONV1D:
+        assert result.plan.servers == ("planish",)
+        with pytest.raises(ValueError, match="conv1d-"):
+            AutoModelForCausalLM.from_pretrained(out)
+    else:
+        check_stock(out, model, monkeypatch)
+
+
+SCHEMES = {
+    "4-tensor": planish.Scheme(weights=planish.WeightFormat(bits=4, granularity="tensor")),
+    "4-tensor-asymmetric": planish.Scheme(weights=planish.WeightFormat(bits=4, symmetric=False, granularity="tensor")),
+    "4-channel-asymmetric": planish.Scheme(weights=planish.WeightFormat(bits=4, symmetric=False)),
+    "3-group-asymmetric": planish.Scheme(weights=planish.WeightFormat(bits=3, symmetric=False, granularity="group", group_size=16)),
+    "8-group": planish.Scheme(weights=planish.WeightFormat(bits=8, granularity="group", group_size=32)),
+    "8-tensor-8": planish.Scheme(weights=planish.WeightFormat(bits=8, granularity="tensor"), activations=ActivationFormat(bits=8)),
+    "4-channel-asymmetric-8": planish.Scheme(weights=planish.WeightFormat(bits=4, symmetric=False), activations=ActivationFormat(bits=8)),
+    "4-tensor-asymmetric-8": planish.Scheme(
+        weights=planish.WeightFormat(bits=4, symmetric=False, granularity="tensor"), activations=ActivationFormat(bits=8)
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["auto", "int-quantized", "pack-quantized"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_any_format_in_stock_transformers(
+    scheme: str, layout: Any, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(name="any", calibration=None, scheme=SCHEMES[scheme], solver=planish.Rtn(), export=planish.Export(layout=layout))
+    planish.compress(recipe, sources["phi3"], tmp_path / "out", dtype=torch.float32)
+    check_stock(tmp_path / "out", planish.load(tmp_path / "out", dtype=torch.float32), monkeypatch)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "opt-350m", "gpt2"])
+def test_mixed_schemes_and_kept_sites(family: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = (
+        planish.Override(sites=("*.down",), keep=True),
+        planish.Override(sites=("0.o",), scheme=SCHEMES["3-group-asymmetric"]),
+        planish.Override(sites=("1.qkv",), scheme=planish.Scheme(weights=planish.WeightFormat(bits=8), activations=ActivationFormat(bits=8))),
+    )
+    recipe = Recipe(
+        name="mixed",
+        calibration=planish.Calibration(samples=4, length=32),
+        steps=(Smooth(strength=0.5),),
+        scheme=SCHEMES["8-group"],
+        overrides=overrides,
+        solver=planish.Gptq(),
+    )
+    out = tmp_path / "out"
+    planish.compress(recipe, sources[family], out, dtype=torch.float32)
+    model = planish.load(out, dtype=torch.float32)
+    check_against_probe(out, model)
+    blocks = {"llama": "model.layers", "opt-350m": "model.decoder.layers", "gpt2": "transformer.h"}[family]
+    kept = {name for name, module in model.get_submodule(blocks).named_modules() if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"}
+    assert len(kept) == len(model.get_submodule(blocks))
+    if family not in CONV1D:
+        check_stock(out, model, monkeypatch)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_stored_types(family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = source(family, tmp_path / "model", dtype)
+    planish.compress(quick("w8a8-static"), folder, tmp_path / "out")
+    model = planish.load(tmp_path / "out")
+    assert model.dtype is dtype
+    model = planish.load(tmp_path / "out", dtype=torch.float32)
+    check_against_probe(tmp_path / "out", model)
+    check_stock(tmp_path / "out", model, monkeypatch)
+    assert distance(model(ids()).logits, planish.load(folder, dtype=torch.float32)(ids()).logits) < 0.4

@@ -1,0 +1,43 @@
+"""Tiny models with a tokenizer, and shipped recipes made quick."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers_text import build_tokenizer
+from tiny_models import tiny
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from planish.recipe import Recipe, load_recipe, with_settings
+
+VOCABULARY = 400
+QUICK = ("calibration.samples=4", "calibration.length=32", "calibration.batch_size=2")
+
+
+def source(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16, changes: Mapping[str, Any] | None = None, shard: str = "1GB") -> Path:
+    """The checkpoint of a tiny model, whose vocabulary is that of its tokenizer."""
+    return store(tiny(family, changes={"vocab_size": VOCABULARY, **(changes or {})}), folder, dtype, shard)
+
+
+def store(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.bfloat16, shard: str = "1GB") -> Path:
+    model = model.to(dtype)
+    model.config.dtype = dtype
+    model.save_pretrained(folder, max_shard_size=shard)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def quick(name: str, *settings: str) -> Recipe:
+    """A shipped recipe with little calibration text."""
+    return with_settings(load_recipe(name), (*QUICK, *settings))
+
+
+def ids(samples: int = 2, length: int = 24) -> Tensor:
+    return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(3))
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Relative, Frobenius norms."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
