@@ -42,6 +42,9 @@ def massive(h_TC: Tensor, criterion: MassiveCriterion = PAPER) -> Tensor:
     """
     if not h_TC.numel():
         return torch.zeros(len(h_TC), dtype=torch.bool, device=h_TC.device)
+    low, high = h_TC.aminmax()  # one quick pass, and mostly the only one
+    if -criterion.floor <= float(low) and float(high) <= criterion.floor:
+        return torch.zeros(len(h_TC), dtype=torch.bool, device=h_TC.device)
     peak_T = torch.maximum(h_TC.amax(1), -h_TC.amin(1)).float()
     if not bool(torch.isfinite(peak_T).all()):
         token = int((~torch.isfinite(peak_T)).nonzero()[0])

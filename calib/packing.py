@@ -131,7 +131,7 @@ def _scheme(packed: Packed, names: list[str], alone: bool) -> QuantizationScheme
             num_bits=act.bits, symmetric=act.symmetric, strategy=QuantizationStrategy(act.granularity), group_size=act.group_size, dynamic=act.dynamic
         )
     targets = ["Linear"] if alone else [f"re:^{re.escape(name)}$" for name in names]
-    return QuantizationScheme(targets=targets, weights=weights, input_activations=inputs, format=packed.layout)
+    return QuantizationScheme(targets=targets, weights=weights, input_activations=inputs, format=CompressionFormat(packed.layout))
 
 
 def read_config(data: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Packed]:

@@ -4,8 +4,8 @@ Two correct evaluations differ: last bits decide which code an activation gets. 
 come out 0.35 nats apart (standard deviation, planish against itself with its last bits disturbed), so the mean of a window of 512 tokens is uncertain
 by 0.015, that of 4 windows of 2048 by 0.004. The bar is for the mean over all windows; give it thousands of tokens.
 
-vLLM 0.32 on an x86 CPU runs 4-bit weights with 8-bit activations in PyTorch's reference kernel: 10 tokens a second, and activations quantized
-asymmetrically whatever the checkpoint declares, which makes its answer a little better than planish's (by 0.01 nats per token).
+vLLM 0.32 on an x86 CPU runs 4-bit weights with 8-bit activations in PyTorch's reference kernel: 10 tokens a second, and the same answer to the last
+digit whether the checkpoint declares the activations symmetric or not.
 """
 
 import json

@@ -222,19 +222,23 @@ def _products_per_second(dtype: torch.dtype, device: torch.device) -> float:
 def servers(packed: dict[Address, Packed | None], topology: Topology) -> tuple[str, ...]:
     """Who runs such a checkpoint as it was measured. planish.load always does."""
     schemes = {how for how in packed.values() if how is not None}
-    if topology.family in PLAIN_LINEARS:
-        return ("planish",)
-    if any(how.scheme.activations is not None and how.scheme.activations.bits != 8 for how in schemes):
-        return ("planish", "transformers")
-    return ("planish", "transformers", "vLLM") if all(_in_vllm(how) for how in schemes) else ("planish", "transformers")
+    others = {"transformers": _in_transformers, "vLLM": _in_vllm}
+    return ("planish", *(name for name, runs in others.items() if topology.family not in PLAIN_LINEARS and all(map(runs, schemes))))
+
+
+def _in_transformers(how: Packed) -> bool:
+    fmt = how.scheme.weights
+    assert fmt is not None
+    return how.layout == "int-quantized" or fmt.symmetric or fmt.granularity == "tensor"  # it has no room for packed zero points (5.23)
 
 
 def _in_vllm(how: Packed) -> bool:
     fmt, act = how.scheme.weights, how.scheme.activations
     assert fmt is not None
     if act is not None:
-        return fmt.symmetric and fmt.granularity in ("tensor", "channel") and fmt.bits in (4, 8) and how.layout == "int-quantized"
-    return fmt.bits in (4, 8) and how.layout == "pack-quantized" and (fmt.group_size is None or fmt.group_size in SERVED_GROUPS)
+        return act.bits == 8 and fmt.symmetric and fmt.granularity in ("tensor", "channel") and fmt.bits in (4, 8) and how.layout == "int-quantized"
+    served = fmt.granularity == "channel" or fmt.group_size in SERVED_GROUPS
+    return fmt.bits in (4, 8) and how.layout == "pack-quantized" and served
 
 
 def _warnings(packed: dict[Address, Packed | None], topology: Topology) -> tuple[str, ...]:

@@ -70,8 +70,9 @@ def check_stock(folder: Path, model: PreTrainedModel, monkeypatch: pytest.Monkey
         theirs = other.get_submodule(name)
         assert isinstance(theirs, nn.Linear)
         assert torch.equal(theirs.weight, weight)
-    if not any(layer.activations is not None and layer.activations.dynamic for layer in layers.values()):
-        assert distance(found, expected) < 1e-5
+    activations = [layer.activations for layer in layers.values() if layer.activations is not None]
+    if not any(act.dynamic for act in activations):
+        assert distance(found, expected) < (2e-3 if activations else 1e-5)  # one code that last bits moved is 5e-4
         return
     assert distance(found, expected) < 0.06
     with monkeypatch.context() as patch:
@@ -107,6 +108,7 @@ SCHEMES = {
     "4-tensor-asymmetric": planish.Scheme(weights=planish.WeightFormat(bits=4, symmetric=False, granularity="tensor")),
     "4-channel-asymmetric": planish.Scheme(weights=planish.WeightFormat(bits=4, symmetric=False)),
     "3-group-asymmetric": planish.Scheme(weights=planish.WeightFormat(bits=3, symmetric=False, granularity="group", group_size=16)),
+    "3-group": planish.Scheme(weights=planish.WeightFormat(bits=3, granularity="group", group_size=16)),
     "8-group": planish.Scheme(weights=planish.WeightFormat(bits=8, granularity="group", group_size=32)),
     "8-tensor-8": planish.Scheme(weights=planish.WeightFormat(bits=8, granularity="tensor"), activations=ActivationFormat(bits=8)),
     "4-channel-asymmetric-8": planish.Scheme(weights=planish.WeightFormat(bits=4, symmetric=False), activations=ActivationFormat(bits=8)),
@@ -123,8 +125,14 @@ def test_any_format_in_stock_transformers(
     scheme: str, layout: Any, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe(name="any", calibration=None, scheme=SCHEMES[scheme], solver=planish.Rtn(), export=planish.Export(layout=layout))
-    planish.compress(recipe, sources["phi3"], tmp_path / "out", dtype=torch.float32)
-    check_stock(tmp_path / "out", planish.load(tmp_path / "out", dtype=torch.float32), monkeypatch)
+    plan = planish.compress(recipe, sources["phi3"], tmp_path / "out", dtype=torch.float32).plan
+    model = planish.load(tmp_path / "out", dtype=torch.float32)
+    if "transformers" in plan.servers:
+        check_stock(tmp_path / "out", model, monkeypatch)
+    else:
+        assert "asymmetric" in scheme
+        with pytest.raises(RuntimeError, match="mismatch"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 @torch.no_grad()
@@ -132,7 +140,7 @@ def test_any_format_in_stock_transformers(
 def test_mixed_schemes_and_kept_sites(family: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = (
         planish.Override(sites=("*.down",), keep=True),
-        planish.Override(sites=("0.o",), scheme=SCHEMES["3-group-asymmetric"]),
+        planish.Override(sites=("0.o",), scheme=SCHEMES["3-group"]),
         planish.Override(sites=("1.qkv",), scheme=planish.Scheme(weights=planish.WeightFormat(bits=8), activations=ActivationFormat(bits=8))),
     )
     recipe = Recipe(

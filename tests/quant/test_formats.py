@@ -59,7 +59,7 @@ def test_weights_equal_the_plain_reference(fmt: WeightFormat) -> None:
         for group, values in enumerate(groups):
             scale, zero = plain_range(values.tolist(), fmt.bits, fmt.symmetric)
             assert found.scale[row, group].item() == pytest.approx(scale, rel=1e-6)
-            assert fmt.symmetric or found.zero is not None and found.zero[row, group].item() == zero
+            assert fmt.symmetric or (found.zero is not None and found.zero[row, group].item() == zero)
     step = found.scale.repeat_interleave(24 // found.scale.shape[1], 1).double()
     assert bool(((found.dequantize() - w_OI).abs() <= step * 0.501 * (1 if fmt.symmetric else 2)).all())
 
@@ -158,7 +158,7 @@ def test_activation_grids(symmetric: bool) -> None:
             values = x_TC.flatten() if size == 84 else x_TC[row, column * size :][:size]
             expected, offset = plain_range(values.tolist(), 8, symmetric)
             assert found == pytest.approx(expected, rel=1e-6)
-            assert symmetric or zero is not None and zero[row, column] == offset
+            assert symmetric or (zero is not None and zero[row, column] == offset)
     assert activation_grid(x_TC[:0], ActivationFormat(bits=8))[0].shape == (0, 1)
 
 

@@ -128,7 +128,7 @@ def test_divisor_is_applied_before_quantization() -> None:
 values = st.one_of(st.just(0.0), st.floats(-100, 100, width=32), st.sampled_from([1e30, -1e30, 1e-30]))
 
 
-@given(st.data(), st.integers(0, 4), st.integers(1, 7), st.integers(1, 4), st.sampled_from(ACTIVATIONS[1:3] + [None]))
+@given(st.data(), st.integers(0, 4), st.integers(1, 7), st.integers(1, 4), st.sampled_from([*ACTIVATIONS[1:3], None]))
 def test_odd_sizes_and_odd_values(data: st.DataObject, tokens: int, channels: int, out: int, act: ActivationFormat | None) -> None:
     """No tokens, one channel, rows of zeros, constant rows, huge values."""
     rows = data.draw(st.lists(st.lists(values, min_size=channels, max_size=channels), min_size=tokens, max_size=tokens))
