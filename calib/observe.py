@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .outliers import massive
 from .runner import Call
+from .sites import Site
 from .statistics import Extremes
 from .stream import Stream
-from .sites import Site
 from .walk import site_inputs
 
 
@@ -21,7 +21,8 @@ from .walk import site_inputs
 class Observation:
     """What the full-precision pass showed.
 
-    seen: statistics of each site without the sink tokens. sinks_C: the sink tokens' absolute maxima by site. keep_T: for each batch, which tokens are no sinks.
+    seen: statistics of each site without the sink tokens. sinks_C: the sink tokens' absolute maxima by site. keep_T: for each batch,
+    which tokens are no sinks.
     """
 
     seen: dict[str, Extremes] = field(default_factory=dict)

@@ -166,9 +166,13 @@ def _packed(scheme: QuantizationScheme, default: str, name: str) -> Packed:
     weights, inputs = scheme.weights, scheme.input_activations
     layout = str(getattr(scheme.format, "value", scheme.format) or default)
     if weights is None or weights.type != "int" or layout not in ("int-quantized", "pack-quantized"):
-        raise PlanishError(f"{name}: stored as {layout} {weights and weights.type}; planish reads integer checkpoints (int-quantized, pack-quantized).")
+        kind = f"{layout} {weights and weights.type}"
+        raise PlanishError(f"{name}: stored as {kind}; planish reads integer checkpoints (int-quantized, pack-quantized).")
     fmt = WeightFormat(
-        bits=weights.num_bits, symmetric=weights.symmetric, granularity=_strategy(weights, name, ("tensor", "channel", "group")), group_size=_group(weights)
+        bits=weights.num_bits,
+        symmetric=weights.symmetric,
+        granularity=_strategy(weights, name, ("tensor", "channel", "group")),
+        group_size=_group(weights),
     )
     act = None
     if inputs is not None:

@@ -121,7 +121,8 @@ class BlockRunner:
                 with self._stand_ins(recorders, skipped):
                     self.model(input_ids=ids.to(self.device), use_cache=False)
                 first = recorders[0]
-                assert isinstance(first, _Recorder) and first.hidden is not None
+                assert isinstance(first, _Recorder)
+                assert first.hidden is not None
                 yield first.hidden, calls.setdefault(ids.shape, call)
 
     def block_name(self, index: int) -> str:

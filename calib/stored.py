@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint, build_skeleton, open_checkpoint
 from .locate import weight_files
 from .packing import Packed, read_config, stored_names
 from .quantized import quantized_readers
-from .shards import TensorInfo, read_json, read_shards
+from .shards import read_json, read_shards
 from .walk import put
 
 
@@ -69,11 +69,12 @@ def open_stored(folder: str | Path) -> StoredCheckpoint:
     values = read_json(folder / "config.json")
     quantization = values.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
-        raise PlanishError(f"{folder / 'config.json'}: quantization_config is {quantization!r}. Give a compressed-tensors checkpoint, such as planish compress writes.")
+        where = folder / "config.json"
+        raise PlanishError(f"{where}: quantization_config is {quantization!r}. Give a compressed-tensors checkpoint, such as planish writes.")
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     assert isinstance(config, PreTrainedConfig)
     config = copy.deepcopy(config)
-    del config.quantization_config
+    vars(config).pop("quantization_config")
     skeleton = build_skeleton(config, torch.float32, folder)
     linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     packed = read_config(quantization, linears)
@@ -84,7 +85,8 @@ def open_stored(folder: str | Path) -> StoredCheckpoint:
     missing = sorted(needed - tensors.keys())
     if missing:
         raise PlanishError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}. The checkpoint is incomplete: compress again.")
-    return StoredCheckpoint(path=folder, config=config, tensors=tensors, aliases=aliases, unused=tuple(sorted(tensors.keys() - needed)), packed=packed)
+    unused = tuple(sorted(tensors.keys() - needed))
+    return StoredCheckpoint(path=folder, config=config, tensors=tensors, aliases=aliases, unused=unused, packed=packed)
 
 
 def open_any(model: str | Path) -> Checkpoint:

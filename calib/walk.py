@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..quant.linear import QuantizedInput
 from .sites import Site
 
+
 class _Broken(Exception):
     """Ends a forward pass at the site where it was to stop. Never leaves this module."""
 
@@ -78,7 +79,8 @@ class SiteWalk:
         if self.replay:
             raise _Broken
         waiting = self.current
-        assert waiting.thread is not None and waiting.thread.parent is not None
+        assert waiting.thread is not None
+        assert waiting.thread.parent is not None
         waiting.thread.parent.switch()
         self.current = waiting
 

@@ -35,7 +35,8 @@ def model_card(plan: Plan, blocks: Sequence[BlockRecord], stored: int) -> str:
 
 def _use(plan: Plan) -> str:
     """How to run it, in the consumers that do."""
-    stock = "transformers" in plan.servers
-    code = "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained" if stock else "import planish\n\nmodel = planish.load"
+    line, call = "import planish", "planish.load"
+    if "transformers" in plan.servers:
+        line, call = "from transformers import AutoModelForCausalLM", "AutoModelForCausalLM.from_pretrained"
     server = "\n\nor `vllm serve THIS_FOLDER`." if "vLLM" in plan.servers else ""
-    return f'```python\n{code}("THIS_FOLDER")\n```{server}'
+    return f'```python\n{line}\n\nmodel = {call}("THIS_FOLDER")\n```{server}'

@@ -5,8 +5,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from .calib.shards import DTYPES, INDEX_FILE, SINGLE_FILE, TensorInfo
 from .journal import write_text
 

@@ -26,7 +26,9 @@ def _check_bits(where: str, bits: int) -> None:
 
 def _check_group(where: str, granularity: str, group_size: int | None) -> None:
     if (granularity == "group") != (group_size is not None):
-        raise PlanishError(f"{where}: granularity {granularity} with group_size {group_size}. group_size goes with granularity group, and only with it.")
+        raise PlanishError(
+            f"{where}: granularity {granularity} with group_size {group_size}. group_size goes with granularity group, and only with it."
+        )
     if group_size is not None and group_size < 2:
         raise PlanishError(f"{where}.group_size is {group_size}, but a group has at least 2 channels.")
 
@@ -49,7 +51,9 @@ class WeightFormat:
         if self.group_size is None:
             return 1
         if in_channels % self.group_size:
-            raise PlanishError(f"weights.group_size {self.group_size} does not divide {in_channels} input channels. Use a divisor, or granularity channel.")
+            raise PlanishError(
+                f"weights.group_size {self.group_size} does not divide {in_channels} input channels. Use a divisor, or granularity channel."
+            )
         return in_channels // self.group_size
 
 

@@ -6,7 +6,6 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from helpers_solvers import format_name, weights
 from pydantic import ValidationError
-from torch import Tensor
 
 from planish.calib.packing import Layout, Packed, default_layout, pack, quantization_config, read_config, stored_names, unpack
 from planish.quant.errors import PlanishError
@@ -21,6 +20,7 @@ FORMATS = [
     for granularity in ("tensor", "channel", "group")
 ]
 LAYOUTS: tuple[Layout, ...] = ("int-quantized", "pack-quantized")
+GROUPS = ActivationFormat(bits=4, granularity="group", group_size=32)
 TOKEN, STATIC = ActivationFormat(bits=8), ActivationFormat(bits=8, symmetric=False, granularity="tensor", dynamic=False)
 
 
@@ -63,7 +63,8 @@ def test_the_library_unpacks_the_same_weight(fmt: WeightFormat, layout: Layout) 
     config = QuantizationConfig.model_validate(quantization_config({"a": Packed(Scheme(weights=fmt), layout)}, []))
     scheme = config.config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry(layout)
-    tensors: dict[str, Tensor] = {name: tensor.float() if name == "weight_scale" else tensor for name, tensor in pack(weight, layout, torch.bfloat16, None).items()}
+    tensors = pack(weight, layout, torch.bfloat16, None)
+    tensors["weight_scale"] = tensors["weight_scale"].float()
     assert torch.equal(compressor.decompress(tensors, scheme)["weight"], weight.dequantize())
 
 
@@ -94,9 +95,7 @@ MIXED = {
     "m.1.q": Packed(Scheme(weights=WeightFormat(bits=4, granularity="group", group_size=32)), "pack-quantized"),
     "m.11.q": Packed(Scheme(weights=WeightFormat(bits=4, symmetric=False)), "pack-quantized"),
     "m.1.d": Packed(Scheme(weights=WeightFormat(bits=4, symmetric=False)), "pack-quantized"),
-    "m.2.d": Packed(
-        Scheme(weights=WeightFormat(bits=4, granularity="tensor"), activations=ActivationFormat(bits=4, granularity="group", group_size=32)), "int-quantized"
-    ),
+    "m.2.d": Packed(Scheme(weights=WeightFormat(bits=4, granularity="tensor"), activations=GROUPS), "int-quantized"),
 }
 
 

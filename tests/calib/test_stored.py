@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from planish.calib.checkpoint import open_checkpoint
 from planish.calib.quantized import load_rest
 from planish.calib.runner import BlockRunner
+from planish.calib.shards import read_json
 from planish.calib.sites import reader_weight
 from planish.calib.stored import StoredCheckpoint, is_compressed, open_any, open_stored
 from planish.quant.errors import PlanishError
@@ -48,7 +49,8 @@ def test_reloaded_computes_what_was_stored(family: str, scheme: str, tmp_path: P
     how = SCHEMES[scheme]
     source = saved(tiny(family), tmp_path / "model")
     folder = rounded(source, tmp_path / "out", Scheme(weights=how.weights, activations=how.activations), GRID if scheme == "static" else None)
-    edit_json(folder / "config.json", quantization_config={**_config(folder), "ignore": ["lm_head", "model.decoder.project_in", "model.decoder.project_out"]})
+    outside = ["lm_head", "model.decoder.project_in", "model.decoder.project_out"]
+    edit_json(folder / "config.json", quantization_config={**_config(folder), "ignore": outside})
     checkpoint = open_stored(folder)
     runner = BlockRunner(checkpoint, torch.float32, torch.device("cpu"))
     ids = tokens(2, 17)
@@ -64,8 +66,6 @@ def test_reloaded_computes_what_was_stored(family: str, scheme: str, tmp_path: P
 
 
 def _config(folder: Path) -> dict[str, object]:
-    from planish.calib.shards import read_json
-
     value = read_json(folder / "config.json")["quantization_config"]
     assert isinstance(value, dict)
     return value

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from planish.quant.formats import Scheme, WeightFormat
 from planish.recipe import Recipe, digest, load_recipe
 from planish.shardwriter import write_shards
 
-RTN = Recipe(name="rtn", calibration=None, scheme=Scheme(weights=WeightFormat(bits=8)), solver=planish.Rtn(), export=planish.Export(layout="int-quantized"))
+BYTES = planish.Export(layout="int-quantized")
+RTN = Recipe(name="rtn", calibration=None, scheme=Scheme(weights=WeightFormat(bits=8)), solver=planish.Rtn(), export=BYTES)
+SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE.txt")
+TEMPLATE = "additional_chat_templates/tool.jinja"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -94,7 +98,7 @@ def test_a_truncated_source_is_an_error(originals: dict[str, TensorInfo], tmp_pa
 def test_a_sharded_checkpoint(tmp_path: Path) -> None:
     """More than a shard's worth; what is not quantized is what it was, byte for byte."""
     folder = source("llama", tmp_path / "model", torch.float32, {"hidden_size": 256, "intermediate_size": 512}, shard="1MB")
-    recipe = Recipe(name="big", calibration=None, scheme=RTN.scheme, solver=planish.Rtn(), export=planish.Export(shard_size="1MB", layout="int-quantized"))
+    recipe = replace(RTN, export=planish.Export(shard_size="1MB", layout="int-quantized"))
     result = planish.compress(recipe, folder, tmp_path / "out")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 1
@@ -149,12 +153,12 @@ def test_side_files_card_and_manifest(tmp_path: Path) -> None:
     folder, out = source("llama", tmp_path / "model"), tmp_path / "out"
     GenerationConfig(max_new_tokens=3).save_pretrained(folder)
     (folder / "LICENSE.txt").write_text("free\n")
-    (folder / "additional_chat_templates").mkdir()
-    (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    (folder / TEMPLATE).parent.mkdir()
+    (folder / TEMPLATE).write_text("{{ messages }}")
     (folder / "notes.txt").write_text("not of the model")
     recipe = quick("w8a8")
     result = planish.compress(recipe, folder, out, dtype=torch.float32)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE.txt", "additional_chat_templates/tool.jinja"):
+    for name in (*SIDE_FILES, TEMPLATE):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
     assert not (out / "notes.txt").exists()
     assert AutoTokenizer.from_pretrained(out).encode("if x") == AutoTokenizer.from_pretrained(folder).encode("if x")
@@ -162,12 +166,12 @@ def test_side_files_card_and_manifest(tmp_path: Path) -> None:
     check_manifest(read(out / "planish" / "manifest.json"), recipe, result)
     card = (out / "README.md").read_text()
     assert card.startswith("---\nbase_model: model\n")
-    for words in ("w8a8", "8.25, scales included" if result.plan.bits_per_weight == 8.25 else "scales included", "vllm serve", "samples: 4", "from_pretrained"):
+    for words in ("w8a8", f"{result.plan.bits_per_weight:.2f}, scales included", "vllm serve", "samples: 4", "from_pretrained"):
         assert words in card
     config, before = read(out / "config.json"), read(folder / "config.json")
-    assert {key: value for key, value in config.items() if key not in ("quantization_config", "dtype")} == {k: v for k, v in before.items() if k != "dtype"}
+    assert config.pop("quantization_config")["ignore"] == ["lm_head"]
+    assert config == before
     assert config["dtype"] == "bfloat16"
-    assert config["quantization_config"]["ignore"] == ["lm_head"]
     assert not [path for path in out.rglob("*") if path.suffix in (".new", ".lock")]
 
 
