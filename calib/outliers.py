@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..quant.errors import PlanishError
 
-_MEDIAN_VALUES = 1 << 19
+_MEDIAN_VALUES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ PAPER = MassiveCriterion()
 def massive(h_TC: Tensor, criterion: MassiveCriterion = PAPER) -> Tensor:
     """Which tokens hold a massive activation: (T,) bool. h_TC: (T, C), any float type.
 
-    Equivalent to ((h.abs() > floor) & (h.abs() >= ratio * h.abs().median())).any(1); of more than 2^19 values the median is that of evenly
+    Equivalent to ((h.abs() > floor) & (h.abs() >= ratio * h.abs().median())).any(1); of more than 2^16 values the median is that of evenly
     spaced tokens. Raises PlanishError if h is not finite.
     """
     if not h_TC.numel():

@@ -5,7 +5,7 @@ One pass over the data, in pieces that stay in the processor's cache. Sums are k
 Shape suffixes: T tokens, C channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .sketch import QuantileSketch
 
 STRIDE = 7  # every seventh token kept enters the channels' sketch; prime to window lengths, so that every position has its turn
 _PIECE_VALUES = 1 << 18
+_FOLD = 32
 
 
 class Extremes:
@@ -34,7 +35,7 @@ class Extremes:
         """Take in x: (T, C) of any float type. keep_T: bool, False for the sink tokens, which are left out; None keeps all."""
         kept_TC = x_TC if keep_T is None or bool(keep_T.all()) else x_TC[keep_T]
         if len(kept_TC):
-            self.widen(len(kept_TC), kept_TC.amin(0).float(), kept_TC.amax(0).float())
+            self.widen(len(kept_TC), _over_tokens(torch.amin, kept_TC), _over_tokens(torch.amax, kept_TC))
 
     def widen(self, tokens: int, minimum_C: Tensor, maximum_C: Tensor) -> None:
         """Take in the range of more tokens, which may lie on another device: the result lies there too."""
@@ -51,6 +52,16 @@ class Extremes:
     def _check_any(self) -> None:
         if not self.tokens:
             raise PlanishError(f"Statistics of {self.name}: not one token was kept. Give more calibration text.")
+
+
+def _over_tokens(reduce: Callable[[Tensor, int], Tensor], x_TC: Tensor) -> Tensor:
+    """reduce(x_TC, 0) as float32, in two steps: several times faster than in one for bfloat16."""
+    rows = len(x_TC) // _FOLD
+    if rows < 2:
+        return reduce(x_TC, 0).float()
+    whole_C = reduce(reduce(x_TC[: rows * _FOLD].reshape(_FOLD, rows, -1), 1), 0)
+    rest_TC = torch.cat([whole_C[None], x_TC[rows * _FOLD :]])
+    return reduce(rest_TC, 0).float()
 
 
 class Ranges(Extremes):

@@ -23,7 +23,7 @@ from .quant.solvers import Rtn
 from .quant.transforms.smooth import Smooth, smoothing_scale
 from .resolve import matches
 
-STRENGTHS = (0.3, 0.45, 0.6, 0.75, 0.9)  # alphas tried by strength auto, besides none
+STRENGTHS = (0.45, 0.6, 0.75, 0.9)  # alphas tried by strength auto, besides none
 TOLERANCE = 1e-3  # relative error of a transformed block in float32; right mappings reach 1e-6
 
 

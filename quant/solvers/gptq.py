@@ -12,13 +12,13 @@ Shape suffixes: O out channels, I in channels, G groups along I; E debts that a 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import PlanishError
-from ..formats import QuantizedWeight, WeightFormat, to_codes
+from ..formats import QuantizedWeight, WeightFormat, code_range
 from .cholesky import inverse_factor
 from .clip import Clip, Grid, fit_grid
 from .moments import Moments, Solution, require_moments
@@ -99,7 +99,8 @@ class Gptq:
 class Columns:
     """The columns of a weight on their way to codes.
 
-    weights_IO: (I, O). What is left to round. debts_IEO: (I, E, O). What rounded columns leave to later ones: [:, 0] the error, [:, 1] the weight it had at first.
+    weights_IO: (I, O). What is left to round.
+    debts_IEO: (I, E, O). What rounded columns leave to later ones: [:, 0] the error, [:, 1] the weight it had at first.
     shares_IK: (I, I * E). What column i takes from each debt of the columns before it.
     codes_IO: (I, O) int8, filled as columns are rounded.
     """
@@ -120,21 +121,30 @@ class Columns:
 
     def round(self, start: int, stop: int, grid: Grid, bits: int, block_size: int) -> None:
         """Round columns start:stop, to which nothing before start owes any more. grid: scales and zero points, (stop - start, O)."""
+        scale_IO, zero_IO = _quick(grid[0]), None if grid[1] is None else _quick(grid[1])
         for first in range(start, stop, block_size):
             last = min(first + block_size, stop)
             self.settle(start, first, last)
-            for j in range(first, last):
-                self._round_column(first, j, (grid[0][j - start], None if grid[1] is None else grid[1][j - start]), bits)
+            self._round_block(first, last, scale_IO[first - start :], None if zero_IO is None else zero_IO[first - start :], bits)
 
-    def _round_column(self, first: int, j: int, grid: Grid, bits: int) -> None:
+    def _round_block(self, first: int, last: int, scale_IO: Any, zero_IO: Any, bits: int) -> None:
+        """Columns first:last, one after the other: each takes what those since first owe it, then is rounded as formats.to_codes does."""
         kinds = self.debts_IEO.shape[1]
-        w_O, (scale_O, zero_O) = self.weights_IO[j], grid
-        w_O.addmv_(self.debts_IEO[first:j].flatten(0, 1).T, self.shares_IK[j, kinds * first : kinds * j], alpha=-1)
-        codes_O = to_codes(w_O, scale_O, zero_O, bits)
-        self.codes_IO[j] = codes_O
-        if zero_O is not None:
-            codes_O -= zero_O
-        torch.addcmul(w_O, codes_O, scale_O, value=-1, out=self.debts_IEO[j, 0])
+        weights_IO, debts_IEO, codes_IO = _quick(self.weights_IO), _quick(self.debts_IEO), _quick(self.codes_IO)
+        debts_KO, shares_IK = debts_IEO.reshape(-1, debts_IEO.shape[2]), _quick(self.shares_IK)
+        lowest, highest = code_range(bits)
+        for j in range(first, last):
+            w_O, scale_O = weights_IO[j], scale_IO[j - first]
+            w_O -= shares_IK[j, kinds * first : kinds * j] @ debts_KO[kinds * first : kinds * j]
+            zero_O = 0 if zero_IO is None else zero_IO[j - first]
+            codes_O = (w_O / scale_O + zero_O).round().clip(lowest, highest)
+            codes_IO[j] = codes_O
+            debts_IEO[j, 0] = w_O - (codes_O - zero_O) * scale_O
+
+
+def _quick(tensor: Tensor) -> Any:
+    """The same memory as a numpy array, whose calls on one column cost a third of torch's; the tensor itself where it is not on the CPU."""
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor
 
 
 def _per_column(grid: Grid, in_channels: int, out_channels: int) -> Grid:
