@@ -2,9 +2,9 @@
 
     python benchmarks/against_llmcompressor.py --peer-python PEER/bin/python --peer-script PEER_SCRIPT --text CALIBRATION.txt --evaluation TEST.txt
 
-Every measurement is a process of its own. planish's seconds are its whole compress call (checks, reading, walk, writing, reloading); llm-compressor's are
-its oneshot call alone, without loading and saving. Peak memory is the process's resident maximum when the compression ends. The peer script takes
---model --case w8a8_sq_gptq --samples --length --windows --dtype --calibration --evaluation and prints a JSON line with perplexity, seconds and peak_gb.
+Every measurement is a process of its own. planish's seconds are its whole compress call (checks, walk, writing, reloading); llm-compressor's are its
+oneshot call alone, without loading and saving. Peak memory is the process's resident maximum when the compression ends. The peer script takes --model,
+--case, --samples, --length, --windows, --dtype, --calibration and --evaluation and prints a JSON line with perplexity, seconds and peak_gb.
 """
 
 import argparse
@@ -25,6 +25,7 @@ def worker(a: argparse.Namespace) -> dict[str, object]:
     from transformers import AutoTokenizer
 
     import planish
+    import planish.compression  # imports are no part of what is timed, for neither tool
     from planish.calib.data import windows
     from planish.calib.stored import open_stored
     from planish.eval.score import score
@@ -50,7 +51,7 @@ def worker(a: argparse.Namespace) -> dict[str, object]:
 
 def child(command: list[str]) -> dict[str, object]:
     """Run a process and take the JSON line that it prints last."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     found: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -5,23 +5,21 @@
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY, SHARDS = 1024, 2816, 16, 4, 49152, 6
+HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY, SHARDS = 1024, 2816, 16, 4, 32000, 6
 
 
 def synthesize(folder: Path, gigabytes: float) -> int:
     """Write a random bfloat16 Llama of about that size, shard by shard; returns its bytes."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from planish.calib.locate import resolve
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
     per_block = 2 * (HIDDEN * HIDDEN * 2 + 2 * HIDDEN * KV_HEADS * (HIDDEN // HEADS) + 3 * HIDDEN * INNER)
     layers = round((gigabytes * 1e9 - 4 * VOCABULARY * HIDDEN) / per_block)
@@ -31,8 +29,9 @@ def synthesize(folder: Path, gigabytes: float) -> int:
     )
     folder.mkdir()
     config.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(resolve("demo:smollm2") / name, folder / name)
+    letters = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
     total = sum(2 * shape.numel() for shape in shapes.values())
@@ -63,7 +62,8 @@ def main() -> None:
 
         recipe = with_settings(planish.load_recipe("w8a8"), ["calibration.samples=8", "calibration.length=256"])
         planish.compress(recipe, a.worker / "model", a.worker / "out", offload_dir=a.worker)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        status = Path("/proc/self/status").read_text()  # of this program alone; ru_maxrss still knows the process that started it
+        print(1024 * int(status.partition("VmHWM:")[2].split()[0]))
         return
     folder = Path(tempfile.mkdtemp())
     try:

@@ -76,7 +76,7 @@ def _download(name: str, *, allow_pickle: bool) -> Path:
     except (HTTPError, OSError) as error:
         raise PlanishError(f"{name}: no such folder, and the download from the Hub failed ({error}). Give a local folder.") from error
     if not allow_pickle and not list(folder.glob("*.safetensors")):
-        raise PlanishError(f"{name}: no safetensors weights on the Hub. If it has pickle weights (.bin), allow them explicitly (allow_pickle, --allow-pickle).")
+        raise PlanishError(f"{name}: no safetensors weights on the Hub. If it has pickle weights (.bin), allow them (--allow-pickle).")
     return folder
 
 
@@ -103,7 +103,7 @@ def weight_files(folder: Path, *, allow_pickle: bool = False) -> dict[Path, list
     if not pickles:
         raise PlanishError(f"{folder}: no weights. A model folder holds {SINGLE_FILE}, or {INDEX_FILE} and the files it lists.")
     if not allow_pickle:
-        message = f"only pickle weights ({pickles[0].name}). Pickles can run code: use safetensors, or allow them explicitly (allow_pickle, --allow-pickle)."
+        message = f"only pickle weights ({pickles[0].name}). Pickles can run code: use safetensors, or allow them (--allow-pickle)."
         raise PlanishError(f"{folder}: {message}")
     return {file: [] for file in convert_pickles(pickles)}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .topology import Topology, topology
 
-HEAD_TOKENS = 128  # tokens whose logits are in memory at a time
+HEAD_TOKENS = 32  # tokens whose logits are in memory at a time
 
 
 @dataclass(slots=True)

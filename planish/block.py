@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calib.heap import LARGE, trim
 from .calib.observe import Observation, observe, sinks
 from .calib.packing import Packed, pack
 from .calib.precision import bfloat16_products
@@ -126,10 +127,12 @@ class BlockCompressor:
                     turn.round(block)
                 else:
                     turn.look(block, self.streams)
+                    trim()
                     turn.walk(block, self.streams)
                 return turn.result(block)
             finally:
                 self.runner.release_block(index)
+                trim()
 
     @torch.no_grad()
     def advance(self, index: int, tensors: Mapping[str, Tensor], packed: Mapping[str, Packed]) -> None:
@@ -210,6 +213,7 @@ class _Turn:
         """Send the quantized stream through, solving each site when all batches stand before it. The block is float32."""
         self._collect(block)
         sites = list(self.sites.values())
+        block_readers = {path: block.get_submodule(path) for site in sites for path in site.readers}
         with ExitStack() as stack:
             full = None
             if streams.before is not None:
@@ -218,9 +222,12 @@ class _Turn:
             walk = stack.enter_context(walking(block, sites, self._passes(block, streams, streams.quant), streams.replay))
             for parameter in block.parameters():
                 parameter.data = parameter.data.to(self.stored).to(self.dtype)
+            widest = max(readers.width for readers in self.readers.values())  # where most is held while the solver works
             for name, readers in self.readers.items():
                 if readers.packed is not None and self.solver.needs_moments:
                     moments = gather(readers, walk, self.observation.keep_T, full)
+                    if len(moments.second_II) == widest:
+                        trim()
                     solution = solve(readers, self.solver, moments, self.stored)
                     assert solution is not None
                     record = self.record.sites[name]
@@ -230,6 +237,8 @@ class _Turn:
                 settle(readers, walk, self.dtype, self.stored)
                 if full is not None:
                     settle(Readers(readers.site, None, None, readers.weights, readers.biases, {}), full, self.dtype, torch.float32)
+                if readers.drop_solved(block_readers) > LARGE:
+                    trim()
             self._finish(walk.outputs(), streams)
 
     def _passes(self, block: nn.Module, streams: Streams, stream: Stream) -> list[Pass]:

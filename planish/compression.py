@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .block import BlockCompressor, BlockRecord, Streams, made_dynamic
+from .calib.heap import separate_large, trim
 from .calib.packing import Packed
 from .calib.precision import bfloat16_products
 from .calib.runner import BlockRunner
@@ -27,7 +28,7 @@ from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
 from .recipe import Recipe, digest
 
-PROBE = (4, 64)  # samples and tokens on which smoothing is searched and checked
+PROBE = (4, 32)  # samples and tokens on which smoothing is searched and checked
 
 
 class Progress(Protocol):
@@ -98,6 +99,8 @@ def compress(
 def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
     """What the plan says, into the new folder `out`."""
     start = time.monotonic()
+    if plan.offload:  # whoever saves memory on streams pays a little time for the rest too
+        separate_large()
     progress.stage("checking weights", plan.checkpoint.nbytes)
     plan.checkpoint.check_finite(lambda done, _all: progress.step(done))
     with _working_folder(out, plan) as journal, _stream_folder(out, plan, journal.folder) as folder_of_streams:
@@ -115,7 +118,10 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
                 result = compressor.compress(index)
                 journal.add(result.record, result.tensors)
             progress.step(index + 1, _describe(journal.blocks[index]))
+        trim()
         probe = None if streams is None else _probe(plan, runner, streams)
+        del streams, compressor, runner
+        trim()
         progress.stage("writing and reloading", 2)
         folder = journal.folder / "checkpoint"
         linears = {name: how for block in journal.blocks for name, how in packed_linears(plan, block).items()}
@@ -218,7 +224,8 @@ def _describe(record: BlockRecord) -> str:
 
 def _probe(plan: Plan, runner: BlockRunner, streams: Streams) -> dict[str, Tensor]:
     """What the quantized model in memory says of the first calibration batch."""
-    assert plan.recipe.calibration is not None and plan.ids is not None
+    assert plan.recipe.calibration is not None
+    assert plan.ids is not None
     ids = plan.ids[: plan.recipe.calibration.batch_size]
     with bfloat16_products(plan.dtype is torch.bfloat16):
         return record_probe(runner, streams.quant[0], ids)

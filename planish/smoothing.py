@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .calib.observe import Observation
 from .calib.precision import bfloat16_products
 from .calib.runner import Call
+from .calib.sites import Site, absorb, exact_scale, reader_bias, reader_weight, tie
 from .calib.statistics import Extremes
 from .calib.stream import relative_error
-from .calib.sites import Site, absorb, exact_scale, reader_bias, reader_weight, tie
 from .calib.walk import replaced
 from .quant.errors import PlanishError
 from .quant.formats import Scheme, scale_and_zero
@@ -109,7 +109,9 @@ def _rounded(block: nn.Module, site: Site, scheme: Scheme, seen: Extremes, scale
     return layers
 
 
-def apply(block: nn.Module, sites: Mapping[str, Site], chosen: Mapping[str, Smoothing], probe: Probe, stored: torch.dtype) -> tuple[float, dict[str, Tensor]]:
+def apply(
+    block: nn.Module, sites: Mapping[str, Site], chosen: Mapping[str, Smoothing], probe: Probe, stored: torch.dtype
+) -> tuple[float, dict[str, Tensor]]:
     """Absorb the scales into a float32 block and check that it computes what it did before.
 
     Returns the relative error of that check and the scales as they became: a norm's new weight is rounded to the stored dtype first,

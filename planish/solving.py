@@ -17,6 +17,9 @@ from .quant.formats import ActivationFormat, QuantizedWeight, WeightFormat
 from .quant.linear import QuantizedLinear, StaticGrid, quantize_input
 from .quant.solvers import Moments, Solution, Solver
 
+ERROR_ROWS = 256
+STRIP = 512  # rows of a Hessian that are added up at once
+
 
 @dataclass(slots=True, eq=False)
 class Readers:
@@ -37,6 +40,19 @@ class Readers:
         biases = {path: None if bias is None else bias.detach().to(stored) for path, bias in found.items()}
         return cls(site, packed, static, {path: reader_weight(module).detach() for path, module in modules.items()}, biases, {})
 
+    def drop_solved(self, modules: Mapping[str, nn.Module]) -> int:
+        """Give back the float32 weights that have become codes, and say how many bytes that is. modules: the layers that hold them too."""
+        dropped = sum(self.weights[path].nbytes for path in self.solved)
+        for path in self.solved:
+            self.weights[path] = self.weights[path].to("meta")
+            modules[path]._parameters["weight"] = nn.Parameter(self.weights[path], requires_grad=False)
+        return dropped
+
+    @property
+    def width(self) -> int:
+        """Input channels of the site."""
+        return int(next(iter(self.weights.values())).shape[1])
+
     @property
     def activations(self) -> ActivationFormat | None:
         """How the site's input is quantized, if it is."""
@@ -51,7 +67,7 @@ def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWal
     """
     name = readers.site.name
     act = readers.activations
-    width = next(iter(readers.weights.values())).shape[1]
+    width = readers.width
     device = keep_T[0].device
     second_II = torch.zeros(width, width, device=device)
     cross_II = None if full is None else torch.zeros(width, width, device=device)
@@ -66,12 +82,15 @@ def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWal
             if not walk.replay:
                 pass_.prepared = Prepared(name, quantized)
             x_TC = quantized.dequantize()
-        second_II.addmm_(x_TC.T, x_TC)
+        for start in range(0, width, STRIP):  # the upper triangle, strip by strip
+            second_II[start : start + STRIP, start:].addmm_(x_TC[:, start : start + STRIP].T, x_TC[:, start:])
         sink_trace += x_TC[~keep].double().square().sum().item()
         if full_arrivals is not None and cross_II is not None:
             twin = next(full_arrivals).x
             assert twin is not None
             cross_II.addmm_((twin.float() - x_TC).T, x_TC)
+    for start in range(STRIP, width, STRIP):
+        second_II[start:, start - STRIP : start] = second_II[start - STRIP : start, start:].T
     trace = second_II.diagonal().double().sum().item()
     ordinary = max(0.0, 1 - sink_trace / trace) if trace > 0 else 1.0
     return Moments(second_II=second_II, tokens=sum(len(keep) for keep in keep_T), cross_II=cross_II, ordinary=ordinary)
@@ -89,7 +108,8 @@ def _solve(readers: Readers, fmt: WeightFormat, solver: Solver, moments: Moments
     whole = fmt.granularity == "tensor"
     solution = None
     for paths in [[path] for path in readers.weights] if whole else [list(readers.weights)]:
-        solution = solver.solve(torch.cat([readers.weights[path] for path in paths]), fmt, moments, scale_dtype)
+        w_OI = readers.weights[paths[0]] if len(paths) == 1 else torch.cat([readers.weights[path] for path in paths])
+        solution = solver.solve(w_OI, fmt, moments, scale_dtype)
         found, start = solution.weight, 0
         for path in paths:
             rows = slice(start, start + len(readers.weights[path]))
@@ -101,11 +121,15 @@ def _solve(readers: Readers, fmt: WeightFormat, solver: Solver, moments: Moments
 
 
 def output_error(readers: Readers, moments: Moments) -> float:
-    """Relative error of the readers' outputs on the inputs seen: sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)), E = Ŵ - W."""
+    """Relative error of the readers' outputs on the inputs seen, of at most about ERROR_ROWS evenly spaced outputs of each reader.
+
+    sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)), E = Ŵ - W.
+    """
     off = size = 0.0
     for path, solved in readers.solved.items():
-        w_OI = readers.weights[path]
-        e_OI = solved.dequantize() - w_OI
+        some = slice(None, None, -(-len(solved.codes) // ERROR_ROWS))
+        w_OI = readers.weights[path][some]
+        e_OI = solved.dequantize()[some] - w_OI
         off += ((e_OI @ moments.second_II) * e_OI).sum().item()
         size += ((w_OI @ moments.second_II) * w_OI).sum().item()
     return (max(off, 0.0) / size) ** 0.5 if size > 0 else 0.0

@@ -40,8 +40,9 @@ def inverse_factor(H_II: Tensor, damping: float) -> Factor:
         raise PlanishError("the Hessian of a layer's inputs holds NaN or Inf: an activation overflowed in calibration. Calibrate in float32.")
     dead_I = H_II.diagonal() == 0
     mean = float(H_II.diagonal().abs().sum() / (~dead_I).sum().clamp(min=1))
-    H_II = H_II.clone()
-    H_II.diagonal().masked_fill_(dead_I, mean)
+    if dead_I.any():
+        H_II = H_II.clone()
+        H_II.diagonal().masked_fill_(dead_I, mean)
     repairs = 0
     for repairs, relative in enumerate(_ladder(damping)):
         for dtype in dict.fromkeys((H_II.dtype, torch.float64)):
@@ -67,6 +68,8 @@ def _factor(H_II: Tensor, shift: float) -> Tensor | None:
     C_II, info = torch.linalg.cholesky_ex(flipped_II)
     if info or not (C_II.diagonal().square() > PIVOT_EPS * torch.finfo(H_II.dtype).eps * flipped_II.diagonal()).all():
         return None
+    del flipped_II
     identity_II = torch.eye(len(H_II), dtype=H_II.dtype, device=H_II.device)
     inverse_II: Tensor = torch.linalg.solve_triangular(C_II, identity_II, upper=False)
+    del C_II, identity_II
     return inverse_II.flip(0, 1)

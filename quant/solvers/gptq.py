@@ -61,8 +61,13 @@ class Gptq:
         if not dead_I.all():
             w_OI = w_OI.masked_fill(dead_I, 0)
         order_I = self._order(H_II)
-        factor = inverse_factor(H_II[order_I[:, None], order_I], self.damping * moments.ordinary)
-        columns = Columns(w_OI[:, order_I], self._shares(factor.upper_II, moments, order_I))
+        if self.order != "natural":
+            H_II = H_II[order_I[:, None], order_I]
+        factor = inverse_factor(H_II, self.damping * moments.ordinary)
+        damping, repairs, shares_IIE = factor.damping, factor.repairs, self._shares(factor.upper_II, moments, order_I)
+        del H_II, factor
+        columns = Columns(w_OI if self.order == "natural" else w_OI[:, order_I], shares_IIE)
+        del shares_IIE
         if self.order == "diagonal":
             scale_OG, zero_OG = fit_grid(w_OI, fmt, self.clip, scale_dtype)
             steps_IO, zeros_IO = _per_column((scale_OG, zero_OG), in_channels, out_channels)
@@ -71,7 +76,7 @@ class Gptq:
             scale_OG, zero_OG = self._natural(columns, fmt, scale_dtype)
         codes_OI = columns.codes_IO[order_I.argsort()].T.contiguous()
         weight = QuantizedWeight(codes_OI, scale_OG.float(), None if zero_OG is None else zero_OG.float(), fmt)
-        return Solution(weight=weight, damping=factor.damping, repairs=factor.repairs)
+        return Solution(weight=weight, damping=damping, repairs=repairs)
 
     def _order(self, H_II: Tensor) -> Tensor:
         """The channels, as they are rounded."""
@@ -99,8 +104,8 @@ class Gptq:
 class Columns:
     """The columns of a weight on their way to codes.
 
-    weights_IO: (I, O). What is left to round.
     debts_IEO: (I, E, O). What rounded columns leave to later ones: [:, 0] the error, [:, 1] the weight it had at first.
+    weights_IO: (I, O). What is left to round, in the place where the error will be.
     shares_IK: (I, I * E). What column i takes from each debt of the columns before it.
     codes_IO: (I, O) int8, filled as columns are rounded.
     """
@@ -109,8 +114,8 @@ class Columns:
         """w_OI: (out, in) and shares_IIE: (in, in, E), both in the order of rounding."""
         out_channels, in_channels = w_OI.shape
         self.shares_IK = shares_IIE.flatten(1).contiguous()
-        self.weights_IO = w_OI.T.contiguous()
-        self.debts_IEO = self.weights_IO[:, None].repeat(1, shares_IIE.shape[2], 1)
+        self.debts_IEO = w_OI.T[:, None].repeat(1, shares_IIE.shape[2], 1)
+        self.weights_IO = self.debts_IEO[:, 0]
         self.codes_IO = torch.empty(in_channels, out_channels, dtype=torch.int8, device=w_OI.device)
 
     def settle(self, first: int, start: int, stop: int) -> None:
