@@ -3,8 +3,8 @@
     python benchmarks/against_llmcompressor.py --peer-python PEER/bin/python --peer-script PEER_SCRIPT --text CALIBRATION.txt --evaluation TEST.txt
 
 Every measurement is a process of its own. planish's seconds are its whole compress call (checks, walk, writing, reloading); llm-compressor's are its
-oneshot call alone, without loading and saving. Peak memory is the process's resident maximum when the compression ends. The peer script takes --model,
---case, --samples, --length, --windows, --dtype, --calibration and --evaluation and prints a JSON line with perplexity, seconds and peak_gb.
+oneshot call alone, without loading and saving. Peak memory is the process's resident maximum when the compression ends. The peer script takes
+--model, --case, --samples, --length, --windows, --dtype, --calibration and --evaluation and prints a JSON line with perplexity, seconds and peak_gb.
 """
 
 import argparse

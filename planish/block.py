@@ -250,10 +250,9 @@ class _Turn:
     def _finish(self, outputs: Iterable[Tensor], streams: Streams) -> None:
         off = size = 0.0
         for i, out in enumerate(outputs):
-            sink_T = ~self.observation.keep_T[i]
-            full_TD = streams.full[i].flatten(0, 1).float()
-            off_TD = out.flatten(0, 1) - full_TD
-            full_TD[sink_T] = off_TD[sink_T] = 0
+            keep_T1 = self.observation.keep_T[i][:, None]
+            full_TD = streams.full[i].flatten(0, 1) * keep_T1.float()
+            off_TD = out.flatten(0, 1) * keep_T1 - full_TD
             off += off_TD.flatten().dot(off_TD.flatten()).item()
             size += full_TD.flatten().dot(full_TD.flatten()).item()
             streams.quant[i] = out
