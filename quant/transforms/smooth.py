@@ -14,7 +14,8 @@ from ..errors import PlanishError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Smooth:
-    """Smooth every matching site that has a free host. strength: alpha of eq. 4, or auto: searched per block by its quantized output's error."""
+    """Smooth every matching site that has a free host. strength: alpha of eq. 4, or auto: searched for each site
+    by the error of the block's output when that site is quantized."""
 
     strength: float | Literal["auto"] = "auto"
     sites: tuple[str, ...] = ("*",)

@@ -43,7 +43,7 @@ def test_pickles(llama_folder: Path, planish_cache: Path) -> None:
     before = open_checkpoint(llama_folder)
     values, fingerprint = before.read(before.tensors), before.fingerprint()
     shards = to_pickles(llama_folder)
-    refused(llama_folder, "only pickle weights", "allow_pickle")
+    refused(llama_folder, "only pickle weights", "--allow-pickle")
     assert not list(planish_cache.iterdir())
     checkpoint = open_checkpoint(llama_folder, allow_pickle=True)
     assert all(torch.equal(values[name], value) for name, value in checkpoint.read(checkpoint.tensors).items())
