@@ -1,6 +1,7 @@
 """The command line under test."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -33,9 +34,13 @@ def invoke(*arguments: str | Path) -> Ran:
 
 
 def start(*arguments: str | Path, folder: Path) -> "subprocess.Popen[str]":
-    """Begin a command in a process of its own."""
+    """Begin a command in a process of its own, which can be interrupted even where this one ignores that (as background jobs do)."""
     command = [sys.executable, "-m", "planish", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 120) -> None:
