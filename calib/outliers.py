@@ -2,7 +2,8 @@
 
 Massive activations (Sun, Chen, Kolter and Liu, "Massive Activations in Large Language Models", COLM 2024): a few values, thousands of times
 larger than the rest, in fixed channels of the first token and of some delimiters. They are biases that hardly depend on the text, and the
-tokens that hold them are attention sinks. So these tokens say nothing of the range of ordinary ones and are kept out of scales and of a Hessian's damping.
+tokens that hold them are attention sinks. So these tokens say nothing of the range of ordinary ones and are kept out of scales
+and of a Hessian's damping.
 
 Shape suffixes: T tokens, C channels.
 """
