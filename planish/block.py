@@ -250,11 +250,9 @@ class _Turn:
     def _finish(self, outputs: Iterable[Tensor], streams: Streams) -> None:
         off = size = 0.0
         for i, out in enumerate(outputs):
-            keep_T1 = self.observation.keep_T[i][:, None]
-            full_TD = streams.full[i].flatten(0, 1) * keep_T1.float()
-            off_TD = out.flatten(0, 1) * keep_T1 - full_TD
-            off += off_TD.flatten().dot(off_TD.flatten()).item()
-            size += full_TD.flatten().dot(full_TD.flatten()).item()
+            keep_T, full = self.observation.keep_T[i], streams.full[i]
+            off += _squares(out - full, keep_T)
+            size += _squares(full, keep_T)
             streams.quant[i] = out
         self.record.error = (off / size) ** 0.5 if size else 0.0
 
@@ -274,3 +272,9 @@ class _Turn:
             if name not in quantized:
                 tensors[f"{prefix}.{name}"] = parameter.to(self.stored) if parameter.is_floating_point() else parameter
         return BlockResult({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, packed, self.record)
+
+
+def _squares(hidden: Tensor, keep_T: Tensor) -> float:
+    """The sum of the squares of the tokens kept. hidden: (B, L, D) of T = B * L tokens."""
+    norms_T = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).flatten()
+    return norms_T[keep_T].square().sum(dtype=torch.float64).item()
