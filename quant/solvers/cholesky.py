@@ -1,7 +1,7 @@
-"""The triangular factor of an inverse Hessian, for Hessians as calibration delivers them: singular, noisy, with dead channels.
+"""The triangular factor of a Hessian, for Hessians as calibration delivers them: singular, noisy, with dead channels.
 
-(H + damping * mean(diag H) * I)^-1 = U^T U, U upper. With J the flip of all channels and J H J = C C^T, C lower,
-U = J C^-1 J: one factorisation and one triangular inverse, where the textbook route (factor, invert, factor again) takes three cubes.
+H + damping * mean(diag H) * I = L^T L, L lower: column k of a weight meets in row k of L all columns before it. With J the flip of all channels and
+J H J = R^T R, R upper as factorisations have it, L = J R J.
 """
 
 import math
@@ -23,15 +23,15 @@ PIVOT_EPS = 32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factor:
-    """upper_II: (I, I) U. damping: relative, as used; inf: U is the identity and H was left out. repairs: how often it was raised."""
+    """lower_II: (I, I) L. damping: relative, as used; inf: L is the identity and H was left out. repairs: how often it was raised."""
 
-    upper_II: Tensor
+    lower_II: Tensor
     damping: float
     repairs: int
 
 
-def inverse_factor(H_II: Tensor, damping: float) -> Factor:
-    """U of a symmetric (I, I) Hessian, in its dtype. Dead channels (zero diagonal) count as uncorrelated with the rest.
+def factor(H_II: Tensor, damping: float) -> Factor:
+    """L of a symmetric (I, I) Hessian, in its dtype. Dead channels (zero diagonal) count as uncorrelated with the rest.
 
     Where H is not positive definite, float64 is tried first, then ten times the damping, up to MAX_DAMPING.
     Raises PlanishError where H holds NaN or Inf.
@@ -40,15 +40,16 @@ def inverse_factor(H_II: Tensor, damping: float) -> Factor:
         raise PlanishError("the Hessian of a layer's inputs holds NaN or Inf: an activation overflowed in calibration. Calibrate in float32.")
     dead_I = H_II.diagonal() == 0
     mean = float(H_II.diagonal().abs().sum() / (~dead_I).sum().clamp(min=1))
-    if dead_I.any():
-        H_II = H_II.clone()
-        H_II.diagonal().masked_fill_(dead_I, mean)
     repairs = 0
     for repairs, relative in enumerate(_ladder(damping)):
         for dtype in dict.fromkeys((H_II.dtype, torch.float64)):
-            U_II = _factor(H_II.to(dtype), relative * mean)
-            if U_II is not None:
-                return Factor(U_II.to(H_II.dtype), relative, repairs)
+            flipped_II = H_II.flip(0, 1).to(dtype)
+            flipped_II.diagonal().add_(relative * mean + mean * dead_I.flip(0).to(dtype))
+            R_II, info = torch.linalg.cholesky_ex(flipped_II, upper=True)
+            noise_I = PIVOT_EPS * torch.finfo(dtype).eps * flipped_II.diagonal()
+            del flipped_II
+            if not info and (R_II.diagonal().square() > noise_I).all():
+                return Factor(R_II.flip(0, 1).to(H_II.dtype), relative, repairs)
     return Factor(torch.eye(len(H_II), dtype=H_II.dtype, device=H_II.device), math.inf, repairs + 1)
 
 
@@ -59,17 +60,3 @@ def _ladder(damping: float) -> Iterator[float]:
     while damping <= MAX_DAMPING:
         yield damping
         damping *= 10
-
-
-def _factor(H_II: Tensor, shift: float) -> Tensor | None:
-    """U of H + shift * I, or None if that is not safely positive definite in its dtype."""
-    flipped_II = H_II.flip(0, 1)
-    flipped_II.diagonal().add_(shift)
-    C_II, info = torch.linalg.cholesky_ex(flipped_II)
-    if info or not (C_II.diagonal().square() > PIVOT_EPS * torch.finfo(H_II.dtype).eps * flipped_II.diagonal()).all():
-        return None
-    del flipped_II
-    identity_II = torch.eye(len(H_II), dtype=H_II.dtype, device=H_II.device)
-    inverse_II: Tensor = torch.linalg.solve_triangular(C_II, identity_II, upper=False)
-    del C_II, identity_II
-    return inverse_II.flip(0, 1)

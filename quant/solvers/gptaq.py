@@ -6,6 +6,10 @@ min |w_hat x - w x_full|^2. When column j is rounded, the free columns F compens
     w_F <- w_F - e_j * U_jF / U_jj + w0_j * P_jF,   P = alpha * ((D U^T) * strictly upper) U,   D = sum (x_full - x)^T x.
 
 Row j of P / alpha is d_j X_F^T (X_F X_F^T)^-1, d_j = x_full_j - x_j over tokens: the best stand-in for the missing part.
+With H = L^T L as in gptq.py, where columns collect deviations instead of errors, no inverse is needed either; column k collects besides
+
+    sum_{j<k} w0_j * S_jk,   S = alpha * strictly upper (D L^-1) / diag L.
+
 alpha below 1 guards against noise in D. w0_j is the original weight, as the objective has it; the paper's code takes the weight as updated so far,
 with which corrections pile up and the error rises again towards alpha 1 where the two inputs are far apart.
 
@@ -19,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanishError
-from .gptq import Gptq
+from .gptq import Gptq, ordered
 from .moments import Moments
 
 
@@ -36,10 +40,12 @@ class Gptaq(Gptq):
         if not 0 <= self.alpha <= 1:
             raise PlanishError(f"solver.alpha is {self.alpha}, but it is the part of the input's error to make up for, 0 to 1. Usual: 0.25.")
 
-    def _shares(self, U_II: Tensor, moments: Moments, order_I: Tensor) -> Tensor:
-        """Shares in the two debts of a column, its error and its weight: (I, I, 2)."""
+    def _offsets(self, lower_II: Tensor, moments: Moments, order_I: Tensor | None) -> Tensor | None:
+        """S, which makes up for what is missing in the inputs: (I, I)."""
         if moments.cross_II is None:
             raise PlanishError("solver gptaq needs moments of the full-precision inputs as well, but only the quantized stream was run. Choose gptq.")
-        D_II = moments.cross_II.to(U_II.dtype)[order_I[:, None], order_I]
-        P_II = self.alpha * (D_II @ U_II.T).triu_(1) @ U_II
-        return torch.stack([(U_II / U_II.diagonal()[:, None]).T, -P_II.T], dim=2)
+        if not self.alpha:
+            return None
+        D_II = ordered(moments.cross_II.to(lower_II.dtype), order_I)
+        solved_II: Tensor = torch.linalg.solve_triangular(lower_II, D_II, upper=False, left=False)
+        return solved_II.triu_(1).mul_(self.alpha / lower_II.diagonal())

@@ -5,10 +5,16 @@ Columns are rounded one after the other, and each error moves the columns that a
 
     e_j = w_j - w_hat_j,   w_k <- w_k - e_j * U_jk / U_jj  for k > j,   H^-1 = U^T U, U upper.
 
-Written left-looking: column k collects what all columns before it owe it when its turn comes, so that blocks are matrix products
-("lazy" blocks), and the weights of a whole group are current when its grid is fitted. Columns are kept as contiguous rows.
+The same without an inverse (Chen et al., "The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm", 2025): with H = L^T L, L lower,
+the loss is |L d|^2 for the deviation d = w - w_hat from the original weight, and what is left to choose in column k when its turn comes is
+L_kk d_k + sum_{j<k} L_kj d_j, which is smallest where column k rounds
 
-Shape suffixes: O out channels, I in channels, G groups along I; E debts that a column leaves to later ones (1: its error).
+    w_k + sum_{j<k} d_j * L_kj / L_kk.
+
+So each column collects what all columns before it owe it when its turn comes, blocks are matrix products ("lazy" blocks), and the
+weights of a whole group are current when its grid is fitted. Columns are kept as contiguous rows.
+
+Shape suffixes: O out channels, I in channels, G groups along I.
 """
 
 from dataclasses import dataclass
@@ -19,7 +25,7 @@ from torch import Tensor
 
 from ..errors import PlanishError
 from ..formats import QuantizedWeight, WeightFormat, code_range
-from .cholesky import inverse_factor
+from .cholesky import factor
 from .clip import Clip, Grid, fit_grid
 from .moments import Moments, Solution, require_moments
 
@@ -60,33 +66,24 @@ class Gptq:
         dead_I = H_II.diagonal() == 0
         if not dead_I.all():
             w_OI = w_OI.masked_fill(dead_I, 0)
-        order_I = self._order(H_II)
-        if self.order != "natural":
-            H_II = H_II[order_I[:, None], order_I]
-        factor = inverse_factor(H_II, self.damping * moments.ordinary)
-        damping, repairs, shares_IIE = factor.damping, factor.repairs, self._shares(factor.upper_II, moments, order_I)
-        del H_II, factor
-        columns = Columns(w_OI if self.order == "natural" else w_OI[:, order_I], shares_IIE)
-        del shares_IIE
-        if self.order == "diagonal":
+        order_I = None if self.order == "natural" else H_II.diagonal().argsort(descending=True, stable=True)
+        found = factor(ordered(H_II, order_I), self.damping * moments.ordinary)
+        columns = Columns(w_OI if order_I is None else w_OI[:, order_I], self._offsets(found.lower_II, moments, order_I), found.lower_II)
+        damping, repairs = found.damping, found.repairs
+        del H_II, found
+        if order_I is not None:
             scale_OG, zero_OG = fit_grid(w_OI, fmt, self.clip, scale_dtype)
             steps_IO, zeros_IO = _per_column((scale_OG, zero_OG), in_channels, out_channels)
             columns.round(0, in_channels, (steps_IO[order_I], None if zeros_IO is None else zeros_IO[order_I]), fmt.bits, self.block_size)
         else:
             scale_OG, zero_OG = self._natural(columns, fmt, scale_dtype)
-        codes_OI = columns.codes_IO[order_I.argsort()].T.contiguous()
-        weight = QuantizedWeight(codes_OI, scale_OG.float(), None if zero_OG is None else zero_OG.float(), fmt)
+        codes_IO = columns.codes_IO if order_I is None else columns.codes_IO[order_I.argsort()]
+        weight = QuantizedWeight(codes_IO.T.contiguous(), scale_OG.float(), None if zero_OG is None else zero_OG.float(), fmt)
         return Solution(weight=weight, damping=damping, repairs=repairs)
 
-    def _order(self, H_II: Tensor) -> Tensor:
-        """The channels, as they are rounded."""
-        if self.order == "natural":
-            return torch.arange(len(H_II), device=H_II.device)
-        return H_II.diagonal().argsort(descending=True, stable=True)
-
-    def _shares(self, U_II: Tensor, moments: Moments, order_I: Tensor) -> Tensor:
-        """What each column takes from each debt of an earlier column: (I, I, E). In GPTQ the debt is the column's error."""
-        return (U_II / U_II.diagonal()[:, None]).T[:, :, None]
+    def _offsets(self, lower_II: Tensor, moments: Moments, order_I: Tensor | None) -> Tensor | None:
+        """S (I, I), strictly upper: column k is moved by w_j * S_jk for each column j before it. None: nothing but deviations moves columns."""
+        return None
 
     def _natural(self, columns: "Columns", fmt: WeightFormat, scale_dtype: torch.dtype) -> Grid:
         """Round group after group, each on the grid that fits its weights once all earlier columns are paid for."""
@@ -95,34 +92,46 @@ class Gptq:
         grids = []
         for start in range(0, in_channels, span):
             columns.settle(0, start, start + span)
-            grids.append(fit_grid(columns.weights_IO[start : start + span].T, fmt, self.clip, scale_dtype))
+            grids.append(fit_grid(columns.expected(start, start + span).T, fmt, self.clip, scale_dtype))
             columns.round(start, start + span, _per_column(grids[-1], span, out_channels), fmt.bits, self.block_size)
         zeros = [zero_O1 for _, zero_O1 in grids if zero_O1 is not None]
         return torch.cat([scale_O1 for scale_O1, _ in grids], dim=1), torch.cat(zeros, dim=1) if zeros else None
 
 
+def ordered(matrix_II: Tensor, order_I: Tensor | None) -> Tensor:
+    """Rows and columns in this order; None: as they are."""
+    return matrix_II if order_I is None else matrix_II.index_select(0, order_I).index_select(1, order_I)
+
+
 class Columns:
     """The columns of a weight on their way to codes.
 
-    debts_IEO: (I, E, O). What rounded columns leave to later ones: [:, 0] the error, [:, 1] the weight it had at first.
-    weights_IO: (I, O). What is left to round, in the place where the error will be.
-    shares_IK: (I, I * E). What column i takes from each debt of the columns before it.
+    original_IO: (I, O). weights_IO: (I, O). What is left to round, current up to what was settled. deviations_IO: (I, O). original - rounded.
+    shares_II: (I, I). What column k takes of each deviation before it: L_kj / L_kk, in place of L. offsets_II: as Gptq._offsets says.
     codes_IO: (I, O) int8, filled as columns are rounded.
     """
 
-    def __init__(self, w_OI: Tensor, shares_IIE: Tensor) -> None:
-        """w_OI: (out, in) and shares_IIE: (in, in, E), both in the order of rounding."""
-        out_channels, in_channels = w_OI.shape
-        self.shares_IK = shares_IIE.flatten(1).contiguous()
-        self.debts_IEO = w_OI.T[:, None].repeat(1, shares_IIE.shape[2], 1)
-        self.weights_IO = self.debts_IEO[:, 0]
-        self.codes_IO = torch.empty(in_channels, out_channels, dtype=torch.int8, device=w_OI.device)
+    def __init__(self, w_OI: Tensor, offsets_II: Tensor | None, lower_II: Tensor) -> None:
+        """w_OI: (out, in), offsets_II and lower_II: (in, in), all in the order of rounding. lower_II is used up."""
+        self.original_IO = w_OI.T.contiguous()
+        self.weights_IO, self.deviations_IO = self.original_IO.clone(), torch.zeros_like(self.original_IO)
+        self.shares_II, self.offsets_II = lower_II.div_(lower_II.diagonal()[:, None].clone()), offsets_II
+        self.codes_IO = torch.empty(self.weights_IO.shape, dtype=torch.int8, device=w_OI.device)
 
     def settle(self, first: int, start: int, stop: int) -> None:
         """Columns start:stop take what columns first:start owe them."""
-        kinds = self.debts_IEO.shape[1]
-        shares_IK = self.shares_IK[start:stop, kinds * first : kinds * start]
-        self.weights_IO[start:stop].addmm_(shares_IK, self.debts_IEO[first:start].flatten(0, 1), alpha=-1)
+        self.weights_IO[start:stop].addmm_(self.shares_II[start:stop, first:start], self.deviations_IO[first:start])
+        self._offset(first, start, slice(start, stop))
+
+    def _offset(self, first: int, last: int, columns: slice) -> None:
+        if self.offsets_II is not None:
+            self.weights_IO[columns].addmm_(self.offsets_II[first:last, columns].T, self.original_IO[first:last])
+
+    def expected(self, start: int, stop: int) -> Tensor:
+        """What columns start:stop would round if none of them deviated from it: (stop - start, O). All before start is settled."""
+        moved_IO = self.weights_IO[start:stop] - self.original_IO[start:stop]
+        solved_IO: Tensor = torch.linalg.solve_triangular(self.shares_II[start:stop, start:stop], moved_IO, upper=False, unitriangular=True)
+        return self.original_IO[start:stop] + solved_IO
 
     def round(self, start: int, stop: int, grid: Grid, bits: int, block_size: int) -> None:
         """Round columns start:stop, to which nothing before start owes any more. grid: scales and zero points, (stop - start, O)."""
@@ -130,21 +139,21 @@ class Columns:
         for first in range(start, stop, block_size):
             last = min(first + block_size, stop)
             self.settle(start, first, last)
+            self._offset(first, last, slice(first, last))
             self._round_block(first, last, scale_IO[first - start :], None if zero_IO is None else zero_IO[first - start :], bits)
 
     def _round_block(self, first: int, last: int, scale_IO: Any, zero_IO: Any, bits: int) -> None:
         """Columns first:last, one after the other: each takes what those since first owe it, then is rounded as formats.to_codes does."""
-        kinds = self.debts_IEO.shape[1]
-        weights_IO, debts_IEO, codes_IO = _quick(self.weights_IO), _quick(self.debts_IEO), _quick(self.codes_IO)
-        debts_KO, shares_IK = debts_IEO.reshape(-1, debts_IEO.shape[2]), _quick(self.shares_IK)
+        weights_IO, original_IO, deviations_IO = _quick(self.weights_IO), _quick(self.original_IO), _quick(self.deviations_IO)
+        codes_IO, shares_II = _quick(self.codes_IO), _quick(self.shares_II)
         lowest, highest = code_range(bits)
-        for j in range(first, last):
-            w_O, scale_O = weights_IO[j], scale_IO[j - first]
-            w_O -= shares_IK[j, kinds * first : kinds * j] @ debts_KO[kinds * first : kinds * j]
-            zero_O = 0 if zero_IO is None else zero_IO[j - first]
+        for k in range(first, last):
+            w_O, scale_O = weights_IO[k], scale_IO[k - first]
+            w_O += shares_II[k, first:k] @ deviations_IO[first:k]
+            zero_O = 0 if zero_IO is None else zero_IO[k - first]
             codes_O = (w_O / scale_O + zero_O).round().clip(lowest, highest)
-            codes_IO[j] = codes_O
-            debts_IEO[j, 0] = w_O - (codes_O - zero_O) * scale_O
+            codes_IO[k] = codes_O
+            deviations_IO[k] = original_IO[k] - (codes_O - zero_O) * scale_O
 
 
 def _quick(tensor: Tensor) -> Any:

@@ -11,7 +11,7 @@ from helpers_solvers import FORMATS, format_name, hat, inputs, obq_gptq, output_
 from planish.quant.errors import PlanishError
 from planish.quant.formats import WeightFormat
 from planish.quant.solvers import Clip, Gptq, Moments, Rtn
-from planish.quant.solvers.cholesky import inverse_factor
+from planish.quant.solvers.cholesky import factor
 
 INT4 = WeightFormat(bits=4)
 GROUP = WeightFormat(bits=4, granularity="group", group_size=6)
@@ -169,10 +169,11 @@ def test_a_hessian_that_is_not_positive_definite_is_repaired(H_II, least, most, 
 
 def test_float64_is_tried_before_the_damping_is_raised():
     H_II = torch.tensor([[1.0, 1 - 2.0**-20], [1 - 2.0**-20, 1.0]])
-    factor = inverse_factor(H_II, 0.0)
-    assert (factor.damping, factor.repairs) == (0.0, 0)
-    assert factor.upper_II.dtype == torch.float32
-    torch.testing.assert_close(factor.upper_II.double(), torch.linalg.cholesky(torch.linalg.inv(H_II.double()), upper=True), rtol=1e-6, atol=0)
+    found = factor(H_II, 0.0)
+    assert (found.damping, found.repairs) == (0.0, 0)
+    assert found.lower_II.dtype == torch.float32
+    upper_II = torch.linalg.cholesky(torch.linalg.inv(H_II.double()), upper=True)
+    torch.testing.assert_close(found.lower_II.double(), upper_II.inverse().T, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -198,8 +199,8 @@ def test_moments_are_needed_and_must_fit():
         Moments(second_II=torch.eye(4), cross_II=torch.eye(3), tokens=1)
 
 
-def test_inverse_factor_is_the_cholesky_factor_of_the_inverse():
+def test_the_factor_is_lower_and_of_the_damped_hessian():
     H_II = second(inputs(80, 24))
-    damped = H_II + 0.01 * H_II.diagonal().mean() * torch.eye(24)
-    U_II = inverse_factor(H_II, 0.01).upper_II
-    torch.testing.assert_close(U_II, torch.linalg.cholesky(torch.linalg.inv(damped), upper=True))
+    L_II = factor(H_II, 0.01).lower_II
+    assert torch.equal(L_II, L_II.tril())
+    torch.testing.assert_close(L_II.T @ L_II, H_II + 0.01 * H_II.diagonal().mean() * torch.eye(24))
