@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calib.heap import LARGE, trim
+from .calib.heap import WORTH_TRIMMING, trim
 from .calib.observe import Observation, observe, sinks
 from .calib.packing import Packed, pack
 from .calib.precision import bfloat16_products
@@ -208,17 +208,19 @@ class _Turn:
 
     def _collect(self, block: nn.Module) -> None:
         self.readers = {name: Readers.of(block, site, self.packed[name], self.static[name], self.stored) for name, site in self.sites.items()}
+        for readers in self.readers.values():
+            readers.take(block)
 
     def walk(self, block: nn.Module, streams: Streams) -> None:
         """Send the quantized stream through, solving each site when all batches stand before it. The block is float32."""
-        self._collect(block)
         sites = list(self.sites.values())
-        block_readers = {path: block.get_submodule(path) for site in sites for path in site.readers}
         with ExitStack() as stack:
             full = None
             if streams.before is not None:
-                twin = copy.deepcopy(block).to(self.dtype)
+                weights = {id(p): nn.Parameter(p.detach().to(self.dtype), requires_grad=False) for p in block.parameters()}
+                twin = copy.deepcopy(block, weights)
                 full = stack.enter_context(walking(twin, sites, self._passes(twin, streams, streams.before), streams.replay))
+            self._collect(block)
             walk = stack.enter_context(walking(block, sites, self._passes(block, streams, streams.quant), streams.replay))
             for parameter in block.parameters():
                 parameter.data = parameter.data.to(self.stored).to(self.dtype)
@@ -237,7 +239,7 @@ class _Turn:
                 settle(readers, walk, self.dtype, self.stored)
                 if full is not None:
                     settle(Readers(readers.site, None, None, readers.weights, readers.biases, {}), full, self.dtype, torch.float32)
-                if readers.drop_solved(block_readers) > LARGE:
+                if readers.drop_solved() > WORTH_TRIMMING:
                     trim()
             self._finish(walk.outputs(), streams)
 

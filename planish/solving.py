@@ -40,12 +40,24 @@ class Readers:
         biases = {path: None if bias is None else bias.detach().to(stored) for path, bias in found.items()}
         return cls(site, packed, static, {path: reader_weight(module).detach() for path, module in modules.items()}, biases, {})
 
-    def drop_solved(self, modules: Mapping[str, nn.Module]) -> int:
-        """Give back the float32 weights that have become codes, and say how many bytes that is. modules: the layers that hold them too."""
+    def take(self, block: nn.Module) -> None:
+        """From here on only this object holds the weights that are to be quantized."""
+        if self.packed is not None and self.packed.scheme.weights is not None:
+            for path in self.weights:
+                block.get_submodule(path)._parameters["weight"] = nn.Parameter(self.weights[path].to("meta"), requires_grad=False)
+
+    def together(self, paths: list[str]) -> Tensor:
+        """The weights of these readers in one matrix, which then is where they lie."""
+        if len(paths) == 1:
+            return self.weights[paths[0]]
+        w_OI = torch.cat([self.weights[path] for path in paths])
+        self.weights |= dict(zip(paths, w_OI.split([len(self.weights[path]) for path in paths]), strict=True))
+        return w_OI
+
+    def drop_solved(self) -> int:
+        """Give back the float32 weights that have become codes, and say how many bytes that is."""
         dropped = sum(self.weights[path].nbytes for path in self.solved)
-        for path in self.solved:
-            self.weights[path] = self.weights[path].to("meta")
-            modules[path]._parameters["weight"] = nn.Parameter(self.weights[path], requires_grad=False)
+        self.weights |= {path: self.weights[path].to("meta") for path in self.solved}
         return dropped
 
     @property
@@ -108,14 +120,14 @@ def _solve(readers: Readers, fmt: WeightFormat, solver: Solver, moments: Moments
     whole = fmt.granularity == "tensor"
     solution = None
     for paths in [[path] for path in readers.weights] if whole else [list(readers.weights)]:
-        w_OI = readers.weights[paths[0]] if len(paths) == 1 else torch.cat([readers.weights[path] for path in paths])
+        w_OI = readers.together(paths)
         solution = solver.solve(w_OI, fmt, moments, scale_dtype)
         found, start = solution.weight, 0
         for path in paths:
             rows = slice(start, start + len(readers.weights[path]))
             grid = slice(None) if whole else rows
             zero = None if found.zero is None else found.zero[grid]
-            readers.solved[path] = QuantizedWeight(found.codes[rows].contiguous(), found.scale[grid], zero, fmt)
+            readers.solved[path] = QuantizedWeight(found.codes[rows], found.scale[grid], zero, fmt)
             start = rows.stop
     return solution
 
@@ -129,7 +141,7 @@ def output_error(readers: Readers, moments: Moments) -> float:
     for path, solved in readers.solved.items():
         some = slice(None, None, -(-len(solved.codes) // ERROR_ROWS))
         w_OI = readers.weights[path][some]
-        e_OI = solved.dequantize()[some] - w_OI
+        e_OI = solved.rows(some).dequantize() - w_OI
         off += ((e_OI @ moments.second_II) * e_OI).sum().item()
         size += ((w_OI @ moments.second_II) * w_OI).sum().item()
     return (max(off, 0.0) / size) ** 0.5 if size > 0 else 0.0

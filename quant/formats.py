@@ -132,6 +132,11 @@ class QuantizedWeight:
     zero: Tensor | None
     format: WeightFormat
 
+    def rows(self, some: slice) -> "QuantizedWeight":
+        """Some output channels of it."""
+        grid = some if len(self.scale) > 1 else slice(None)
+        return QuantizedWeight(self.codes[some], self.scale[grid], None if self.zero is None else self.zero[grid], self.format)
+
     def integers(self) -> Tensor:
         """codes - zero: (O, I) float32."""
         q_OI = self.codes.float()

@@ -29,6 +29,8 @@ from .cholesky import factor
 from .clip import Clip, Grid, fit_grid
 from .moments import Moments, Solution, require_moments
 
+PIECE = 1 << 21  # weights rounded at a time, whole rows: what is held besides does not grow with the layer
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gptq:
@@ -60,26 +62,37 @@ class Gptq:
 
         Input channels that were always zero get weight 0. Raises PlanishError without moments, or if they hold NaN or Inf.
         """
-        out_channels, in_channels = w_OI.shape
-        moments = require_moments(type(self).__name__.lower(), moments, in_channels)
+        moments = require_moments(type(self).__name__.lower(), moments, w_OI.shape[1])
         H_II = moments.second_II.to(w_OI.dtype)
         dead_I = H_II.diagonal() == 0
-        if not dead_I.all():
-            w_OI = w_OI.masked_fill(dead_I, 0)
         order_I = None if self.order == "natural" else H_II.diagonal().argsort(descending=True, stable=True)
         found = factor(ordered(H_II, order_I), self.damping * moments.ordinary)
-        columns = Columns(w_OI if order_I is None else w_OI[:, order_I], self._offsets(found.lower_II, moments, order_I), found.lower_II)
-        damping, repairs = found.damping, found.repairs
-        del H_II, found
-        if order_I is not None:
-            scale_OG, zero_OG = fit_grid(w_OI, fmt, self.clip, scale_dtype)
-            steps_IO, zeros_IO = _per_column((scale_OG, zero_OG), in_channels, out_channels)
-            columns.round(0, in_channels, (steps_IO[order_I], None if zeros_IO is None else zeros_IO[order_I]), fmt.bits, self.block_size)
-        else:
+        offsets_II = self._offsets(found.lower_II, moments, order_I)
+        shares_II = found.lower_II.div_(found.lower_II.diagonal()[:, None].clone())
+        rows = len(w_OI) if fmt.granularity == "tensor" else max(1, PIECE // w_OI.shape[1])
+        parts = []
+        for start in range(0, len(w_OI), rows):
+            piece_OI = w_OI[start : start + rows]
+            piece_OI = piece_OI.masked_fill(dead_I, 0) if dead_I.any() and not dead_I.all() else piece_OI
+            parts.append(self._round(piece_OI, fmt, shares_II, offsets_II, order_I, scale_dtype))
+        codes_OI, scale_OG = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        zeros = [part[2] for part in parts if part[2] is not None]
+        weight = QuantizedWeight(codes_OI, scale_OG.float(), torch.cat(zeros).float() if zeros else None, fmt)
+        return Solution(weight=weight, damping=found.damping, repairs=found.repairs)
+
+    def _round(
+        self, w_OI: Tensor, fmt: WeightFormat, shares_II: Tensor, offsets_II: Tensor | None, order_I: Tensor | None, scale_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes (O, I), scales and zero points of some rows."""
+        out_channels, in_channels = w_OI.shape
+        columns = Columns(w_OI if order_I is None else w_OI[:, order_I], shares_II, offsets_II)
+        if order_I is None:
             scale_OG, zero_OG = self._natural(columns, fmt, scale_dtype)
-        codes_IO = columns.codes_IO if order_I is None else columns.codes_IO[order_I.argsort()]
-        weight = QuantizedWeight(codes_IO.T.contiguous(), scale_OG.float(), None if zero_OG is None else zero_OG.float(), fmt)
-        return Solution(weight=weight, damping=damping, repairs=repairs)
+            return columns.codes_IO.T.contiguous(), scale_OG, zero_OG
+        scale_OG, zero_OG = fit_grid(w_OI, fmt, self.clip, scale_dtype)
+        steps_IO, zeros_IO = _per_column((scale_OG, zero_OG), in_channels, out_channels)
+        columns.round(0, in_channels, (steps_IO[order_I], None if zeros_IO is None else zeros_IO[order_I]), fmt.bits, self.block_size)
+        return columns.codes_IO[order_I.argsort()].T.contiguous(), scale_OG, zero_OG
 
     def _offsets(self, lower_II: Tensor, moments: Moments, order_I: Tensor | None) -> Tensor | None:
         """S (I, I), strictly upper: column k is moved by w_j * S_jk for each column j before it. None: nothing but deviations moves columns."""
@@ -107,15 +120,15 @@ class Columns:
     """The columns of a weight on their way to codes.
 
     original_IO: (I, O). weights_IO: (I, O). What is left to round, current up to what was settled. deviations_IO: (I, O). original - rounded.
-    shares_II: (I, I). What column k takes of each deviation before it: L_kj / L_kk, in place of L. offsets_II: as Gptq._offsets says.
+    shares_II: (I, I). What column k takes of each deviation before it: L_kj / L_kk. offsets_II: as Gptq._offsets says.
     codes_IO: (I, O) int8, filled as columns are rounded.
     """
 
-    def __init__(self, w_OI: Tensor, offsets_II: Tensor | None, lower_II: Tensor) -> None:
-        """w_OI: (out, in), offsets_II and lower_II: (in, in), all in the order of rounding. lower_II is used up."""
+    def __init__(self, w_OI: Tensor, shares_II: Tensor, offsets_II: Tensor | None) -> None:
+        """w_OI: (out, in), shares_II and offsets_II: (in, in), all in the order of rounding."""
         self.original_IO = w_OI.T.contiguous()
         self.weights_IO, self.deviations_IO = self.original_IO.clone(), torch.zeros_like(self.original_IO)
-        self.shares_II, self.offsets_II = lower_II.div_(lower_II.diagonal()[:, None].clone()), offsets_II
+        self.shares_II, self.offsets_II = shares_II, offsets_II
         self.codes_IO = torch.empty(self.weights_IO.shape, dtype=torch.int8, device=w_OI.device)
 
     def settle(self, first: int, start: int, stop: int) -> None:
