@@ -279,4 +279,4 @@ class _Turn:
 def _squares(hidden: Tensor, keep_T: Tensor) -> float:
     """The sum of the squares of the tokens kept. hidden: (B, L, D) of T = B * L tokens."""
     norms_T = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).flatten()
-    return norms_T[keep_T].square().sum(dtype=torch.float64).item()
+    return float(norms_T[keep_T].square().sum(dtype=torch.float64))

@@ -51,7 +51,10 @@ class Readers:
         if len(paths) == 1:
             return self.weights[paths[0]]
         w_OI = torch.cat([self.weights[path] for path in paths])
-        self.weights |= dict(zip(paths, w_OI.split([len(self.weights[path]) for path in paths]), strict=True))
+        start = 0
+        for path in paths:
+            rows = slice(start, start + len(self.weights[path]))
+            self.weights[path], start = w_OI[rows], rows.stop
         return w_OI
 
     def drop_solved(self) -> int:
