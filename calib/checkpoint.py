@@ -1,7 +1,7 @@
 """A pretrained model on disk: opened with every check that needs no weights, then read one module at a time.
 
 Names of tensors are the names of the model's parameters in transformers; where a checkpoint has them otherwise (with or without the base model's
-prefix, or an older head name), TensorInfo.name is the name in the file.
+prefix, or an older name), TensorInfo.name is the name in the file.
 """
 
 import copy
@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..quant.errors import PlanishError
 from .convert import REJECTED
+from .families import FAMILIES
 from .locate import TOKENIZER_FILES, resolve, side_files, weight_files
 from .naming import match_names
 from .shards import CHUNK_BYTES, TensorInfo, read_chunks, read_json, read_shards, read_tensor
@@ -101,6 +102,7 @@ class Checkpoint:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Errors: its files are missing or broken (a tokenizer that needs code from the model's folder is not run)."""
+        check_language(self, "read text with it")
         if not any((self.path / name).is_file() for name in TOKENIZER_FILES):
             raise PlanishError(f"{self.path}: no tokenizer. Looked for {', '.join(TOKENIZER_FILES)}. Copy the tokenizer's files there.")
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -153,7 +155,7 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a model: a local folder, a Hub name (org/name), a .gguf file, or demo:smollm2.
+    """Open a model: a local folder, a Hub name (org/name), a .gguf file, or demo:NAME (demo.py).
 
     Reads the configuration and the headers of the weight files, not the weights. Errors, each one PlanishError: no such model; config.json missing,
     broken, of an unknown architecture or of a quantized model; weight files missing, truncated or with a wrong header; pickles that are not allowed;
@@ -166,6 +168,16 @@ def open_checkpoint(model: str | Path, *, allow_pickle: bool = False) -> Checkpo
     if match.untied:
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
     return Checkpoint(path=folder, config=config, tensors=match.tensors, aliases=match.aliases, unused=match.unused)
+
+
+def check_language(checkpoint: Checkpoint, purpose: str) -> None:
+    """PlanishError if the checkpoint is a vision model. purpose: what was asked for that only language models can do, as a verb phrase."""
+    family = FAMILIES.get(checkpoint.config.model_type)
+    if family is not None and family.input != "input_ids":
+        raise PlanishError(
+            f"{checkpoint.path}: a vision model ({checkpoint.config.model_type}), so planish cannot {purpose}: "
+            "that is for language models so far. `planish inspect` takes vision models too."
+        )
 
 
 def _finite(piece: Tensor) -> bool:
@@ -192,12 +204,17 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -> PreTrainedModel:
-    """The model that a configuration describes, in eval mode, its parameters on the meta device. folder: named in errors."""
+    """The model that a configuration describes, in eval mode, its parameters on the meta device; without a head where the family has none.
+
+    folder: named in errors.
+    """
+    family = FAMILIES.get(config.model_type)
+    auto, options = (AutoModelForCausalLM, {}) if family is None or family.head is not None else (AutoModel, dict(family.options))
     try:
         with init_empty_weights(include_buffers=False):
             # None: sdpa where the family has it, else eager (Gemma 2). The configuration is copied because from_config writes into it.
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                copy.deepcopy(config), attn_implementation=None, dtype=dtype, trust_remote_code=False
+            model = auto.from_config(  # type: ignore[no-untyped-call]
+                copy.deepcopy(config), attn_implementation=None, dtype=dtype, trust_remote_code=False, **options
             )
     except REJECTED as error:
         raise PlanishError(f"{folder / 'config.json'}: {_unknown(config.to_dict())} ({error})") from error
@@ -210,4 +227,6 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -
 
 def _unknown(values: dict[str, object]) -> str:
     kind = f"model_type {values.get('model_type')!r}, architectures {values.get('architectures')!r}"
-    return f"transformers builds no causal language model from this configuration: {kind}. Check the file, or update transformers."
+    family = FAMILIES.get(str(values.get("model_type")))
+    what = "vision encoder" if family is not None and family.head is None else "causal language model"
+    return f"transformers builds no {what} from this configuration: {kind}. Check the file, or update transformers."

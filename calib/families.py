@@ -1,4 +1,4 @@
-"""The table of model families: which modules of a decoder block read which activation, and what stands before them. Data, read by topology.py.
+"""The table of model families: which modules of a block read which activation, and what stands before them. Data, read by topology.py.
 
 Adding a family: one `Family` in FAMILIES under its config's model_type (usually a `replace` of a near relative), one line in tests/tiny_models.py;
 topology.prove then shows on real weights whether the table is right.
@@ -7,7 +7,7 @@ Written from the model definitions of transformers 5.23 (transformers/models/*/m
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
@@ -69,18 +69,25 @@ class Variant:
 class Family:
     """One family. Paths in the first group are from the model, all others from the block. Defaults are Llama's.
 
-    embeddings, norm, head, writers, stream_readers, norm_kind, norm_offset: as in sites.Topology.
+    architecture: the class that is opened. wrappers: classes around the same blocks, whose checkpoints are opened as `architecture` too (an image
+    classifier as its encoder). options: what the class is made with besides its config.
+    embeddings, norm, head, input, call, lead, writers, stream_readers, norm_kind, norm_offset: as in sites.Topology.
     qkv, up: readers of those sites (up with the gate, if gated). qkv_norm, up_norm: the norm that makes their input, None if no norm stands
     between the residual stream and them, or one without weights. v, v_rows: the module and its rows that make o's input. up_host, up_rows:
-    those that make down's input, if the MLP is gated or its activation homogeneous. width, activation: the config's names for the MLP's inner
-    size (None in the config: 4 * hidden_size) and function. refuse: conditions under which the table does not hold, each with the reason.
+    those that make down's input, if the MLP is gated or its activation homogeneous. width: the MLP's inner size. activation: the config's name for
+    its function. refuse: conditions under which the table does not hold, each with the reason.
     """
 
     architecture: str
+    wrappers: tuple[str, ...] = ()
+    options: Mapping[str, bool] = field(default_factory=dict)
     blocks: str = "model.layers"
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     norm: str | None = "model.norm"
-    head: str = "lm_head"
+    head: str | None = "lm_head"
+    input: Literal["input_ids", "pixel_values"] = "input_ids"
+    call: tuple[tuple[str, bool], ...] = (("use_cache", False),)
+    lead: Callable[[PreTrainedConfig], int] = lambda config: 0
 
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     qkv_norm: str | None = "input_layernorm"
@@ -98,7 +105,7 @@ class Family:
     stream_readers: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     norm_kind: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0
-    width: str = "intermediate_size"
+    width: Callable[[PreTrainedConfig], int] = lambda config: config.intermediate_size
     activation: str = "hidden_act"
     variants: tuple[Variant, ...] = ()
     refuse: tuple[tuple[Callable[[PreTrainedConfig], bool], str], ...] = ()
@@ -153,7 +160,7 @@ GPT2 = Family(
     writers=("attn.c_proj", "mlp.c_proj"),
     stream_readers=("ln_1", "ln_2"),
     norm_kind="layer",
-    width="n_inner",
+    width=lambda config: config.n_inner or 4 * config.hidden_size,
     activation="activation_function",
     refuse=((lambda config: config.add_cross_attention, "add_cross_attention is true, so its blocks also read an encoder's output"),),
 )
@@ -173,7 +180,7 @@ OPT = Family(
     writers=("self_attn.out_proj", "fc2"),
     stream_readers=("self_attn_layer_norm", "final_layer_norm"),
     norm_kind="layer",
-    width="ffn_dim",
+    width=lambda config: config.ffn_dim,
     activation="activation_function",
     variants=(
         Variant(
@@ -206,6 +213,64 @@ GPT_NEOX = Family(
     norm_kind="layer",
 )
 
+VIT = Family(
+    architecture="ViTModel",
+    wrappers=("ViTForImageClassification", "ViTForMaskedImageModeling"),
+    options={"add_pooling_layer": False},
+    blocks="layers",
+    embeddings=("embeddings",),
+    norm="layernorm",
+    head=None,
+    input="pixel_values",
+    call=(("interpolate_pos_encoding", True),),
+    lead=lambda config: 1,
+    qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    qkv_norm="layernorm_before",
+    o="attention.o_proj",
+    v="attention.v_proj",
+    gated=False,
+    up=("mlp.fc1",),
+    up_norm="layernorm_after",
+    down="mlp.fc2",
+    up_host="mlp.fc1",
+    writers=("attention.o_proj", "mlp.fc2"),
+    stream_readers=("layernorm_before", "layernorm_after"),
+    norm_kind="layer",
+)
+
+DINOV2 = replace(
+    VIT,
+    architecture="Dinov2Model",
+    wrappers=("Dinov2ForImageClassification", "Dinov2Backbone"),
+    options={},
+    blocks="encoder.layer",
+    call=(),
+    qkv_norm="norm1",
+    up_norm="norm2",
+    writers=("layer_scale1", "layer_scale2"),
+    stream_readers=("norm1", "norm2"),
+    width=lambda config: int(config.hidden_size * config.mlp_ratio),
+    variants=(
+        Variant(
+            when=lambda config: config.use_swiglu_ffn,
+            changes={
+                "gated": True,
+                "up": ("mlp.gate_proj", "mlp.up_proj"),
+                "down": "mlp.down_proj",
+                "up_host": "mlp.up_proj",
+                "width": lambda config: (int(int(config.hidden_size * config.mlp_ratio) * 2 / 3) + 7) // 8 * 8,
+            },
+        ),
+    ),
+)
+
+DINOV2_REGISTERS = replace(
+    DINOV2,
+    architecture="Dinov2WithRegistersModel",
+    wrappers=("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersBackbone"),
+    lead=lambda config: 1 + config.num_register_tokens,
+)
+
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "mistral": replace(LLAMA, architecture="MistralForCausalLM"),
@@ -218,4 +283,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": GPT2,
     "opt": OPT,
     "gpt_neox": GPT_NEOX,
+    "vit": VIT,
+    "dinov2": DINOV2,
+    "dinov2_with_registers": DINOV2_REGISTERS,
 }

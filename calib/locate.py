@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 
 from ..quant.errors import PlanishError
 from .convert import convert_gguf, convert_pickles
-from .demo import find_demo
+from .demo import DEMOS, find_demo
 from .shards import INDEX_FILE, SINGLE_FILE, read_index
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -45,7 +45,7 @@ def resolve(model: str | Path, *, allow_pickle: bool = False) -> Path:
     """
     if isinstance(model, str) and model.startswith("demo:"):
         demo = find_demo(model.removeprefix("demo:"))
-        return convert_gguf(demo.gguf(), demo.card)
+        return demo.convert(demo.path(), demo.card)
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -55,7 +55,8 @@ def resolve(model: str | Path, *, allow_pickle: bool = False) -> Path:
         raise PlanishError(f"{model}: a file. Give the folder that holds config.json and the weights, or a .gguf file.")
     if isinstance(model, str) and path.suffix.lower() != ".gguf" and HUB_NAME.fullmatch(model):
         return _download(model, allow_pickle=allow_pickle)
-    raise PlanishError(f"{model}: no such folder. A model is a local folder, a Hub name (org/name), a .gguf file or demo:smollm2.")
+    demos = ", ".join(f"demo:{name}" for name in DEMOS)
+    raise PlanishError(f"{model}: no such folder. A model is a local folder, a Hub name (org/name), a .gguf file or one of {demos}.")
 
 
 def _download(name: str, *, allow_pickle: bool) -> Path:

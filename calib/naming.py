@@ -1,11 +1,16 @@
 """Which tensor of a checkpoint is which parameter of the model."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, rename_source_key
 
 from ..quant.errors import PlanishError
 from .shards import CHUNK_BYTES, TensorInfo, read_chunks
@@ -36,10 +41,12 @@ def match_names(folder: Path, stored: Mapping[str, TensorInfo], skeleton: PreTra
     _refuse_quantized(stored)
     tensors = {name: info for name, info in stored.items() if name in expected}
     unused = []
+    convert = _conversions(skeleton, expected)
     for name in sorted(stored.keys() - tensors.keys()):
         target = next((other for other in _other_names(name, skeleton.base_model_prefix) if other in expected and other not in tensors), None)
-        if target is not None:
-            tensors[target] = stored[name]
+        parts = convert(name, stored[name]) if target is None else {target: stored[name]}
+        if parts and not parts.keys() & tensors.keys():
+            tensors |= parts
         elif not name.endswith(LEFTOVERS):
             unused.append(name)
     aliases = _tie(tensors, skeleton.all_tied_weights_keys)
@@ -63,6 +70,40 @@ def _other_names(name: str, base: str) -> Iterator[str]:
     yield name.removeprefix(f"{base}.")
     # GPT-NeoX's head, which transformers 5 renamed in the model but not in the files.
     yield name.replace("embed_out.", "lm_head.", 1)
+
+
+def _conversions(skeleton: PreTrainedModel, expected: Mapping[str, Tensor]) -> Callable[[str, TensorInfo], dict[str, TensorInfo]]:
+    """What transformers makes of a stored tensor whose name the model does not have: its parameters by name; none where it is not a plain renaming
+    or a cut into equal parts along the rows."""
+
+    @cache
+    def transforms() -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        known = get_model_conversion_mapping(skeleton)
+        return [t for t in known if isinstance(t, WeightRenaming)], [t for t in known if isinstance(t, WeightConverter)]
+
+    def convert(name: str, info: TensorInfo) -> dict[str, TensorInfo]:
+        renamings, converters = transforms()
+        first, source = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, dict(expected))
+        if source is None:
+            parts = {first: info}
+        else:
+            converter = next(t for t in converters if source in t.source_patterns)
+            parts = _rows(first, info, converter) if info.shape and _cuts_rows(converter) else {}
+        return parts if parts.keys() <= expected.keys() else {}
+
+    return convert
+
+
+def _cuts_rows(converter: WeightConverter) -> bool:
+    return [type(step) is Chunk and step.dim == 0 for step in converter.operations] == [True]
+
+
+def _rows(first: str, info: TensorInfo, converter: WeightConverter) -> dict[str, TensorInfo]:
+    """Equal parts of a tensor along its first dimension, one for each target of the converter; they are whole ranges of its bytes."""
+    targets = converter.target_patterns
+    shape = (info.shape[0] // len(targets), *info.shape[1:])
+    size = prod(shape) * info.dtype.itemsize
+    return {first.replace(targets[0], target): replace(info, shape=shape, offset=info.offset + i * size) for i, target in enumerate(targets)}
 
 
 def _tie(tensors: dict[str, TensorInfo], pairs: Mapping[str, str]) -> dict[str, str]:

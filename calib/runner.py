@@ -3,10 +3,10 @@
 The model's own code does everything between its blocks (masks, rotary tables, logit caps): the runner only puts stand-ins where
 the blocks are, so that no family needs a forward pass of its own here.
 
-Shapes: ids (B, L) token numbers; hidden (B, L, D).
+Shapes: batches are ids (B, L), token numbers, or images (B, 3, H, W), as the family takes them (Topology.input); hidden (B, L, D).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..quant.errors import PlanishError
 from .checkpoint import Checkpoint
 from .topology import Topology, topology
 
@@ -70,14 +71,19 @@ class BlockRunner:
         blocks = self.model.get_submodule(self.topology.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self.blocks = blocks
-        self.outer = [name for name in self._leaves() if not name.startswith(self.topology.blocks + ".")]
-        for name in self.outer:
-            for key, buffer in self.model.get_submodule(name).named_buffers(recurse=False):
+        self.outer = [name for name in self._owners() if not name.startswith(self.topology.blocks + ".")]
+        for module in (module for name in self.outer for module in self.model.get_submodule(name).modules()):
+            for key, buffer in module.named_buffers(recurse=False):
                 if buffer.device.type != "meta":
-                    self.model.get_submodule(name).register_buffer(key, buffer.to(device), persistent=False)
+                    module.register_buffer(key, buffer.to(device), persistent=False)
 
-    def _leaves(self) -> list[str]:
-        return [name for name, module in self.model.named_modules() if not any(True for _ in module.children())]
+    def _owners(self) -> list[str]:
+        """The modules with parameters or buffers of their own, topmost ones only: what is inside them is loaded with them."""
+        owners: list[str] = []
+        for name, module in self.model.named_modules():
+            if (module._parameters or module._buffers) and not name.startswith(tuple(f"{owner}." for owner in owners)):
+                owners.append(name)
+        return owners
 
     def _has_weights(self, name: str) -> bool:
         return any(True for _ in self.model.get_submodule(name).parameters())
@@ -107,7 +113,7 @@ class BlockRunner:
                 setattr(self.model.get_submodule(parent), child, before[name])
 
     def start(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Call]]:
-        """The hidden states that enter block 0, and what the blocks are called with, for each batch of ids.
+        """The hidden states that enter block 0, and what the blocks are called with, for each batch (ids or images).
 
         Batches of one shape share one Call.
         """
@@ -115,15 +121,19 @@ class BlockRunner:
         skipped = {name: nn.Identity() for name in (self.topology.norm, self.topology.head) if name}
         names = [name for name in self.outer if self._has_weights(name) and name not in skipped]
         with self._loaded(names):
-            for ids in batches:
+            for batch in batches:
                 call = Call()
                 recorders: list[nn.Module] = [_Recorder(call) for _ in self.blocks]
                 with self._stand_ins(recorders, skipped):
-                    self.model(input_ids=ids.to(self.device), use_cache=False)
+                    self.model(**{self.topology.input: self._placed(batch)}, **dict(self.topology.call))
                 first = recorders[0]
                 assert isinstance(first, _Recorder)
                 assert first.hidden is not None
-                yield first.hidden, calls.setdefault(ids.shape, call)
+                yield first.hidden, calls.setdefault(batch.shape, call)
+
+    def _placed(self, batch: Tensor) -> Tensor:
+        """The batch on the runner's device, images also in its dtype."""
+        return batch.to(self.device, self.dtype) if batch.is_floating_point() else batch.to(self.device)
 
     def block_name(self, index: int) -> str:
         """The full name of block `index`, as in the checkpoint's tensor names."""
@@ -140,8 +150,20 @@ class BlockRunner:
         self.checkpoint.release(self.blocks[index])
 
     @contextmanager
+    def features(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What turns the last block's output into the model's features, both (B, L, D): the last norm, in memory while the `with` lasts.
+
+        The identity where the model has no last norm.
+        """
+        name = self.topology.norm
+        with self._loaded([name] if name else []):
+            yield self.model.get_submodule(name) if name else lambda hidden: hidden
+
+    @contextmanager
     def head(self) -> Iterator["Head"]:
-        """The head, in memory while the `with` lasts."""
+        """The final norm and the head, in memory while the `with` lasts. PlanishError for a model without a head."""
+        if self.topology.head is None:
+            raise PlanishError(f"{self.checkpoint.path}: a {self.topology.family} encoder has no head that makes logits. Use its features.")
         embedding = self.model.get_input_embeddings()
         names = [n for n in self.outer if self._has_weights(n) and self.model.get_submodule(n) is not embedding]
         with self._loaded(names):

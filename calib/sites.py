@@ -41,7 +41,9 @@ class Topology:
     blocks, embeddings, norm and head are paths from the model, writers and stream_readers from the block. The embeddings' outputs, summed,
     are the first block's input; a block adds its writers' outputs to the stream, and its stream_readers see the stream. Both tuples are empty
     where the stream itself is normalised (OPT with do_layer_norm_before false). norm: the last norm, None if there is none. A norm on the
-    stream multiplies by norm_offset + weight.
+    stream multiplies by norm_offset + weight. head: what makes logits, None for a vision encoder.
+    The model is run as model(**{input: batch}, **dict(call)). lead: how many tokens stand before those of the input (a vision model's class and
+    register tokens, before its patches).
     """
 
     family: str
@@ -50,11 +52,19 @@ class Topology:
     sites: tuple[Site, ...]
     embeddings: tuple[str, ...]
     norm: str | None
-    head: str
+    head: str | None
     writers: tuple[str, ...]
     stream_readers: tuple[str, ...]
     norm_kind: Literal["rms", "layer"]
     norm_offset: float
+    input: Literal["input_ids", "pixel_values"] = "input_ids"
+    call: tuple[tuple[str, bool], ...] = (("use_cache", False),)
+    lead: int = 0
+
+    @property
+    def vision(self) -> bool:
+        """Whether the model sees images instead of text."""
+        return self.input == "pixel_values"
 
 
 def reader_weight(module: nn.Module) -> Tensor:

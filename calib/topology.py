@@ -1,4 +1,4 @@
-"""What feeds what in a decoder block: its sites, the linear layers that read each, and what can take a per-channel scale for free.
+"""What feeds what in a transformer block: its sites, the linear layers that read each, and what can take a per-channel scale for free.
 
 `topology` reads the family's table (families.py) with the facts of one config; `prove` (proof.py) holds the result against a real block.
 """
@@ -38,6 +38,9 @@ def topology(config: PreTrainedConfig) -> Topology:
         stream_readers=family.stream_readers,
         norm_kind=family.norm_kind,
         norm_offset=family.norm_offset,
+        input=family.input,
+        call=family.call,
+        lead=family.lead(config),
     )
 
 
@@ -47,11 +50,12 @@ def _family(config: PreTrainedConfig) -> Family:
     if kind not in FAMILIES:
         raise PlanishError(f"{where}: {_why_unknown(config)} Supported: {', '.join(FAMILIES)}.")
     family = FAMILIES[kind]
-    if classes and family.architecture not in classes:
-        raise PlanishError(f"{where}: planish compresses {kind} models of class {family.architecture}, with their language model head. Give it one.")
+    if classes and not {family.architecture, *family.wrappers} & set(classes):
+        known = " or ".join((family.architecture, *family.wrappers))
+        raise PlanishError(f"{where}: planish takes {kind} models of class {known}. Give it one.")
     for refused, reason in family.refuse:
         if refused(config):
-            raise PlanishError(f"{where}: {reason}. planish compresses decoder-only language models; give it one without.")
+            raise PlanishError(f"{where}: {reason}. planish takes decoder-only language models; give it one without.")
     for variant in family.variants:
         if variant.when(config):
             family = replace(family, **variant.changes)
@@ -60,7 +64,7 @@ def _family(config: PreTrainedConfig) -> Family:
 
 def _why_unknown(config: PreTrainedConfig) -> str:
     if config.is_encoder_decoder:
-        return "this is an encoder-decoder model, and planish compresses decoder-only language models."
+        return "this is an encoder-decoder model, and planish takes decoder-only language models."
     if config.sub_configs and hasattr(config, "text_config"):
         text = config.text_config.model_type
         return f"this is a multimodal model around a {text} language model. Save that one as a checkpoint of its own and give planish that."
@@ -78,7 +82,7 @@ def _sizes(family: Family, config: PreTrainedConfig) -> Sizes:
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        width=getattr(config, family.width) or 4 * config.hidden_size,
+        width=family.width(config),
     )
 
 

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from .calib.checkpoint import Checkpoint, open_checkpoint
+from .calib.checkpoint import Checkpoint, check_language, open_checkpoint
 from .calib.packing import Packed, default_layout
 from .calib.precision import pick_device, working_dtype
 from .calib.proof import check_structure
@@ -86,6 +86,7 @@ def make_plan(
         _check_free(out)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
+    check_language(checkpoint, "compress it")
     where = pick_device(device)
     working = dtype or working_dtype(checkpoint.dtype, where)
     runner = BlockRunner(checkpoint, working, where)

@@ -1,4 +1,6 @@
-"""Tiny random causal language models, one of every family (and of the variants that differ in topology), from transformers' own classes.
+"""Tiny random models, one of every family (and of the variants that differ in topology), from transformers' own classes.
+
+CONFIGS are the language models, VISION the vision encoders; what goes over CONFIGS or FAMILIES sees language models alone.
 
 Norm weights and biases are random, not ones and zeros, so that a scale put in the wrong place shows.
 """
@@ -9,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
 VOCABULARY = 200
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -38,11 +40,30 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 FAMILIES = tuple(name for name in CONFIGS if "-" not in name)
 
+_IMAGE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4, "num_labels": 5}
+VISION: dict[str, dict[str, Any]] = {
+    "vit": {**_IMAGE, "model_type": "vit", "intermediate_size": 96},
+    "vit-relu": {**_IMAGE, "model_type": "vit", "intermediate_size": 96, "hidden_act": "relu", "qkv_bias": False},
+    "dinov2": {**_IMAGE, "model_type": "dinov2", "mlp_ratio": 2},
+    "dinov2-swiglu": {**_IMAGE, "model_type": "dinov2", "mlp_ratio": 2, "use_swiglu_ffn": True},
+    "dinov2_with_registers": {**_IMAGE, "model_type": "dinov2_with_registers", "mlp_ratio": 2, "num_register_tokens": 3},
+}
+VISION_FAMILIES = tuple(name for name in VISION if "-" not in name)
+
 
 def tiny(family: str, seed: int = 0, changes: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """A float32 model in eval mode. family: a key of CONFIGS. changes: other values for its config."""
     values = {**CONFIGS[family], **(changes or {})}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    return _random(AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)), seed)
+
+
+def tiny_vision(family: str, seed: int = 0, classifier: bool = False) -> PreTrainedModel:
+    """A float32 encoder in eval mode, or an image classifier around one. family: a key of VISION."""
+    auto = AutoModelForImageClassification if classifier else AutoModel
+    return _random(auto.from_config(AutoConfig.for_model(**VISION[family])), seed)
+
+
+def _random(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     model.config.architectures = [type(model).__name__]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -70,6 +91,11 @@ def tokens(samples: int = 2, length: int = 24, seed: int = 1) -> Tensor:
     return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
 
 
+def pixels(samples: int = 2, height: int = 16, width: int = 16, seed: int = 1) -> Tensor:
+    """(samples, 3, height, width) random images."""
+    return torch.randn(samples, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """A block of a model with the arguments that it was called with."""
@@ -86,8 +112,8 @@ class BlockCall:
         return output
 
 
-def block_calls(model: PreTrainedModel, blocks: str, token_ids: Tensor) -> list[BlockCall]:
-    """How a forward pass calls every module of the list at path `blocks`."""
+def block_calls(model: PreTrainedModel, blocks: str, batch: Tensor) -> list[BlockCall]:
+    """How a forward pass on token ids or images calls every module of the list at path `blocks`."""
     calls: list[BlockCall] = []
     hooks = [
         block.register_forward_pre_hook(lambda module, args, kwargs: calls.append(BlockCall(module, args, kwargs)), with_kwargs=True)
@@ -95,7 +121,7 @@ def block_calls(model: PreTrainedModel, blocks: str, token_ids: Tensor) -> list[
     ]
     try:
         with torch.no_grad():
-            model(token_ids, use_cache=False)
+            model(batch, **({} if batch.is_floating_point() else {"use_cache": False}))
     finally:
         for hook in hooks:
             hook.remove()

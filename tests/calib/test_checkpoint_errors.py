@@ -76,7 +76,7 @@ def test_configuration_missing_or_broken(llama_folder: Path) -> None:
     for change in (
         {"model_type": "flying_carpet"},
         {"model_type": None},
-        {"model_type": "vit"},
+        {"model_type": "clip"},
         {"auto_map": {"AutoConfig": "code.Config"}, "model_type": "own"},
         {"hidden_size": "wide"},
         {"num_attention_heads": 0},

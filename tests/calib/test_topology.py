@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import CONFIGS, FAMILIES, block_calls, tiny, tokens
+from tiny_models import CONFIGS, FAMILIES, VISION_FAMILIES, block_calls, tiny, tokens
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -39,7 +39,7 @@ def uneven_scale(block: nn.Module, site: Site, seed: int) -> Tensor:
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    assert set(FAMILIES) == set(families.FAMILIES)
+    assert {*FAMILIES, *VISION_FAMILIES} == set(families.FAMILIES)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
