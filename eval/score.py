@@ -6,7 +6,7 @@ Shapes: ids (N, L) windows of token numbers; hidden (B, L, D) of B windows at on
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -163,18 +163,28 @@ def score(
     Equivalent to cross_entropy(model(ids).logits[:, :-1], ids[:, 1:]). Works on full-precision and stored compressed checkpoints alike.
     Memory: one block or the head, the hidden states of all windows, and the logits of 256 tokens.
     """
-    batches, tally = window_batches(ids_NL), _Tally()
+    batches = window_batches(ids_NL)
     with arithmetic(dtype):
         runner = BlockRunner(checkpoint, dtype, torch.device(device))
         hidden = final_hidden(runner, batches, _shifted(progress, 0, runner.topology.block_count + 1))
-        with runner.head() as head:
-            for ids_L, hidden_LD in _windows(batches, hidden):
+        (score,) = hidden_scores(runner, batches, [hidden])
+    if progress is not None:
+        progress(runner.topology.block_count + 1, runner.topology.block_count + 1)
+    return score
+
+
+def hidden_scores(runner: BlockRunner, batches: Sequence[Tensor], streams: Iterable[Iterable[Tensor]]) -> list[Score]:
+    """The score of each stream: hidden states (B, L, D) after the last block, for each batch of ids. Call inside `arithmetic`."""
+    scores: list[Score] = []
+    with runner.head() as head:
+        for stream in streams:
+            tally = _Tally()
+            for ids_L, hidden_LD in _windows(batches, stream):
                 tally.start(len(ids_L) - 1)
                 for (logits,), next_t in _side_by_side([(head, hidden_LD)], ids_L):
                     tally.add(logits, next_t)
-    if progress is not None:
-        progress(runner.topology.block_count + 1, runner.topology.block_count + 1)
-    return tally.score()
+            scores.append(tally.score())
+    return scores
 
 
 def compare(
@@ -218,7 +228,7 @@ def _shifted(report: Report | None, before: int, total: int) -> Report | None:
     return None if report is None else lambda done, _all: report(before + done, total)
 
 
-def _windows(batches: list[Tensor], hidden: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def _windows(batches: Iterable[Tensor], hidden: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Each window's ids (L,) and hidden states (L, D)."""
     for ids_BL, hidden_BLD in zip(batches, hidden, strict=True):
         yield from zip(ids_BL, hidden_BLD, strict=True)

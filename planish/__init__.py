@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calib.data import Calibration
+    from .calib.diagnosis import OutlierReport, Thresholds
     from .compression import Result, compress
     from .eval.verify import verify
+    from .inspection import inspect
     from .loading import load
     from .preflight import Plan
     from .preflight import make_plan as plan
@@ -34,6 +36,7 @@ __all__ = [
     "Export",
     "Gptaq",
     "Gptq",
+    "OutlierReport",
     "Override",
     "Plan",
     "PlanishError",
@@ -42,9 +45,11 @@ __all__ = [
     "Rtn",
     "Scheme",
     "Smooth",
+    "Thresholds",
     "WeightFormat",
     "__version__",
     "compress",
+    "inspect",
     "load",
     "load_recipe",
     "plan",
@@ -54,8 +59,10 @@ __all__ = [
 # No module of this package may have the name of a public function: once imported, it would hide the function.
 _HOMES = {
     "calib.data": ["Calibration"],
+    "calib.diagnosis": ["OutlierReport", "Thresholds"],
     "compression": ["Result", "compress"],
     "eval.verify": ["verify"],
+    "inspection": ["inspect"],
     "loading": ["load"],
     "preflight": ["Plan", "make_plan"],
     "quant.errors": ["PlanishError"],

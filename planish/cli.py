@@ -1,19 +1,18 @@
 """The command line. What needs torch is imported by the commands that need it, so that help and lists are quick."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from enum import Enum
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from .inspect_command import inspect
+from .options import Arithmetic, AsJson, Device, Offload, Pickle, Quiet, starting, torch_dtype
 from .progress import showing, stages
-from .terminal import Front, Traceback, err_console, hush, out_console
+from .terminal import Front, Traceback, err_console, out_console
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from .job import Job
@@ -32,13 +31,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List the recipes that come with planish, or show one.")
 app.add_typer(recipes_app, name="recipes")
-
-
-class Dtype(str, Enum):
-    """Arithmetic of the walk."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
+app.command()(inspect)
 
 
 def _complete_recipe(incomplete: str) -> list[str]:
@@ -52,12 +45,6 @@ Model = Annotated[str, typer.Option("--model", metavar="MODEL", help="A local fo
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe, such as calibration.samples=64. May be given repeatedly.")
 ]
-Device = Annotated[str | None, typer.Option(help="Where to compute, such as cpu or cuda:0. Default: cuda where there is one.")]
-Arithmetic = Annotated[Dtype | None, typer.Option(help="Arithmetic of the walk. Default: bfloat16 where model and hardware have it.")]
-Offload = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the activations on disk, there. Default: only if memory is short.")]
-Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights too. Pickles can run code: only from a source you trust.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No plan and no progress.")]
 Evaluate = Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Measure perplexity and divergence before and after, on built-in text.")]
 
 
@@ -102,7 +89,7 @@ def compress(
             model=model,
             out=out,
             device=device,
-            dtype=_torch_dtype(dtype),
+            dtype=torch_dtype(dtype),
             offload_dir=offload_dir,
             allow_pickle=allow_pickle,
             evaluate=evaluate,
@@ -130,7 +117,7 @@ def plan(
         from .tables import plan_table
 
         loaded = _recipe(recipe, settings)
-        made = make_plan(loaded, model, device=device, dtype=_torch_dtype(dtype), offload_dir=offload_dir, allow_pickle=allow_pickle)
+        made = make_plan(loaded, model, device=device, dtype=torch_dtype(dtype), offload_dir=offload_dir, allow_pickle=allow_pickle)
     if as_json:
         print(to_json(plan_dict(made)))
     else:
@@ -246,21 +233,7 @@ def _run(job: "Job", plan: "Plan", ids: "Tensor | None", as_json: bool, quiet: b
         out_console().print(*result_table(outcome.result, outcome.evaluation, outcome.peak, outcome.report), sep="\n")
 
 
-@contextmanager
-def starting() -> Iterator[None]:
-    """Libraries are imported and the job is looked at: some seconds in which the terminal shows that something happens."""
-    with err_console().status("starting"):
-        hush()
-        yield
-
-
 def _recipe(name: str, settings: list[str] | None) -> "Recipe":
     from .recipe import load_recipe, with_settings
 
     return with_settings(load_recipe(name), settings or [])
-
-
-def _torch_dtype(dtype: Dtype | None) -> "torch.dtype | None":
-    import torch
-
-    return None if dtype is None else {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}[dtype]

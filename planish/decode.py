@@ -8,17 +8,24 @@ Plain data is what YAML and JSON hold. An annotation says what is taken, and not
 | None, Literal[...]     | that value                                                         |
 | A | B                  | whatever A or B takes; the exact type first                        |
 | tuple[X, ...]          | a list; for a tuple of texts also one text alone                   |
+| tuple[X, Y]            | a list of exactly these                                            |
+| Mapping[str, X]        | a mapping                                                          |
 | a dataclass            | a mapping of its fields, no others, none without a default missing |
 | Annotated[A, Named(…)] | a name, or a mapping of one name to the settings of what it names  |
 """
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .quant.errors import PlanishError, nearest
+
+NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""Numbers that JSON lacks, by the texts that stand for them where a document may hold such numbers."""
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 T = TypeVar("T")
@@ -37,13 +44,14 @@ class Named:
 
 
 class _Place(NamedTuple):
-    """Where in the data a value stands: the document, and the dotted path in it."""
+    """Where in the data a value stands: the document, and the dotted path in it. nonfinite: whether numbers may be NaN or infinite there."""
 
     root: str
     path: str = ""
+    nonfinite: bool = False
 
     def at(self, key: object) -> "_Place":
-        return _Place(self.root, f"{self.path}.{key}" if self.path else str(key))
+        return _Place(self.root, f"{self.path}.{key}" if self.path else str(key), self.nonfinite)
 
     def error(self, text: str) -> PlanishError:
         return PlanishError(": ".join(part for part in (self.root, self.path, text) if part))
@@ -54,12 +62,13 @@ class _Place(NamedTuple):
         return PlanishError(f"{self.root}: {self.path}{text[len(name) :]}") if text.startswith((f"{name}.", f"{name}:")) else self.error(text)
 
 
-def decode(kind: type[T], data: object, root: str) -> T:
-    """The object of dataclass `kind` that plain `data` describes. root: the document's name, with which every error begins.
+def decode(kind: type[T], data: object, root: str, *, nonfinite: bool = False) -> T:
+    """The object of dataclass `kind` that plain `data` describes. root: the document's name, with which every error begins. nonfinite: a number may
+    also be one of the texts of NONFINITE.
 
     Raises PlanishError with place, value and rule: unknown, missing or mistyped keys, and what the classes themselves refuse.
     """
-    found: T = _decode(kind, data, _Place(root))
+    found: T = _decode(kind, data, _Place(root, nonfinite=nonfinite))
     return found
 
 
@@ -68,6 +77,7 @@ def encode(value: object, *, defaults: bool = True) -> Plain:
     return _encode(type(value), value, defaults)
 
 
+@cache
 def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
@@ -95,24 +105,44 @@ def _suits(kind: Any, data: object) -> bool:
         return any(type(data) is type(value) and data == value for value in get_args(kind))
     if get_origin(kind) is tuple:
         return isinstance(data, list) or (isinstance(data, str) and get_args(kind)[0] is str)
-    if is_dataclass(kind):
+    if get_origin(kind) is Mapping or is_dataclass(kind):
         return isinstance(data, dict)
     raise TypeError(f"no plain form for annotation {kind}")
 
 
 def _decode(kind: Any, data: object, place: _Place) -> Any:
     suiting = [arm for arm in _arms(kind) if _suits(arm, data)]
+    if place.nonfinite and not suiting and isinstance(data, str) and data in NONFINITE and float in _arms(kind):
+        return NONFINITE[data]
     if not suiting:
         raise place.error(_mismatch(kind, data))
     arm = min(suiting, key=lambda arm: arm is float)  # a whole number is an int first, where the union has both
     if named := _named(arm):
         return _decode_named(named, data, place)
     if get_origin(arm) is tuple:
-        items = data if isinstance(data, list) else [data]
-        return tuple(_decode(get_args(arm)[0], item, place.at(index)) for index, item in enumerate(items))
+        return _decode_tuple(get_args(arm), data if isinstance(data, list) else [data], place)
+    if get_origin(arm) is Mapping:
+        return _decode_mapping(get_args(arm)[1], data, place)
     if is_dataclass(arm):
         return _decode_fields(arm, data, place)
     return _decode_float(data, place) if arm is float else data
+
+
+def _decode_tuple(kinds: tuple[Any, ...], items: list[Any], place: _Place) -> Any:
+    if kinds[-1] is not Ellipsis:
+        if len(items) != len(kinds):
+            raise place.error(f"expected a list of {len(kinds)}, got one of {len(items)}.")
+        return tuple(_decode(kind, item, place.at(index)) for index, (kind, item) in enumerate(zip(kinds, items, strict=True)))
+    if kinds[0] is float and all(type(item) is float and math.isfinite(item) for item in items):
+        return tuple(items)  # pictures have hundreds of thousands
+    return tuple(_decode(kinds[0], item, place.at(index)) for index, item in enumerate(items))
+
+
+def _decode_mapping(kind: Any, data: Any, place: _Place) -> Any:
+    for key in data:
+        if not isinstance(key, str):
+            raise place.at(key).error(f"keys must be text, got {_show(key)}.")
+    return {key: _decode(kind, item, place.at(key)) for key, item in data.items()}
 
 
 def _decode_float(data: Any, place: _Place) -> float:
@@ -164,6 +194,8 @@ def _expected_arm(arm: Any) -> str:
         return f"one of {', '.join(named.classes)}"
     if get_origin(arm) is Literal:
         return " or ".join(_show(value) for value in get_args(arm))
+    if get_origin(arm) is Mapping:
+        return "a mapping"
     return "a list" if get_origin(arm) is tuple else f"a mapping with the keys {', '.join(_fields(arm))}"
 
 
@@ -193,10 +225,16 @@ def _encode(kind: Any, value: Any, defaults: bool) -> Plain:
                 settings = _encode(chosen, value, defaults)
                 return {name: settings} if settings else name
     if isinstance(value, tuple):
-        item_kind = next(get_args(arm)[0] for arm in _arms(kind) if get_origin(arm) is tuple)
-        return [_encode(item_kind, item, defaults) for item in value]
+        kinds = next(get_args(arm) for arm in _arms(kind) if get_origin(arm) is tuple)
+        if kinds == (float, Ellipsis):
+            return list(value)
+        return [_encode(kinds[0 if kinds[-1] is Ellipsis else index], item, defaults) for index, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        item_kind = next(get_args(arm)[1] for arm in _arms(kind) if get_origin(arm) is Mapping)
+        return {key: _encode(item_kind, item, defaults) for key, item in value.items()}
     if is_dataclass(value):
-        hints, known = _hints(type(value)), _fields(value)
+        own: Any = type(value)
+        hints, known = _hints(own), _fields(value)
         return {name: _encode(hints[name], getattr(value, name), defaults) for name in known if defaults or not _is_default(known[name], value)}
     plain: Plain = value
     return plain

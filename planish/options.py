@@ -1,0 +1,44 @@
+"""Options that several commands have, and what every command does before it works."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .terminal import err_console, hush
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Dtype(str, Enum):
+    """Arithmetic of the walk."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Device = Annotated[str | None, typer.Option(help="Where to compute, such as cpu or cuda:0. Default: cuda where there is one.")]
+Arithmetic = Annotated[Dtype | None, typer.Option(help="Arithmetic of the walk. Default: bfloat16 where model and hardware have it.")]
+Offload = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the activations on disk, there. Default: only if memory is short.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights too. Pickles can run code: only from a source you trust.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No plan and no progress.")]
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Libraries are imported and the job is looked at: some seconds in which the terminal shows that something happens."""
+    with err_console().status("starting"):
+        hush()
+        yield
+
+
+def torch_dtype(dtype: Dtype | None) -> "torch.dtype | None":
+    """torch's name for it."""
+    import torch
+
+    return None if dtype is None else {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}[dtype]
