@@ -1,6 +1,6 @@
 """Peak resident memory of a compression against the checkpoint's size: a synthetic Llama in several shards, streams on disk.
 
-    python benchmarks/memory.py [--gigabytes 1.5]
+python benchmarks/memory.py [--gigabytes 1.5]
 """
 
 import argparse
@@ -24,8 +24,15 @@ def synthesize(folder: Path, gigabytes: float) -> int:
     per_block = 2 * (HIDDEN * HIDDEN * 2 + 2 * HIDDEN * KV_HEADS * (HIDDEN // HEADS) + 3 * HIDDEN * INNER)
     layers = round((gigabytes * 1e9 - 4 * VOCABULARY * HIDDEN) / per_block)
     config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=INNER, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, num_hidden_layers=layers,
-        vocab_size=VOCABULARY, tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        num_hidden_layers=layers,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
     )
     folder.mkdir()
     config.save_pretrained(folder)

@@ -55,9 +55,7 @@ def evaluate(result: Result, ids_NL: Tensor, progress: Progress) -> Evaluation:
     start = time.monotonic()
     plan = result.plan
     progress.stage("evaluating", 2 * plan.topology.block_count + 1)
-    comparison = compare(
-        plan.checkpoint, open_stored(result.out), ids_NL, device=plan.device, progress=lambda done, _all: progress.step(done)
-    )
+    comparison = compare(plan.checkpoint, open_stored(result.out), ids_NL, device=plan.device, progress=lambda done, _all: progress.step(done))
     return Evaluation(comparison, ids_NL.shape[0], ids_NL.shape[1], time.monotonic() - start)
 
 

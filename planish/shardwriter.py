@@ -61,5 +61,3 @@ def _write_shard(file: Path, tensors: Mapping[str, TensorInfo]) -> None:
                     left -= len(piece)
         out.flush()
         os.fsync(out.fileno())
-
-
