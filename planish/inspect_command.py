@@ -30,7 +30,7 @@ Against = Annotated[
 ]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page with pictures. Needs plotly.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Write the recommended recipe there, as YAML.")]
-Bits = Annotated[str, typer.Option("--bits", metavar="SCHEME", help="Bits of the recommended recipe: w8a8, w4a8 or w4a16.")]
+Bits = Annotated[str, typer.Option("--bits", metavar="SCHEME", help="Bits of the recommended recipe: w8a8, w4a8, w4a16 or w4a4.")]
 Limits = Annotated[
     list[str] | None, typer.Option("--threshold", metavar="NAME=VALUE", help="Change a criterion, such as massive_ratio=500. Repeatable.")
 ]

@@ -30,6 +30,7 @@ from .eval.verify import evaluation_windows
 from .findings import findings
 from .preflight import AVAILABLE_SHARE
 from .quant.errors import PlanishError
+from .recommend import check_bits, recommend
 from .report import peak_bytes
 
 HELD_OUT = 8  # windows or images that tell what a change is worth
@@ -62,6 +63,7 @@ def inspect(
     they fit). progress: called with a stage's name, steps done and steps in all. Raises PlanishError.
     """
     start = time.monotonic()
+    check_bits(bits)
     calibration = Calibration(source=source or "builtin", samples=samples, length=length, seed=seed)
     checkpoint = open_model(model, allow_pickle)
     where = pick_device(device)
@@ -85,7 +87,7 @@ def inspect(
             folder=folder,
             report=progress,
         )
-    report = replace(report, findings=findings(report))
+    report = replace(report, findings=findings(report), recommendation=recommend(report, bits))
     return replace(report, seconds=time.monotonic() - start, peak_bytes=peak_bytes())
 
 
