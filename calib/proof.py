@@ -77,6 +77,8 @@ def prove(block: nn.Module, topology: Topology, run: Callable[[nn.Module], Tenso
     where = f"{topology.family}, {name}"
     with _watched(block, topology.sites, where):
         reference = run(block)
+    if not reference.isfinite().all():
+        raise PlanishError(f"{where}: its output is not finite. Its weights or its input hold NaN, infinity or numbers too large for their dtype.")
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
     for site in topology.sites:

@@ -15,8 +15,11 @@ from dataclasses import dataclass
 import greenlet
 from torch import Tensor, nn
 
+from ..quant.errors import PlanishError
 from ..quant.linear import QuantizedInput
 from .sites import Site
+
+CORRECT = "A block runs its sites in the order in which its family's table lists them: correct the table in calib/families.py."
 
 
 class _Broken(Exception):
@@ -72,9 +75,9 @@ class SiteWalk:
         self._goal: str | None = None
 
     def stop(self, site: str, x: Tensor) -> None:
-        """Called from inside a pass that reached an unsettled site: hands over x and waits there (or breaks off)."""
+        """Called from inside a pass that reached an unsettled site: hands over x and waits there (or breaks off). PlanishError: another was next."""
         if site != self._goal:
-            raise RuntimeError(f"the block came to site {site} while {self._goal} was next: its topology lists the sites in another order")
+            raise PlanishError(f"the block came to site {site} while {self._goal or 'its end'} was next. {CORRECT}")
         self.current.x = x.reshape(-1, x.shape[-1])
         if self.replay:
             raise _Broken
@@ -85,11 +88,12 @@ class SiteWalk:
         self.current = waiting
 
     def arrivals(self, site: str) -> Iterator[Pass]:
-        """Brings the passes to `site`, one after the other; each yielded pass has its x."""
+        """Brings the passes to `site`, one after the other; each yielded pass has its x. PlanishError: the block runs past the site."""
         self._goal = site
         for pass_ in self.passes:
             self._advance(pass_)
-            assert pass_.x is not None
+            if pass_.x is None:
+                raise PlanishError(f"the block came to its end while site {site} was next. {CORRECT}")
             yield pass_
             if self.replay:
                 pass_.x = None
@@ -99,7 +103,7 @@ class SiteWalk:
         self.settled[site] = reader
 
     def outputs(self) -> Iterator[Tensor]:
-        """The block's output for each batch, in order. All sites are settled."""
+        """The block's output for each batch, in order. PlanishError: a site is not settled."""
         self._goal = None
         for pass_ in self.passes:
             self._advance(pass_)

@@ -4,7 +4,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
 from .recipe import Recipe, digest
 
+JOURNAL, NEW_JOURNAL = "journal.json", "journal.json.new"  # the second is all there is where a run was killed as it began
 PROBE = (4, 32)  # samples and tokens on which smoothing is searched and checked
 
 
@@ -139,6 +140,9 @@ def _working_folder(out: Path, plan: Plan) -> Iterator[Journal]:
     """OUT.partial while the work lasts: removed when it is done or refused, left for the next try when it was interrupted."""
     folder = out.with_name(out.name + ".partial")
     fresh = not folder.exists()
+    if not fresh and not (folder / JOURNAL).exists() and any(path.name != NEW_JOURNAL for path in folder.iterdir()):
+        raise PlanishError(f"{folder}: exists and is no unfinished run of planish, which would work there. Move it, or choose another output folder.")
+    parents = [parent for parent in folder.absolute().parents if not parent.exists()]
     journal = Journal.open(folder, fingerprint(plan))
     try:
         with journal.locked():
@@ -146,6 +150,9 @@ def _working_folder(out: Path, plan: Plan) -> Iterator[Journal]:
     except PlanishError:
         if fresh:
             shutil.rmtree(folder)
+            with suppress(OSError):  # somebody else's files lie there by now
+                for parent in parents:
+                    parent.rmdir()
         raise
     shutil.rmtree(folder)
 
@@ -236,7 +243,7 @@ def _check(folder: Path, plan: Plan) -> None:
     checkpoint, probe = open_stored(folder), read_probe(folder)
     if probe is None:
         return
-    found = check_probe(checkpoint, probe, device=plan.device)
+    found = check_probe(checkpoint, probe, device=plan.device, report=lambda _done, _all: trim())
     if not found.ok:
         raise PlanishError(
             f"{folder}: reloaded, the checkpoint differs from the model in memory by {found.logprob_mean:.3g} nats per token "

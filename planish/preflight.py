@@ -1,9 +1,12 @@
-"""Preflight: everything that can be known before the first block, and refused: topology, sites, formats, memory, disk, time, consumers."""
+"""Preflight: everything that can be known before the first block, and refused: topology, sites, formats, text, memory, disk, time, consumers.
+
+The topology is held against the first and the last block's real weights here, so that a wrong table costs a second and not an hour.
+"""
 
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -11,34 +14,22 @@ import torch
 from torch import Tensor
 
 from .calib.checkpoint import Checkpoint, check_language, open_checkpoint
+from .calib.data import Calibration
+from .calib.heap import trim
 from .calib.packing import Packed, default_layout
-from .calib.precision import pick_device, working_dtype
-from .calib.proof import check_structure
+from .calib.precision import bfloat16_products, pick_device, working_dtype
+from .calib.proof import check_structure, prove
 from .calib.runner import BlockRunner
 from .calib.sites import Topology, reader_weight
+from .estimate import Memory, Sizes, resident
 from .quant.errors import PlanishError
 from .recipe import Recipe, load_recipe
 from .resolve import SERVED_GROUPS, Address, resolve
 from .units import size
 
-PROGRAM_BYTES = 450_000_000  # resident memory of Python with torch and transformers imported
-AVAILABLE_SHARE = 0.6  # of the memory that is free, what the streams may take before they move to disk
+AVAILABLE_SHARE = 0.6  # of the memory that is free, what a run may take before its streams move to disk
+PROOF_TOKENS = 8  # evenly from the whole vocabulary
 PLAIN_LINEARS = ("gpt2",)  # families whose linear layers are transposed Conv1D modules, which servers and transformers refuse quantized
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Estimated peak memory in bytes, by part. waiting: what batches hold while they stand inside a block (none when replayed)."""
-
-    program: int
-    block: int
-    streams: int
-    waiting: int
-
-    @property
-    def total(self) -> int:
-        """All parts together."""
-        return self.program + self.block + self.streams + self.waiting
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +37,8 @@ class Plan:
     """What a run would do, and what it takes.
 
     offload: the streams lie on disk, in offload_dir or (None) beside the output; replay: blocks are run anew for each site instead of waiting inside.
-    out_bytes: of the new checkpoint's weights; disk: bytes needed while the run lasts.
+    memory: of the compression at its highest; evaluation: of measuring the result afterwards. out_bytes: of the new checkpoint's weights;
+    disk: bytes needed while the run lasts.
     """
 
     recipe: Recipe
@@ -63,6 +55,7 @@ class Plan:
     offload_dir: Path | None
     replay: bool
     memory: Memory
+    evaluation: Memory
     out_bytes: int
     disk: int
     seconds: float
@@ -78,9 +71,10 @@ def make_plan(
     out: Path | None = None,
     allow_pickle: bool = False,
 ) -> Plan:
-    """Check that the recipe can be carried out on the model and say what it will take. Reads headers, no weights.
+    """Check that the recipe can be carried out on the model and say what it will take. Of the weights, reads embeddings, first and last block.
 
-    Raises PlanishError: anything wrong with model or recipe, groups that do not divide, patterns without a site, too little text, disk or memory.
+    Raises PlanishError: anything wrong with model or recipe, a topology that does not hold, groups that do not divide, patterns without a site,
+    too little text, disk or memory.
     """
     if out is not None:
         _check_free(out)
@@ -91,23 +85,22 @@ def make_plan(
     working = dtype or working_dtype(checkpoint.dtype, where)
     runner = BlockRunner(checkpoint, working, where)
     topology = runner.topology
-    for index, block in enumerate(runner.blocks):
-        check_structure(block, topology, runner.block_name(index))
+    _check_structure(runner)
     widths = {site.name: reader_weight(runner.blocks[0].get_submodule(site.readers[0])).shape[1] for site in topology.sites}
     resolved = resolve(recipe, topology, lambda _block, site: widths[site])
     layout = recipe.export.layout
     packed = {a: None if s is None else Packed(s, default_layout(s) if layout == "auto" else layout) for a, s in resolved.schemes.items()}
-    ids = None if recipe.calibration is None else recipe.calibration.tokens(checkpoint.tokenizer())
-    sizes = _Sizes.of(runner, recipe, packed, widths)
-    streams, waiting = sizes.streams(working, recipe.solver.needs_cross), sizes.waiting(working)
-    free = int(psutil.virtual_memory().available * AVAILABLE_SHARE)
-    offload = offload_dir is not None or streams + sizes.block_bytes > free
-    replay = offload or streams + waiting + sizes.block_bytes > free
-    memory = Memory(PROGRAM_BYTES, sizes.block_bytes, 0 if offload else streams, sizes.batch_waiting(working) if replay else waiting)
-    moved = streams if offload else 0
+    ids = None if recipe.calibration is None else _ids(recipe.calibration, runner)
+    _prove(runner)
+    trim()
+    sizes, program = Sizes(runner, recipe, packed), resident()
+    room = program + int(psutil.virtual_memory().available * AVAILABLE_SHARE)
+    offload = offload_dir is not None or sizes.compressing(program, offload=False, replay=True).total > room
+    replay = offload or sizes.compressing(program, offload=False, replay=False).total > room
+    moved = sizes.streams if offload else 0
     elsewhere = None if offload_dir is None else Path(offload_dir)
-    if out is not None:
-        _check_room({out: 2 * sizes.out_bytes + moved} if elsewhere is None else {out: 2 * sizes.out_bytes, elsewhere: moved})
+    needs = {} if out is None else {out: 2 * sizes.out_bytes + (moved if elsewhere is None else 0)}
+    _check_room(needs if elsewhere is None else {**needs, elsewhere: moved})
     return Plan(
         recipe=recipe,
         checkpoint=checkpoint,
@@ -122,11 +115,53 @@ def make_plan(
         offload=offload,
         offload_dir=elsewhere,
         replay=replay,
-        memory=memory,
+        memory=sizes.compressing(program, offload, replay),
+        evaluation=sizes.evaluating(program, offload),
         out_bytes=sizes.out_bytes,
         disk=2 * sizes.out_bytes + moved,
-        seconds=sizes.seconds(working, where, replay),
+        seconds=sizes.seconds(replay),
     )
+
+
+def _check_structure(runner: BlockRunner) -> None:
+    """There are blocks, and the family's table fits each of them by names and shapes."""
+    if not len(runner.blocks):
+        raise PlanishError(f"{runner.checkpoint.path}: config.num_hidden_layers is 0, so there is nothing to quantize. Give a model with blocks.")
+    for index, block in enumerate(runner.blocks):
+        check_structure(block, runner.topology, runner.block_name(index))
+
+
+def _ids(calibration: Calibration, runner: BlockRunner) -> Tensor:
+    """The calibration's tokens, which the model's tables of embeddings must have: (N, L)."""
+    path, config = runner.checkpoint.path, runner.model.config.get_text_config()
+    learned = len(runner.topology.embeddings) > 1  # positions come from a table too, which ends somewhere
+    if learned and calibration.length > config.max_position_embeddings:
+        raise PlanishError(
+            f"calibration.length is {calibration.length}, but {path} has no more than {config.max_position_embeddings} positions. Lower it."
+        )
+    ids = calibration.tokens(runner.checkpoint.tokenizer())
+    if int(ids.max()) >= config.vocab_size:
+        raise PlanishError(
+            f"{path}: the tokenizer makes token {int(ids.max())}, but the model has {config.vocab_size} tokens. "
+            "The tokenizer's files are another model's: copy the right ones there."
+        )
+    return ids
+
+
+@torch.no_grad()
+def _prove(runner: BlockRunner) -> None:
+    """Hold the topology against the first and the last block, on a few tokens; each is in memory in float32 only while its turn lasts."""
+    vocabulary = runner.model.config.get_text_config().vocab_size
+    ((hidden, call),) = runner.start([torch.linspace(0, vocabulary - 1, PROOF_TOKENS).long()[None]])
+    for index in sorted({0, len(runner.blocks) - 1}):
+        block, run = runner.load_block(index, torch.float32), partial(call.run, index=index, hidden=hidden.float())
+        try:
+            with bfloat16_products(False):
+                if not run(block).isfinite().all():
+                    runner.checkpoint.check_finite()  # says which tensor it is
+                prove(block, runner.topology, run, runner.block_name(index))
+        finally:
+            runner.release_block(index)
 
 
 def _check_free(out: Path) -> None:
@@ -147,77 +182,6 @@ def _check_room(needs: Mapping[Path, int]) -> None:
         free = shutil.disk_usage(parent).free
         if free < needed_on[disk]:
             raise PlanishError(f"{parent}: {size(free)} free, but the run needs {size(needed_on[disk])} there. Free some, or write elsewhere.")
-
-
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    tokens: int
-    batches: int
-    width: int
-    site_widths: tuple[int, ...]
-    block_parameters: int
-    block_count: int
-    block_bytes: int
-    out_bytes: int
-    bits: float
-
-    @classmethod
-    def of(cls, runner: BlockRunner, recipe: Recipe, packed: dict[Address, Packed | None], widths: dict[str, int]) -> "_Sizes":
-        calibration = recipe.calibration
-        block = sum(p.numel() for p in runner.blocks[0].parameters())
-        quantized, code_bits = 0, 0.0
-        for (index, name), how in packed.items():
-            if how is None or how.scheme.weights is None:
-                continue
-            site = next(s for s in runner.topology.sites if s.name == name)
-            for path in site.readers:
-                out_channels, in_channels = reader_weight(runner.blocks[index].get_submodule(path)).shape
-                fmt = how.scheme.weights
-                scales = out_channels * fmt.groups(in_channels) if fmt.granularity != "tensor" else 1
-                quantized += out_channels * in_channels
-                stored = 8 if how.layout == "int-quantized" else fmt.bits
-                code_bits += out_channels * in_channels * stored + scales * (16 + (0 if fmt.symmetric else stored))
-        kept = runner.checkpoint.nbytes - quantized * runner.checkpoint.dtype.itemsize
-        hessian = 4 * 4 * max(widths.values()) ** 2 if recipe.solver.needs_moments else 0
-        return cls(
-            tokens=0 if calibration is None else calibration.samples * calibration.length,
-            batches=0 if calibration is None else -(-calibration.samples // calibration.batch_size),
-            width=runner.model.config.get_text_config().hidden_size,
-            site_widths=tuple(widths.values()),
-            block_parameters=block,
-            block_count=runner.topology.block_count,
-            block_bytes=3 * 4 * block + hessian,
-            out_bytes=kept + int(code_bits / 8),
-            bits=code_bits / quantized if quantized else 16.0,
-        )
-
-    def streams(self, dtype: torch.dtype, cross: bool) -> int:
-        return self.tokens * self.width * dtype.itemsize * (3 if cross else 2)
-
-    def waiting(self, dtype: torch.dtype) -> int:
-        return self.tokens * (max(self.site_widths) * (dtype.itemsize + 1) + 2 * self.width * dtype.itemsize)
-
-    def batch_waiting(self, dtype: torch.dtype) -> int:
-        return self.waiting(dtype) // max(self.batches, 1)
-
-    def seconds(self, dtype: torch.dtype, device: torch.device, replay: bool) -> float:
-        """From the arithmetic of forward passes, Hessians and solver at the speed of one measured product; good to a factor of two or so."""
-        rate = _products_per_second(dtype, device)
-        slow = _products_per_second(torch.float32, device)
-        passes = (4 if replay else 2) * self.tokens * self.block_parameters
-        hessians = self.tokens * sum(w * w for w in self.site_widths)
-        solver = 6 * sum(w * self.block_parameters / len(self.site_widths) for w in self.site_widths)
-        return self.block_count * (0.3 + passes / rate + hessians / slow + solver / slow)
-
-
-def _products_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    a = torch.ones(512, 512, dtype=dtype, device=device)
-    (a @ a).sum().item()  # once before the clock runs
-    start = time.perf_counter()
-    for _ in range(3):
-        a = (a @ a) * 1e-3
-    a.sum().item()
-    return 3 * 512**3 / (time.perf_counter() - start)
 
 
 def servers(packed: dict[Address, Packed | None], topology: Topology) -> tuple[str, ...]:

@@ -17,17 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calib.heap import trim
 from .calib.packing import Packed
 from .calib.stored import open_stored
 from .compression import Progress, Result
 from .decode import encode
+from .estimate import LENGTH, WINDOWS
 from .eval.score import Comparison, compare
 from .eval.verify import evaluation_windows
 from .preflight import Plan
 from .quant.formats import Scheme
-
-WINDOWS = 4  # of the built-in evaluation text, at most
-LENGTH = 2048  # tokens a window, or as many as the model takes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +54,12 @@ def evaluate(result: Result, ids_NL: Tensor, progress: Progress) -> Evaluation:
     start = time.monotonic()
     plan = result.plan
     progress.stage("evaluating", 2 * plan.topology.block_count + 1)
-    comparison = compare(plan.checkpoint, open_stored(result.out), ids_NL, device=plan.device, progress=lambda done, _all: progress.step(done))
+
+    def step(done: int, _all: int) -> None:
+        progress.step(done)
+        trim()
+
+    comparison = compare(plan.checkpoint, open_stored(result.out), ids_NL, device=plan.device, progress=step)
     return Evaluation(comparison, ids_NL.shape[0], ids_NL.shape[1], time.monotonic() - start)
 
 
@@ -77,6 +81,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "arithmetic": {"dtype": str(plan.dtype).removeprefix("torch."), "device": str(plan.device)},
         "memory": {**asdict(plan.memory), "total": plan.memory.total},
+        "memory_evaluating": {**asdict(plan.evaluation), "total": plan.evaluation.total},
         "offload": plan.offload,
         "replay": plan.replay,
         "disk": plan.disk,

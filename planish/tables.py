@@ -40,7 +40,7 @@ def plan_table(plan: Plan, model: str) -> Table:
         ("recipe", f"{plan.recipe.name}: {plan.recipe.description}".rstrip(": ")),
         *((", ".join(names), what) for what, names in _sites(plan).items()),
         ("checkpoint", f"about {size(plan.out_bytes)}, {plan.bits_per_weight:.2f} bits per quantized weight"),
-        ("memory", f"about {size(plan.memory.total)} at most, activations {where}"),
+        ("memory", f"about {size(plan.memory.total)} at most, activations {where}; {size(plan.evaluation.total)} while evaluating"),
         ("disk", f"about {size(plan.disk)} while it runs"),
         ("time", f"about {duration(plan.seconds)} in {_short(plan.dtype)} on {plan.device}"),
         ("runs in", ", ".join(plan.servers)),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from planish.calib.sites import Site
 from planish.calib.walk import Pass, Prepared, SiteWalk, put, replaced, site_inputs, walking
+from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat
 from planish.quant.linear import quantize_input
 
@@ -112,7 +113,7 @@ def test_the_block_has_its_layers_back(replay: bool) -> None:
 @MODES
 def test_sites_in_another_order_than_the_block_runs_them(replay: bool) -> None:
     block = Toy()
-    with pytest.raises(RuntimeError, match="came to site in while out was next"), walk_over(block, replay, batches(), SITES[::-1]) as walk:
+    with pytest.raises(PlanishError, match="came to site in while out was next"), walk_over(block, replay, batches(), SITES[::-1]) as walk:
         list(walk.arrivals("out"))
     assert isinstance(block.a, nn.Linear)
     assert isinstance(block.c, nn.Linear)
@@ -120,8 +121,23 @@ def test_sites_in_another_order_than_the_block_runs_them(replay: bool) -> None:
 
 @MODES
 def test_outputs_before_all_sites_are_settled(replay: bool) -> None:
-    with pytest.raises(RuntimeError, match="came to site in while None was next"), walk_over(Toy(), replay, batches()) as walk:
+    with pytest.raises(PlanishError, match="came to site in while its end was next"), walk_over(Toy(), replay, batches()) as walk:
         list(walk.outputs())
+
+
+@MODES
+def test_a_site_that_the_block_never_comes_to(replay: bool) -> None:
+    block = Toy()
+    block.spare = nn.Linear(6, 6)
+    sites = (*SITES, Site(name="spare", readers=("spare",)))
+    layers = {path: block.get_submodule(path) for site in sites for path in site.readers}
+    with walk_over(block, replay, batches(), sites) as walk:
+        for site in SITES:
+            list(walk.arrivals(site.name))
+            walk.settle(site.name, reader_of(layers))
+        with pytest.raises(PlanishError, match="came to its end while site spare was next"):
+            list(walk.arrivals("spare"))
+    assert isinstance(block.spare, nn.Linear)
 
 
 @MODES

@@ -13,7 +13,7 @@ from planish.calib.data import tokens
 from planish.calib.stored import open_stored
 from planish.eval.score import score
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "own_pipeline.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPE = planish.Recipe(
     name="own",
     calibration=planish.Calibration(samples=4, length=64),
@@ -89,5 +89,13 @@ def test_plan_writes_nothing(original: Path, tmp_path: Path) -> None:
 
 
 def test_example(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(EXAMPLE))["run"](str(original), str(tmp_path / "out"))
+    runpy.run_path(str(EXAMPLES / "own_pipeline.py"))["run"](str(original), str(tmp_path / "out"))
     assert "block 2: relative error 0." in capsys.readouterr().out
+
+
+def test_example_of_inspection(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "inspect_model.py"))["run"](str(original), str(tmp_path / "recipe.yaml"), samples=3, length=32)
+    said = capsys.readouterr().out
+    assert "* No massive activations" in said
+    assert "bits per weight" in said
+    assert planish.load_recipe(tmp_path / "recipe.yaml").name == "w8a8-recommended"

@@ -4,13 +4,20 @@ import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers_checkpoint import edit_json, merge, rewrite
+from helpers_compress import source
 from helpers_front import SHORT, Ran, invoke, tree
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
+from planish.calib.families import FAMILIES
 from planish.quant.errors import PlanishError
 
 Planish = Callable[..., Ran]
@@ -110,6 +117,85 @@ def test_tokenizer_missing(model: Path) -> None:
     assert invoke("compress", recipe, "--model", model, "--out", model.parent / "out", "--no-evaluate", "--quiet").code == 0
 
 
+# The family's table against the real weights
+
+LLAMA = FAMILIES["llama"]
+WRONG_TABLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "norm of another site": ({"qkv_norm": LLAMA.up_norm}, ("site qkv: a scale moved from", "to post_attention_layernorm changes", "of its size")),
+    "rows of another layer": ({"v": "self_attn.k_proj"}, ("site o: a scale moved from self_attn.o_proj to self_attn.k_proj",)),
+    "another order": (
+        {
+            **{"qkv": LLAMA.up, "qkv_norm": LLAMA.up_norm, "o": LLAMA.down, "v": LLAMA.up_host, "v_rows": LLAMA.up_rows},
+            **{"up": LLAMA.qkv, "up_norm": LLAMA.qkv_norm, "down": LLAMA.o, "up_host": LLAMA.v, "up_rows": LLAMA.v_rows},
+        },
+        ("site qkv: self_attn.q_proj ran when mlp.gate_proj, mlp.up_proj was due",),
+    ),
+    "a reader missing": ({"qkv": ("self_attn.q_proj", "self_attn.v_proj")}, ("no site reads self_attn.k_proj.weight",)),
+    "a reader that is not there": ({"o": "self_attn.out_proj"}, ("site o: reader self_attn.out_proj is missing",)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TABLES)
+def test_wrong_family_table(name: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, words = WRONG_TABLES[name]
+    monkeypatch.setitem(FAMILIES, "llama", replace(LLAMA, **changes))
+    refuses(model, "llama, model.layers.0", "Correct the family's table", *words)
+    refused(invoke("plan", "w8a8", "--model", model, *SHORT), *words)
+
+
+def test_table_that_only_the_last_block_contradicts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gate and up are exchanged in the code that runs, as in a model whose last block is of another kind."""
+    run, last = LlamaMLP.forward, []
+
+    def other(self: LlamaMLP, x: Tensor) -> Tensor:
+        if not any(self is mlp for mlp in last):
+            return run(self, x)
+        out: Tensor = self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+        return out
+
+    start = LlamaDecoderLayer.__init__
+
+    def marked(self: LlamaDecoderLayer, config: LlamaConfig, layer_idx: int) -> None:
+        start(self, config, layer_idx)
+        if layer_idx == config.num_hidden_layers - 1:
+            last.append(self.mlp)
+
+    monkeypatch.setattr(LlamaMLP, "forward", other)
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", marked)
+    refuses(model, "llama, model.layers.2, site down: a scale moved from mlp.down_proj to mlp.up_proj")
+
+
+def test_walk_in_another_order(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the proof not there, the walk itself would say so, and leave nothing."""
+    monkeypatch.setattr("planish.preflight._prove", lambda _runner: None)
+    monkeypatch.setitem(FAMILIES, "llama", replace(LLAMA, **WRONG_TABLES["another order"][0]))
+    refuses(model, "the block came to site gate_up while qkv was next", recipe="w4a16-channel", options=(*SHORT, "--quiet"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.o_proj.weight", "model.layers.2.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_weights_that_are_not_finite_where_the_proof_is(model: Path, name: str, value: float) -> None:
+    tensors = merge(model)
+    tensors[name][0, 1] = value
+    rewrite(model, tensors)
+    refuses(model, name, "NaN", "infinite values")
+
+
+def test_model_without_blocks(model: Path) -> None:
+    edit_json(model / "config.json", num_hidden_layers=0)
+    refuses(model, "num_hidden_layers is 0")
+
+
+def test_more_positions_than_there_are(tmp_path: Path) -> None:
+    folder = source("gpt2", tmp_path / "model")
+    refuses(folder, "calibration.length is 129", "128 positions", options=("--set", "calibration.length=129", "--set", "calibration.samples=2"))
+
+
+def test_tokenizer_of_another_model(tmp_path: Path) -> None:
+    folder = source("llama", tmp_path / "model", changes={"vocab_size": 120})
+    refuses(folder, "the tokenizer makes token", "the model has 120 tokens")
+
+
 # The recipe
 
 RECIPES = {
@@ -180,6 +266,19 @@ def test_output_exists(what: str, model: Path) -> None:
     else:
         (folder / ("out" if what == "file" else "out.report.json")).write_text("mine")
     refuses(model, "exists, and planish overwrites nothing")
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_working_folder_is_somebody_elses(what: str, model: Path) -> None:
+    """It would be emptied at the end."""
+    partial = model.parent / "new" / "out.partial"
+    partial.parent.mkdir()
+    if what == "folder":
+        partial.mkdir()
+        (partial / "thesis.txt").write_text("mine")
+    else:
+        partial.write_text("mine")
+    refuses(model, "out.partial", options=(*SHORT, "--quiet", "--no-evaluate"))
 
 
 def test_output_under_a_file(model: Path) -> None:

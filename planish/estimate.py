@@ -1,0 +1,197 @@
+"""What a run will take: resident memory at its highest, bytes of the new checkpoint, seconds. From sizes; what the process holds already is measured.
+
+Memory is a sum of named parts, formed for each moment that can be the highest: a block's turn at each of its sites, the head, and both heads when the
+result is evaluated.
+"""
+
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from .calib.packing import Packed
+from .calib.runner import HEAD_TOKENS, BlockRunner
+from .calib.sites import reader_weight
+from .quant.solvers.gptq import PIECE
+from .recipe import Recipe
+from .resolve import Address
+
+WINDOWS = 4  # of the built-in evaluation text, at most
+LENGTH = 2048  # tokens a window, or as many as the model takes
+LATER = 35_000_000  # what the program grows by after it is measured: text to evaluate on, what torch sets up for itself when it first works
+HOLES = 0.35  # of all that waits and passes: lost at most in the heap between tensors that stay and tensors that went
+COPIES = 6  # of the rows that a solver rounds at a time, in float32: original, ordered, current, deviations, scales, zero points
+PASSING = 24  # bytes for each token of a batch and channel of the widest site, made and let go on the way
+LOGITS = 10  # of a piece of tokens, in float32: of both models, their logarithms, probabilities and differences
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Resident memory in bytes at one moment, by part.
+
+    program: interpreter, libraries, tokenizer and text, as measured. weights: of the block, or of the heads. streams: hidden states between blocks
+    that are in memory. waiting: what batches hold while they stand inside a block (one batch when replayed). passing: what one batch makes and lets
+    go on its way. solver: Hessians, their factors, the rows at work. holes: what the heap loses between all these.
+    """
+
+    program: int
+    weights: int
+    streams: int = 0
+    waiting: int = 0
+    passing: int = 0
+    solver: int = 0
+    holes: int = 0
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.program + self.weights + self.streams + self.waiting + self.passing + self.solver + self.holes
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """width: input channels; weights: of all readers; packed: how they are stored."""
+
+    width: int
+    weights: int
+    packed: Packed | None
+
+    @property
+    def coded(self) -> bool:
+        """Whether its activations become codes."""
+        return self.packed is not None and self.packed.scheme.activations is not None
+
+
+class Sizes:
+    """The sizes of a run, and what follows from them."""
+
+    def __init__(self, runner: BlockRunner, recipe: Recipe, packed: dict[Address, Packed | None]) -> None:
+        config, text, block = runner.model.config.get_text_config(), recipe.calibration, runner.blocks[0]
+        self.runner, self.recipe, self.packed, self.dtype = runner, recipe, packed, runner.dtype
+        samples, self.length, self.batch = (0, 0, 0) if text is None else (text.samples, text.length, min(text.batch_size, text.samples))
+        self.tokens = samples * self.length
+        self.width: int = config.hidden_size
+        self.vocabulary: int = config.vocab_size
+        self.block_count, self.block_parameters = runner.topology.block_count, sum(p.numel() for p in block.parameters())
+        embedding = runner.model.get_input_embeddings()
+        self.embedding = sum(p.numel() for p in embedding.parameters())
+        self.longest: int = min(LENGTH, getattr(config, "max_position_embeddings", LENGTH))
+        self.heads: int = config.num_attention_heads if config._attn_implementation == "eager" else 0
+        self.sites = []
+        for site in runner.topology.sites:
+            readers = [reader_weight(block.get_submodule(path)) for path in site.readers]
+            how = next((packed[address] for address in packed if address[1] == site.name and packed[address] is not None), None)
+            self.sites.append(_Site(readers[0].shape[1], sum(weight.numel() for weight in readers), how))
+        self.widest = max(site.width for site in self.sites)
+        self.out_bytes, self.bits = self._stored()
+
+    def _stored(self) -> tuple[int, float]:
+        """Bytes of the new checkpoint's weights, and bits per quantized weight with its share of scales and zero points."""
+        quantized, code_bits = 0, 0.0
+        readers = {site.name: site.readers for site in self.runner.topology.sites}
+        for (index, name), how in self.packed.items():
+            if how is None or how.scheme.weights is None:
+                continue
+            for path in readers[name]:
+                out_channels, in_channels = reader_weight(self.runner.blocks[index].get_submodule(path)).shape
+                fmt = how.scheme.weights
+                scales = out_channels * fmt.groups(in_channels) if fmt.granularity != "tensor" else 1
+                quantized += out_channels * in_channels
+                stored = 8 if how.layout == "int-quantized" else fmt.bits
+                code_bits += out_channels * in_channels * stored + scales * (16 + (0 if fmt.symmetric else stored))
+        kept = self.runner.checkpoint.nbytes - quantized * self.runner.checkpoint.dtype.itemsize
+        return kept + int(code_bits / 8), code_bits / quantized if quantized else 16.0
+
+    @property
+    def streams(self) -> int:
+        """Bytes of all hidden states between two blocks: full-precision, quantized, and those before the block where the solver compares."""
+        return self.tokens * self.width * self.dtype.itemsize * (3 if self.recipe.solver.needs_cross else 2)
+
+    def compressing(self, program: int, offload: bool, replay: bool) -> Memory:
+        """The compression at its highest."""
+        streams = 0 if offload else self.streams
+        moments = [self._at_site(i, program, streams, replay, offload) for i in range(len(self.sites))]
+        return max(self._at_head(program, streams), *moments, key=lambda memory: memory.total)
+
+    def _at_site(self, at: int, program: int, streams: int, replay: bool, offload: bool) -> Memory:
+        """All batches wait at this site, and it is being solved."""
+        cross = self.recipe.solver.needs_cross and self.tokens > 0
+        waiting = (self.batch * self.length if replay else self.tokens) * self._held(self.sites[at], cross)
+        passing = self._passing(self.batch, self.length, self.dtype.itemsize)
+        return Memory(
+            program=program + LATER,
+            weights=self._weights(at, cross),
+            streams=streams,
+            waiting=waiting,
+            passing=passing,
+            solver=self._solver(self.sites[at]),
+            holes=0 if offload else int(HOLES * (streams + waiting + passing)),
+        )
+
+    def _weights(self, at: int, cross: bool) -> int:
+        """Float32 where they are still to be solved, else codes and the matrix that multiplies; the full-precision twin's besides."""
+        wide = self.dtype.itemsize
+        done, left = sum(site.weights for site in self.sites[:at]), sum(site.weights for site in self.sites[at:])
+        return 4 * left + (1 + wide) * done + (wide * (self.block_parameters + done) if cross else 0)
+
+    def _held(self, site: _Site, cross: bool) -> int:
+        """Bytes for each token that waits at the site: its input there, as codes too, the residual and its norm; twice with the twin."""
+        plain = (site.width + 2 * self.width) * self.dtype.itemsize
+        return plain + (site.width if site.coded else 0) + (plain if cross else 0)
+
+    def _passing(self, batch: int, length: int, itemsize: int) -> int:
+        """Values of the widest site; and of attention that makes all scores at once these, masked, and their softmax in float32."""
+        return batch * length * self.widest * PASSING + batch * self.heads * length * length * (2 * itemsize + 4)
+
+    def _solver(self, site: _Site) -> int:
+        """Matrices: the Hessian, ordered, flipped, factored; with GPTAQ also what is missing and what follows from it."""
+        if site.packed is None:
+            return 0
+        matrices = 0 if not self.recipe.solver.needs_moments else 6 if self.recipe.solver.needs_cross else 4
+        return 4 * matrices * site.width**2 + 4 * COPIES * min(site.weights, PIECE) + site.weights
+
+    def _at_head(self, program: int, streams: int) -> Memory:
+        """Embeddings or the head: as stored, and in the arithmetic where that is another."""
+        weights = self.embedding * self.dtype.itemsize + self._as_stored(self.dtype)
+        return Memory(program=program + LATER, weights=weights, streams=streams, passing=self._logits(4))
+
+    def _as_stored(self, dtype: torch.dtype) -> int:
+        stored = self.runner.checkpoint.dtype
+        return 0 if stored is dtype else self.embedding * stored.itemsize
+
+    def _logits(self, copies: int) -> int:
+        return copies * 4 * HEAD_TOKENS * self.vocabulary
+
+    def evaluating(self, program: int, offload: bool) -> Memory:
+        """The evaluation at its highest: both heads in float32, and the hidden states that both models end in."""
+        weights = 2 * 4 * self.embedding + self._as_stored(torch.float32)
+        hidden = 2 * 4 * WINDOWS * self.longest * self.width
+        passing = max(self._logits(LOGITS), self._passing(1, self.longest, 4))
+        holes = 0 if offload else int(HOLES * (hidden + passing))
+        return Memory(program=program + LATER, weights=weights, streams=hidden, passing=passing, holes=holes)
+
+    def seconds(self, replay: bool) -> float:
+        """From the arithmetic of forward passes, Hessians and solver at the speed of one measured product; good to a factor of two or so."""
+        rate = _products_per_second(self.dtype, self.runner.device)
+        slow = _products_per_second(torch.float32, self.runner.device)
+        widths = [site.width for site in self.sites]
+        passes = (4 if replay else 2) * self.tokens * self.block_parameters
+        hessians = self.tokens * sum(w * w for w in widths)
+        solver = 6 * sum(w * self.block_parameters / len(widths) for w in widths)
+        return self.block_count * (0.3 + passes / rate + hessians / slow + solver / slow)
+
+
+def _products_per_second(dtype: torch.dtype, device: torch.device) -> float:
+    a = torch.ones(512, 512, dtype=dtype, device=device)
+    (a @ a).sum().item()  # once before the clock runs
+    start = time.perf_counter()
+    for _ in range(3):
+        a = (a @ a) * 1e-3
+    a.sum().item()
+    return 3 * 512**3 / (time.perf_counter() - start)

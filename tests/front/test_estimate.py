@@ -1,0 +1,71 @@
+"""The estimate of what a run takes: its parts follow the recipe and where the streams lie, and what the process holds is measured."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_compress import quick, source
+
+from planish.estimate import Memory, resident
+from planish.preflight import Plan, make_plan
+from planish.quant.solvers import Rtn
+from planish.recipe import Recipe
+
+TOKENS, WIDTH, INNER = 4 * 32, 64, 512  # of helpers_compress.QUICK and of the model below: so wide inside that down takes most
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return source("llama", tmp_path_factory.mktemp("models") / "tiny", changes={"intermediate_size": INNER})
+
+
+def plan(recipe: Recipe, folder: Path, offload_dir: Path | None = None) -> Plan:
+    return make_plan(recipe, folder, device="cpu", dtype=torch.bfloat16, offload_dir=offload_dir)
+
+
+def test_total_is_the_sum_of_the_parts() -> None:
+    assert Memory(program=1, weights=20, streams=300, waiting=4000, passing=50000, solver=600000, holes=7000000).total == 7654321
+
+
+def test_program_is_what_the_process_holds(folder: Path) -> None:
+    before = resident()
+    found = plan(quick("w8a8"), folder).memory.program
+    assert before - 100e6 < found < before + 300e6
+    held = torch.ones(50 << 20)  # 200 MB
+    assert 150e6 < plan(quick("w8a8"), folder).memory.program - found < 250e6
+    assert held.sum() == held.numel()
+
+
+def test_parts_follow_the_recipe(folder: Path) -> None:
+    """In bfloat16. At down each token waits with its input, its codes, its residual and the norm of that; with GPTAQ the twin's token too."""
+    gptq, gptaq, weight_only = (plan(quick(name), folder).memory for name in ("w8a8", "w4a8", "w4a16-channel"))
+    assert [memory.streams for memory in (gptq, gptaq, weight_only)] == [TOKENS * WIDTH * 2 * streams for streams in (2, 3, 3)]
+    plain = (INNER + 2 * WIDTH) * 2
+    assert [memory.waiting for memory in (gptq, gptaq, weight_only)] == [TOKENS * held for held in (plain + INNER, 2 * plain + INNER, 2 * plain)]
+    assert gptaq.solver - gptq.solver == 2 * 4 * INNER**2
+    assert gptq.solver > 4 * 4 * INNER**2
+
+
+def test_what_lies_on_disk_is_not_in_memory(folder: Path, tmp_path: Path) -> None:
+    here, there = plan(quick("w8a8"), folder), plan(quick("w8a8"), folder, tmp_path)
+    assert (there.offload, there.replay) == (True, True)
+    assert (there.memory.streams, there.memory.holes) == (0, 0)
+    assert there.memory.waiting * 2 == here.memory.waiting  # one batch of the two
+    assert there.disk - here.disk == TOKENS * WIDTH * 2 * 2
+
+
+def test_no_text_takes_no_streams(folder: Path) -> None:
+    memory = plan(Recipe(name="plain", calibration=None, scheme=quick("w4a16-channel").scheme, solver=Rtn()), folder).memory
+    assert memory.streams == memory.waiting == memory.passing == 0
+    assert memory.total > memory.program
+
+
+def test_evaluation_holds_both_heads_in_float32(folder: Path) -> None:
+    found = plan(quick("w8a8"), folder).evaluation
+    assert found.weights == 400 * WIDTH * (4 + 4 + 2)
+    assert found.streams == 2 * 4 * 128 * WIDTH * 4
+
+
+def test_attention_that_makes_all_scores_counts_them(tmp_path: Path) -> None:
+    plain, eager = (plan(quick("w8a8", "calibration.length=128"), source(name, tmp_path / name)) for name in ("llama", "gemma2"))
+    assert eager.memory.passing - plain.memory.passing == 2 * 4 * 128 * 128 * 8
