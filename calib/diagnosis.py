@@ -28,6 +28,9 @@ class Thresholds:
     sink_score: a head whose queries give token 0 more attention than this on average is a sink head. dormant_score, value_drain: it is dormant if it
     gives token 0 more than dormant_score and token 0's value norm is below value_drain times the median token's (Guo et al. 2024, section 2).
     outlier_token: a token is an outlier at a site if its maximum exceeds this times the median token's (Chen et al. 2024, PrefixQuant, section 4.1).
+    prefix_share: a token belongs in the prefix if it is an outlier beyond position 0 in more than this share of the samples that hold it there (ours:
+    a token that is one here and there is so because of its place, and as a prefix it catches nothing: with " the", an outlier in 4 of 16 samples,
+    before the demo model's samples, the same 4 have it again).
     site_spike: a site's largest value is due to sink tokens if it is above this times that of ordinary ones. site_kurtosis: a site whose ordinary
     tokens have a kurtosis above this is hard by itself (both ours, for the findings).
     """
@@ -46,6 +49,7 @@ class Thresholds:
     dormant_score: float = 0.9
     value_drain: float = 0.3
     outlier_token: float = 64.0
+    prefix_share: float = 0.5
     site_spike: float = 8.0
     site_kurtosis: float = 2000.0
 
@@ -74,7 +78,8 @@ class LayerMagnitudes:
 class MassiveActivation:
     """One channel that is massive at one position or token. layer: where it is largest against the layer's median; born: the first layer with it,
     died: the first one without it again, None if it lives to the end; with it means in at least half as many samples as in any layer.
-    value: mean over the samples that have it, spread: standard deviation over them as a share of |value|. constant: spread below constant_spread.
+    value: mean over the samples that have it, largest: the one of largest magnitude, spread: standard deviation over them as a share of |value|.
+    constant: spread below constant_spread.
     token: the token's text if it is always the same one. share: of the samples in which it is massive. position None: at varying positions.
     by_layer: mean value of the channel at these tokens after each layer, from layer -1 on; where positions vary, 0 before they are known.
     massive: whether it meets massive_ratio in a quarter of the samples at least, else only large_ratio."""
@@ -84,6 +89,7 @@ class MassiveActivation:
     token: str | None
     channel: int
     value: float
+    largest: float
     ratio: float
     spread: float
     constant: bool
@@ -143,13 +149,16 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutlierToken:
-    """A token that is an outlier at some site. count: samples in which it is one; initial: how often of these it stood at position 0.
-    ratio: largest of its maximum over the median token's; site: where ("11.down")."""
+    """A token that is an outlier at some site. count: samples in which it is one; initial: those in which it is one at position 0; inside: at another
+    position; present: those that hold it at another position, outlier or not. ratio: largest of its maximum over the median token's; site: where
+    ("11.down")."""
 
     token_id: int
     text: str
     count: int
     initial: int
+    inside: int
+    present: int
     ratio: float
     site: str
 
@@ -157,7 +166,7 @@ class OutlierToken:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefix:
     """The suggested full-precision prefix (PrefixQuant, section 4.2). length: mean number of outlier tokens in a sample at the worst site, rounded
-    up; there may be fewer token_ids, for the first position counts in it whichever token it holds."""
+    up; there may be fewer token_ids, for the first position counts in it whichever token it holds, and tokens below prefix_share are left out."""
 
     token_ids: tuple[int, ...]
     text: str

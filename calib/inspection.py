@@ -91,7 +91,7 @@ class _Walk:
         (self.down,) = next(site.readers for site in self.topology.sites if site.name == "down")
         self.labels = [subject.text(token) for token in subject.ids_NL[0].tolist()]
         self.magnitudes = Magnitudes(thresholds, len(subject.samples), subject.ids_NL)
-        self.outliers = OutlierTokens(subject.ids_NL, thresholds.outlier_token)
+        self.outliers = OutlierTokens(subject.ids_NL, thresholds)
         self.meter = AttentionMeter()
         self.sites: list[SiteFigures] = []
         self.landscapes: list[Landscape] = []

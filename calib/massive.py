@@ -39,15 +39,17 @@ class Birth:
 
 @dataclass(slots=True)
 class _Sighting:
-    """One key in one layer. samples, massive: in how many samples it is large, and massive. token: its id if it is always the same."""
+    """One key in one layer. samples, massive: in how many samples it is large, and massive. token, position: if several entries all have the same."""
 
     value: float
+    largest: float
     spread: float
     ratio: float
     samples: int
     massive: int
     entries: int
     token: int | None
+    position: int | None
 
 
 @dataclass(slots=True)
@@ -192,12 +194,14 @@ class Magnitudes:
         ids = set[int | None]() if self.ids_NL is None else {int(self.ids_NL[entry.sample, entry.position]) for entry in group}
         return _Sighting(
             value=value,
+            largest=max((entry.value for entry in group), key=abs),
             spread=values.std(correction=0).item() / abs(value) if value else float("inf"),
             ratio=values.abs().mean().item() / median,
             samples=len({entry.sample for entry in group}),
             massive=len({entry.sample for entry in group if self._is_massive(entry.value, median)}),
             entries=len(group),
             token=ids.pop() if len(ids) == 1 else None,
+            position=group[0].position if len(group) > 1 and len({entry.position for entry in group}) == 1 else None,
         )
 
     def activations(self, text: Callable[[int], str]) -> tuple[MassiveActivation, ...]:
@@ -215,10 +219,11 @@ class Magnitudes:
         best = life.sightings[layer]
         return MassiveActivation(
             layer=layer,
-            position=key[1],
+            position=best.position if key[1] is None else key[1],
             token=None if best.token is None else text(best.token),
             channel=key[0],
             value=best.value,
+            largest=best.largest,
             ratio=best.ratio,
             spread=best.spread,
             constant=best.entries > 1 and best.spread < self.thresholds.constant_spread,

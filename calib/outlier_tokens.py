@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .diagnosis import OutlierToken, Prefix
+from .diagnosis import OutlierToken, Prefix, Thresholds
 
 LISTED = 32  # entries of a report
 
@@ -31,10 +31,10 @@ class _Seen:
 
 
 class OutlierTokens:
-    """What was seen of them so far. ids_NL: the tokens of all samples. bar: a token's maximum over the median token's from which it is an outlier."""
+    """What was seen of them so far. ids_NL: the tokens of all samples."""
 
-    def __init__(self, ids_NL: Tensor, bar: float) -> None:
-        self.ids_NL, self.bar = ids_NL, bar
+    def __init__(self, ids_NL: Tensor, thresholds: Thresholds) -> None:
+        self.ids_NL, self.thresholds = ids_NL, thresholds
         self._seen: dict[int, _Seen] = defaultdict(_Seen)
         self._counts: dict[str, int] = defaultdict(int)
 
@@ -43,7 +43,8 @@ class OutlierTokens:
         """Take in a batch's input of one site ("11.down"). first: the number of its first sample."""
         peak_BL = torch.maximum(x_BLC.amax(2), -x_BLC.amin(2)).float()
         ratio_BL = peak_BL / peak_BL.median(1, keepdim=True).values
-        for sample, position in (ratio_BL > self.bar).nonzero().tolist():  # where the median is 0, so are most tokens: nan and inf, and inf is one
+        beyond_BL = ratio_BL > self.thresholds.outlier_token  # where the median is 0, so are most tokens: nan and inf, and inf is one
+        for sample, position in beyond_BL.nonzero().tolist():
             self._counts[site] += 1
             seen = self._seen[int(self.ids_NL[first + sample, position])]
             seen.samples.add(first + sample)
@@ -54,7 +55,16 @@ class OutlierTokens:
     def tokens(self, text: Callable[[int], str]) -> tuple[OutlierToken, ...]:
         """The most frequent ones, at most LISTED, those with the larger ratio first where they are equally frequent. text: of a token id."""
         found = [
-            OutlierToken(token_id=token, text=text(token), count=len(seen.samples), initial=len(seen.initial), ratio=seen.ratio, site=seen.site)
+            OutlierToken(
+                token_id=token,
+                text=text(token),
+                count=len(seen.samples),
+                initial=len(seen.initial),
+                inside=len(seen.inside),
+                present=self._present(token),
+                ratio=seen.ratio,
+                site=seen.site,
+            )
             for token, seen in self._seen.items()
         ]
         return tuple(sorted(found, key=lambda one: (-one.count, -one.ratio, one.token_id))[:LISTED])
@@ -63,12 +73,19 @@ class OutlierTokens:
         """The suggested prefix: the most frequent outlier tokens, then the token that begins a text; None if there are no outliers.
 
         Its length is the mean number of outlier tokens in a sample at the worst site, rounded up. The first token of a sample is an outlier whichever
-        it is, so only other positions count for a token. start: the token that begins a text, None if the model has none.
+        it is, so only other positions count for a token, and there it must be one more often than not (prefix_share). start: the token that begins a
+        text, None if the model has none.
         """
         if not self._counts:
             return None
         length = math.ceil(max(self._counts.values()) / len(self.ids_NL))
-        often = sorted((token for token, seen in self._seen.items() if seen.inside), key=lambda token: (-len(self._seen[token].inside), token))
+        share = self.thresholds.prefix_share
+        often = [token for token, seen in self._seen.items() if seen.inside and len(seen.inside) > share * self._present(token)]
+        often.sort(key=lambda token: (-len(self._seen[token].inside), token))
         chosen = [token for token in often if token != start][: length if start is None else length - 1]
         ids = tuple(chosen if start is None else [*chosen, start])
         return Prefix(token_ids=ids, text="".join(map(text, ids)), length=length) if ids else None
+
+    def _present(self, token: int) -> int:
+        """How many samples hold it beyond position 0."""
+        return int((self.ids_NL[:, 1:] == token).any(1).sum())

@@ -1,6 +1,7 @@
 """An OutlierReport as a page to read: what was found in words first, then the evidence, then what to do."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 
@@ -71,7 +72,7 @@ def outlier_page(report: OutlierReport, against: OutlierReport | None = None) ->
         _section("massive", "Massive activations", _massive(views)),
         _section("interventions", "Interventions", _interventions(views)),
         _section("super-weights", "Super weights", _super_weights(views)),
-        _section("sinks-and-prefix", "Sinks and prefix", [*_sinks(views), *_prefix(views)]),
+        _section("sinks-and-prefix", "Sinks and prefix" if report.quality == "perplexity" else "Sinks", [*_sinks(views), *_prefix(views)]),
         _section("sites", "All sites", _sites(views)),
         _section("recommendation", "Recommendation", _recommendation(report)),
         _section("method", "How it was measured", _method(views)),
@@ -93,14 +94,15 @@ def _section(name: str, title: str, parts: Iterable[Part | None]) -> Section:
 
 def _about(report: OutlierReport) -> str:
     what = "quantized" if report.compressed else "not quantized"
-    return f"{report.family}, {report.blocks} blocks of width {report.hidden}, {what}; {report.samples} samples of {report.length} tokens."
+    text = f"{report.samples} x {report.length} tokens of {report.text}"
+    return f"{report.family}, {report.blocks} blocks of width {report.hidden}, {what}; {text}."
 
 
 def _cards(report: OutlierReport) -> tuple[Card, ...]:
     found = []
     massive = [row for row in report.massive if row.massive]
     largest = max(massive, key=lambda row: abs(row.value), default=None)
-    note = f"largest {number(largest.value)}, channel {largest.channel}" if largest else "none above the thresholds"
+    note = f"largest {number(largest.largest)}, channel {largest.channel}" if largest else "none above the thresholds"
     found.append(Card(label="Massive activations", value=str(len(massive)), note=note, target="massive" if report.magnitudes else None))
     if report.sites:
         worst, scheme = worst_first(report)[0], scheme_shown(report)
@@ -117,7 +119,7 @@ def _cards(report: OutlierReport) -> tuple[Card, ...]:
         found.append(Card(label="Sink heads", value=str(len(report.sink_heads)), note=note, target="sinks-and-prefix"))
     if prefix := report.prefix:
         note = _tokens(prefix.token_ids)
-        found.append(Card(label="Suggested prefix", value=quoted(prefix.text)[1:-1], note=note, target="sinks-and-prefix"))
+        found.append(Card(label="Suggested prefix", value=quoted(prefix.text), note=note, target="sinks-and-prefix"))
     if report.recommendation:
         scheme = report.recommendation.scheme.upper()
         note = f"{len(report.recommendation.choices)} choices, each with its reason"
@@ -175,11 +177,12 @@ def _massive(views: Views) -> Iterable[Part | None]:
                 row.channel,
                 place(row),
                 row.value,
+                row.largest,
                 row.ratio,
                 row.layer,
                 life(row, view.report.blocks),
                 row.spread,
-                "constant" if row.constant else "depends on the text",
+                "constant" if row.constant else "varies",
                 row.share,
                 "massive" if row.massive else "large",
             )
@@ -188,14 +191,15 @@ def _massive(views: Views) -> Iterable[Part | None]:
         columns = (
             Column(heading="channel", numeric=True),
             Column(heading="at"),
-            _number("value", "mean over the samples that have it"),
+            _number("mean value", "over the samples that have it"),
+            _number("largest", "of all samples, by magnitude"),
             _number("× median", "over the layer's median |h|"),
             Column(heading="largest after", numeric=True, note="layer"),
-            Column(heading="lives in layers"),
+            Column(heading="in layers", note="after which it is above the bar of its class in at least half as many samples as in any layer"),
             _share("spread", "standard deviation over samples, as a share of the value"),
-            Column(heading="input"),
-            _share("of samples", "in which it is massive"),
-            Column(heading="class"),
+            Column(heading="over samples"),
+            _share("of samples", "in which it is above the bar of its class"),
+            Column(heading="class", note="massive: above massive_floor and massive_ratio times the median; large: above large_ratio times"),
         )
         yield _table(view.name, "Massive and large activations", columns, rows)
     yield depth(views)
@@ -229,10 +233,10 @@ def _super_weights(views: Views) -> Iterable[Part | None]:
         Column(heading="row", numeric=True, note="output channel"),
         Column(heading="column", numeric=True, note="input channel"),
         _number("value"),
-        _number("input there"),
-        _number("output there"),
+        _number("input there", "spike at down_proj's input"),
+        _number("output there", "spike at down_proj's output"),
         _quality(f"{views[0].report.quality} without it", views[0].report.quality),
-        Column(heading="published", note="whether the model's published index lists it"),
+        Column(heading="published", note="whether the model's published index lists it; – if it has none"),
     )
     for view in views:
         rows = tuple(
@@ -247,9 +251,9 @@ def _sinks(views: Views) -> Iterable[Part | None]:
     columns = (
         Column(heading="layer", numeric=True),
         Column(heading="head", numeric=True),
-        _number("sink score"),
-        _number("value drain"),
-        Column(heading="dormant"),
+        _number("sink score", "the attention that token 0 gets on average"),
+        _number("value drain", "the norm of token 0's value over the median token's"),
+        Column(heading="dormant", note="sink score and value drain beyond dormant_score and value_drain"),
     )
     for view in views:
         heads = sorted(view.report.sink_heads, key=lambda head: -head.score)
@@ -262,12 +266,17 @@ def _prefix(views: Views) -> Iterable[Part | None]:
         Column(heading="token"),
         Column(heading="id", numeric=True),
         Column(heading="samples", numeric=True, note="in which it is an outlier"),
-        Column(heading="of these at position 0", numeric=True),
+        Column(heading="at position 0", numeric=True, note="samples in which it is an outlier there"),
+        Column(heading="elsewhere", numeric=True, note="samples in which it is an outlier at another position"),
+        Column(heading="of", numeric=True, note="samples that hold it at another position"),
         _number("× median token", "its maximum over the median token's"),
         Column(heading="worst at"),
     )
     for view in views:
-        rows = tuple((quoted(row.text), row.token_id, row.count, row.initial, row.ratio, row.site) for row in view.report.outlier_tokens)
+        rows = tuple(
+            (quoted(row.text), row.token_id, row.count, row.initial, row.inside, row.present, row.ratio, row.site)
+            for row in view.report.outlier_tokens
+        )
         yield _table(view.name, "Outlier tokens", columns, rows)
         if prefix := view.report.prefix:
             about = f"{view.name}: the" if view.name else "The"
@@ -336,7 +345,14 @@ def _method(views: Views) -> Iterable[Part | None]:
     limits = views[0].report.thresholds
     rows = tuple((item.name, getattr(limits, item.name)) for item in fields(Thresholds))
     yield Table(caption="Criteria", columns=(Column(heading="threshold"), _quantity("value", "", "{:g}".format)), rows=rows)
-    yield Words(lines=tuple(" ".join(lines.split()) for lines in (inspect.getdoc(Thresholds) or "").split("\n\n")))
+    yield Words(lines=_criteria(), points=True)
+
+
+def _criteria() -> tuple[str, ...]:
+    """What each threshold means: of the docstring, a line for each group of names."""
+    text = " ".join((inspect.getdoc(Thresholds) or "").partition("\n\n")[2].split())
+    names = "|".join(item.name for item in fields(Thresholds))
+    return tuple(re.split(rf"(?<=[.;]) (?=(?:(?:{names}), )*(?:{names}):)", text))
 
 
 def _table(name: str, caption: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table | None:

@@ -26,6 +26,7 @@ from .pictures import (
     log_axis,
     note,
     packed_heat,
+    packed_line,
     plain,
 )
 
@@ -70,7 +71,7 @@ def difficulty_map(views: Views) -> Figure | None:
         name="difficulty",
         title="How hard each site is",
         caption="Inputs of the quantized layers. Difficulty is the standard deviation of the channels' magnitudes; ordinary tokens are those without "
-        "a massive activation, and what is bright only for all tokens is the sinks' doing.",
+        f"a massive activation{'' if _vision(views) else ' and beyond position 0'}, and what is bright only for all tokens is the sinks' doing.",
         panes=tuple(panes),
         controls=(Control(label="measure", options=tuple(MEASURES.values())), Control(label="over", options=tuple(TOKENS.values()))),
         height=300,
@@ -103,7 +104,7 @@ def _depth(view: View) -> Frame:
 
 
 def massive_depth(views: Views) -> Figure | None:
-    """Where the massive channels are born and die: at most 5 of them."""
+    """Where the massive and large channels are born and die: at most 5 of them."""
     if not any(view.report.massive for view in views):
         return None
     every = [abs(value) for view in views for row in view.report.massive[:5] for value in row.by_layer]
@@ -111,7 +112,7 @@ def massive_depth(views: Views) -> Figure | None:
     for view in views:
         traces = []
         for index, row in enumerate(view.report.massive[:5]):
-            where = "" if row.position is None else f", position {row.position}"
+            where = ", varying positions" if row.position is None else f", position {row.position}"
             hover = f"layer %{{x}}<br>channel {row.channel}{where}: %{{customdata:{NUMBER}}}"
             layers = range(-1, len(row.by_layer) - 1)
             trace = line(layers, [abs(value) or None for value in row.by_layer], f"channel {row.channel}{where}", index, hover)
@@ -121,7 +122,7 @@ def massive_depth(views: Views) -> Figure | None:
     return Figure(
         name="massive-depth",
         title="Birth and death of massive activations",
-        caption="The mean value at these tokens after each layer; the sign is shown on hovering.",
+        caption="The mean value at these tokens after each layer, of the five that stand out most; the sign is shown on hovering.",
         panes=tuple(panes),
     )
 
@@ -194,6 +195,7 @@ def sink_map(views: Views) -> Figure | None:
     if not any(view.report.attention for view in views):
         return None
     measures = {"score": "sink score", "drain": "value drain"}
+    first = "the class token" if _vision(views) else "token 0"
     drains = [view.report.attention.drain for view in views if view.report.attention]
     scales = {"score": (0.0, 1.0), "drain": (0.0, max(1.0, limits(drains, log=False)[1]))}
     panes = []
@@ -210,7 +212,7 @@ def sink_map(views: Views) -> Figure | None:
     return Figure(
         name="sinks",
         title="Sink heads",
-        caption="Sink score: the attention that token 0 gets from the head's queries on average. Value drain: the norm of token 0's value over the "
+        caption=f"Sink score: the attention that {first} gets from the head's queries on average. Value drain: the norm of {first}'s value over the "
         "median token's; near 0 where the head does nothing when it attends there.",
         panes=tuple(panes),
         controls=(Control(label="measure", options=tuple(measures.values())),),
@@ -256,7 +258,7 @@ def _channels(site: SiteFigures, transform: str) -> Frame:
         curves[f"after {keyed(TRANSFORM_NAMES, transform)}"] = site.channel_absmax_after[transform]
     traces = []
     for index, (name, values) in enumerate(curves.items()):
-        trace = line(x, [float(f"{value:.3g}") for value in values], name, index, f"from channel %{{x}}<br>{name}: %{{y:{NUMBER}}}")
+        trace = packed_line(x, values, name, index, f"from channel %{{x}}<br>{name}: %{{y:{NUMBER}}}")
         traces.append({**trace, "mode": "lines", "line": {"color": VERMILION if index else GREY, "shape": "hv", "width": 1.5}})
     return Frame(data=tuple(traces))
 
@@ -325,6 +327,10 @@ def _error(tokens: str, scheme: str, transform: str) -> Callable[[SiteFigures], 
         return found.get(scheme, {}).get(transform)
 
     return value
+
+
+def _vision(views: Views) -> bool:
+    return views[0].report.quality != "perplexity"
 
 
 def _layers(view: View) -> list[int]:

@@ -67,14 +67,14 @@ def best_transform(site: SiteFigures, scheme: str | None) -> tuple[str, float] |
 
 
 def life(activation: MassiveActivation, blocks: int) -> str:
-    """The layers it lives in: 11–27, or embeddings–29."""
+    """The layers after which it is above the bar of its class: 11–27, or embeddings–29."""
     first, last = ("embeddings" if activation.born < 0 else str(activation.born)), (blocks if activation.died is None else activation.died) - 1
     return first if last <= activation.born else f"{first}–{last}"
 
 
 def place(activation: MassiveActivation) -> str:
-    """The tokens it stands at: position 0 "<s>", "\\n" anywhere, or varying positions."""
-    where = "any position" if activation.position is None else f"position {activation.position}"
+    """The tokens it stands at: position 0, "<s>", or varying positions, "\\n"."""
+    where = "varying positions" if activation.position is None else f"position {activation.position}"
     return where if activation.token is None else f"{where}, {quoted(activation.token)}"
 
 

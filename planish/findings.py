@@ -6,6 +6,7 @@ from statistics import median
 
 from .calib.diagnosis import SCHEMES, Intervention, MassiveActivation, OutlierReport, SiteFigures, SuperWeight
 from .calib.interventions import AVERAGED, UNCHANGED, ZEROED
+from .eval.outlier_view import number, quoted
 
 RUINOUS, HARMLESS = 0.5, 0.02  # shares by which a change makes the quality figure worse
 NAMED = 4  # things that a sentence names
@@ -22,7 +23,7 @@ def _massive(report: OutlierReport) -> Iterator[str]:
     if not massive:
         limits, ratio = report.thresholds, max((record.top[0] / record.median for record in report.magnitudes if record.median), default=0.0)
         bars = f"above {limits.massive_floor:g} and above {limits.massive_ratio:,.0f} times its layer's median"
-        yield f"No massive activations: hardly a hidden state is {bars}; a sample's largest is at most {_number(ratio)} times it."
+        yield f"No massive activations: no value is, in a quarter of the samples, {bars}; on average a sample's largest is {_number(ratio)} times it."
     places: dict[object, list[MassiveActivation]] = {}
     for one in massive:
         places.setdefault((one.position, one.token, one.born), []).append(one)
@@ -34,9 +35,12 @@ def _one_place(report: OutlierReport, group: Sequence[MassiveActivation]) -> str
     """Those at one position. The smaller channels that go with them are named too."""
     first = group[0]
     until = "to the end" if first.died is None else f"to layer {first.died - 1}'s"
-    text = f"Channel {first.channel} carries {_number(first.value)} at {_place(first)}, from {_layer(first.born)} output {until}: "
     kind = "nearly the same in every sample" if first.constant else "different from sample to sample"
-    text += f"{_number(first.ratio)} times the median, and {kind} (it varies by {first.spread:.1%})."
+    text = (
+        f"Channel {first.channel} carries {_number(first.value)} on average, at most {_number(first.largest)}, at {_place(first)}: "
+        f"{_number(first.ratio)} times the median, {kind} (standard deviation {first.spread:.1%}). "
+        f"Born in {_layer(first.born)} output, it lives {until}."
+    )
     others = [*group[1:], *(one for one in report.massive if not one.massive and (one.position, one.born) == (first.position, first.born))]
     if others and first.position is not None:
         named = _listed(f"{one.channel} ({_number(one.value)})" for one in others[:NAMED])
@@ -45,7 +49,7 @@ def _one_place(report: OutlierReport, group: Sequence[MassiveActivation]) -> str
 
 
 def _place(one: MassiveActivation) -> str:
-    token = "" if one.token is None else f' ("{one.token}")'
+    token = "" if one.token is None else f" ({quoted(one.token)})"
     return f"{'varying positions' if one.position is None else f'position {one.position}'}{token}"
 
 
@@ -58,10 +62,13 @@ def _worth(report: OutlierReport) -> Iterator[str]:
     for zeroed, averaged in _pairs(report.interventions):
         lost, kept = _change(report, zeroed.quality), _change(report, averaged.quality)
         verdict = "ruins the model" if lost > RUINOUS else "harms the model" if lost > HARMLESS else "hardly changes the model"
-        meaning = "hardly changes it: they are a bias, not information" if kept <= HARMLESS else "harms it too: they carry information"
+        if kept > HARMLESS:
+            meaning = "harms it too: they carry information" if lost > HARMLESS else "harms it"
+        else:
+            meaning = "hardly changes it: they are a constant bias, not information" if lost > HARMLESS else "changes as little"
         yield (
-            f"Setting what is born in {_layer(zeroed.layer or 0)} output to zero {verdict} ({_quality(report, zeroed.quality)}); "
-            f"setting it to its mean {meaning} ({_quality(report, averaged.quality)})."
+            f"Setting the massive activations born in {_layer(-1 if zeroed.layer is None else zeroed.layer)} output to zero {verdict} "
+            f"({_quality(report, zeroed.quality)}); setting them to their mean over samples {meaning} ({_quality(report, averaged.quality)})."
         )
 
 
@@ -83,8 +90,8 @@ def _quality(report: OutlierReport, quality: float) -> str:
     if report.quality != "perplexity":
         return f"{report.quality} {quality:.1%}"
     change = _change(report, quality)
-    share = f"{change:+.1%}" if change < 10 else f"{change + 1:,.0f} times"
-    return f"{report.quality} {_base(report):.2f} to {_number(quality) if change >= 10 else f'{quality:.2f}'}, {share}"
+    share = f"{change:+.1%}".replace("-", "−") if change < 10 else f"{number(change + 1)} times"
+    return f"{report.quality} {_base(report):.2f} to {number(quality) if change >= 10 else f'{quality:.2f}'}, {share}"
 
 
 def _super_weights(report: OutlierReport) -> Iterator[str]:
@@ -93,8 +100,8 @@ def _super_weights(report: OutlierReport) -> Iterator[str]:
     for one in report.super_weights[:NAMED]:
         worth = "" if one.quality is None else f"; without it: {_quality(report, one.quality)}"
         published = {None: "", True: " It is in the published index.", False: " The published index does not list it."}[one.published]
-        spikes = f"{_number(one.output)} of an input of {_number(one.activation)}"
-        yield f"Super weight {_where(one)} = {one.value:.3g} makes {spikes}{worth}.{published}"
+        spikes = f"a spike of {_number(one.activation)} at its input into one of {_number(one.output)} at its output"
+        yield f"Super weight {_where(one)} = {_number(one.value)} turns {spikes}{worth}.{published}"
     if len(report.super_weights) > NAMED:
         yield f"{len(report.super_weights) - NAMED} more super weights: {_listed(map(_where, report.super_weights[NAMED : 2 * NAMED]))}."
 
@@ -111,8 +118,11 @@ def _spiked(report: OutlierReport) -> Iterator[str]:
         reach = _listed(f"{_number(site.every.absmax)} in layer {site.block}" for site in sites[:NAMED])
         mild = [site for site in sites if site.ordinary.kurtosis <= limits.site_kurtosis]
         rest = _listed(_number(site.ordinary.absmax) for site in mild[:NAMED])
+        tails = _listed(_number(site.ordinary.kurtosis) for site in mild[:NAMED])
         without = (
-            f"without {_sinks(report)}, {_layers(mild)} become{'s' * (len(mild) == 1)} mild (at most {rest})" if mild else "no layer is mild without"
+            f"without {_sinks(report)}, {_layers(mild)} become{'s' * (len(mild) == 1)} mild (at most {rest}, kurtosis {tails})"
+            if mild
+            else f"no layer is mild without {_sinks(report)} either"
         )
         yield f"The input of {name} reaches {reach}, at {_sinks(report)} only: {without}."
 
@@ -123,7 +133,9 @@ def _hard(report: OutlierReport) -> Iterator[str]:
     for name, sites in _by_site(hard):
         worst = sorted(sites, key=lambda site: -site.ordinary.kurtosis)
         tails = _listed(f"{_number(site.ordinary.kurtosis)} in layer {site.block}" for site in worst[:NAMED])
-        yield f"The input of {name} in {_layers(sites)} stays hard without {_sinks(report)}: kurtosis {tails} (3 for a Gaussian)."
+        state = f"stays hard without {_sinks(report)}" if any(site.sink_tokens for site in sites) else "is hard"
+        meaning = "Rare values of ordinary tokens set a static range there."
+        yield f"The input of {name} in {_layers(sites)} {state}: kurtosis {tails} (3 for a Gaussian). {meaning}"
 
 
 def _by_site(sites: Iterable[SiteFigures]) -> list[tuple[str, list[SiteFigures]]]:
@@ -143,15 +155,20 @@ def _layers(sites: Sequence[SiteFigures]) -> str:
 
 def _tokens(report: OutlierReport) -> Iterator[str]:
     bar = f"{report.thresholds.outlier_token:g} times the median token's"
+    vision = report.quality != "perplexity"
     initial = sum(token.initial for token in report.outlier_tokens)
     if initial:
-        yield f"The first token is an outlier in {_share(initial, report)}, whichever it is (its maximum is above {bar})."
-    inside = [token for token in report.outlier_tokens if token.count > token.initial]
+        first = "The class token" if vision else "The first token"
+        yield f"{first} is an outlier in {_share(initial, report)}{'' if vision else ', whichever it is'} (its maximum is above {bar})."
+    inside = sorted((token for token in report.outlier_tokens if token.inside), key=lambda token: -token.inside)
     if inside:
-        named = _listed(f'"{token.text}" (in {token.count - token.initial} of {report.samples} samples)' for token in inside[:NAMED])
-        yield f"Outlier tokens at later positions: {named}."
+        more = f", and {len(inside) - NAMED} others" if len(inside) > NAMED else ""
+        named = _listed(f"{quoted(token.text)} (in {token.inside} of the {token.present} samples that hold it)" for token in inside[:NAMED])
+        yield f"{'Other outlier tokens' if vision else 'Outlier tokens beyond the first'}: {named}{more}."
     if report.prefix is not None:
-        yield f'Suggested prefix, kept in full precision: "{report.prefix.text}".'
+        left = [token for token in inside if token.token_id not in report.prefix.token_ids]
+        why = "; no other token is an outlier in most of the samples that hold it" if left else ""
+        yield f"Suggested prefix, to be kept in full precision before every text: {quoted(report.prefix.text)}{why}."
 
 
 def _share(count: int, report: OutlierReport) -> str:
@@ -163,8 +180,9 @@ def _heads(report: OutlierReport) -> Iterator[str]:
         return
     heads = sum(map(len, report.attention.score))
     dormant = sum(head.dormant for head in report.sink_heads)
-    rest = f", {dormant} of them dormant: they write next to nothing" if dormant else ""
-    yield f"{len(report.sink_heads)} of {heads} heads are sink heads: they attend mostly to token 0{rest}."
+    rest = f"; {dormant} {'is' if dormant == 1 else 'are'} dormant, reading nearly nothing there" if dormant else ""
+    first, bar = "token 0" if report.quality == "perplexity" else "the class token", report.thresholds.sink_score
+    yield f"{len(report.sink_heads)} of {heads} heads are sink heads: they give {first} more than {bar:.0%} of their attention{rest}."
 
 
 def _rounding(report: OutlierReport) -> Iterator[str]:
@@ -178,8 +196,8 @@ def _rounding(report: OutlierReport) -> Iterator[str]:
         worst = max(measured, key=lambda site: site.errors[scheme]["plain"])
         helps = ", ".join(f"{_TRANSFORMS[name]} {error:.1%}" for name, error in middle.items())
         yield (
-            f"Rounded plainly to {scheme.upper()}, the outputs of a site are off by {plain:.1%} in the median "
-            f"(worst: {worst.name}, {worst.errors[scheme]['plain']:.1%}); with {helps}."
+            f"Rounded plainly to {scheme.upper()}, the median site's output is off by {plain:.1%} "
+            f"(the worst, {worst.name}, by {worst.errors[scheme]['plain']:.1%}); with {helps}."
         )
 
 
@@ -187,7 +205,7 @@ _TRANSFORMS = {"smooth": "smoothing", "hadamard": "a Hadamard rotation", "both":
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}").replace("-", "−")
 
 
 def _listed(parts: Iterable[str]) -> str:

@@ -7,17 +7,23 @@ from pathlib import Path
 
 import torch
 
+from .calib.checkpoint import Checkpoint
 from .calib.diagnosis import OutlierReport, Thresholds
+from .calib.stored import StoredCheckpoint
+from .calib.topology import topology
 from .decode import decode
 from .eval.outlier_page import outlier_page
 from .eval.pictures import plotly_script
 from .inspect_json import from_dict
-from .inspection import inspect
+from .inspection import inspect, open_model
 from .journal import write_text
 from .quant.errors import PlanishError
+from .recommend import check_bits
 from .yamltext import parse_yaml
 
 Report = Callable[[str, int, int], None]
+Shape = tuple[str, int, int]
+"""Family, blocks and width of a model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,20 +65,28 @@ class InspectJob:
         if self.html is not None:
             plotly_script()  # says so if it is not installed
         self._limits()
-        return None if self.against is None or Path(self.against).suffix != ".json" else _read(Path(self.against))
+        check_bits(self.bits)
+        model = open_model(self.model, self.allow_pickle)
+        if self.recipe is not None:
+            _check_recommendable(self.model, model)
+        if self.against is None:
+            return None
+        if Path(self.against).suffix != ".json":
+            _check_alike(self.model, _shape(model), self.against, _shape(open_model(self.against, self.allow_pickle)))
+            return None
+        base = _read(Path(self.against))
+        _check_alike(self.model, _shape(model), base.model, (base.family, base.blocks, base.hidden))
+        return base
 
     def run(self, base: OutlierReport | None, tell: Report) -> tuple[OutlierReport, OutlierReport | None]:
         """Inspect, and write the files. base: what check returned. Returns what was found in the model, and in the one it is compared with."""
         found = self._inspect(self.model, tell)
         if self.against is not None and base is None:
             base = self._inspect(self.against, lambda stage, done, total: tell(f"{stage} of the other", done, total))
-        if base is not None:
-            _check_alike(found, base)
-        recipe = None if self.recipe is None else _recipe(found)
         if self.html is not None:
             write_text(self.html, outlier_page(found, base))
-        if self.recipe is not None and recipe is not None:
-            write_text(self.recipe, recipe)
+        if self.recipe is not None and found.recommendation is not None:
+            write_text(self.recipe, found.recommendation.recipe)
         return found, base
 
     def _limits(self) -> Thresholds:
@@ -114,15 +128,20 @@ def _read(path: Path) -> OutlierReport:
     return from_dict(data, str(path))
 
 
-def _check_alike(found: OutlierReport, base: OutlierReport) -> None:
+def _shape(model: Checkpoint) -> Shape:
+    found = topology(model.config)
+    return found.family, found.block_count, model.config.hidden_size
+
+
+def _check_alike(name: str, shape: Shape, other: str, base: Shape) -> None:
     """Only models of one shape stand side by side."""
-    if (found.family, found.blocks, found.hidden) != (base.family, base.blocks, base.hidden):
-        words = (f"{one.model} is a {one.family} model of {one.blocks} blocks and width {one.hidden}" for one in (found, base))
+    if shape != base:
+        words = [f"{model} is a {one[0]} model of {one[1]} blocks and width {one[2]}" for model, one in ((name, shape), (other, base))]
         raise PlanishError(f"{', '.join(words)}: one was not made from the other. Give --against the model that was compressed.")
 
 
-def _recipe(found: OutlierReport) -> str:
-    if found.recommendation is None:
-        kind = "a compressed model" if found.compressed else "this model"
-        raise PlanishError(f"{found.model}: nothing is recommended for {kind}. Leave out --recipe.")
-    return found.recommendation.recipe
+def _check_recommendable(name: str, model: Checkpoint) -> None:
+    """Recipes are for models that can be compressed."""
+    kind = "a compressed model" if isinstance(model, StoredCheckpoint) else "a vision model" if topology(model.config).vision else None
+    if kind is not None:
+        raise PlanishError(f"{name}: nothing is recommended for {kind}. Leave out --recipe.")

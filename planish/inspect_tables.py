@@ -123,12 +123,27 @@ def _facts(reports: Sequence[OutlierReport]) -> Table:
 
 
 def _matters(report: OutlierReport) -> Iterator[tuple[str, str]]:
-    yield "massive", _several([_massive(report, index) for index in range(len(report.massive))], NAMED)
+    yield "massive", _massives(report)
     yield "if changed", _changes(report)
     yield "super weights", _several([_super_weight(report, index) for index in range(len(report.super_weights))], NAMED)
     yield "sink heads", _sinks(report)
-    yield "prefix", "none needed" if report.prefix is None else f"{quoted(report.prefix.text)} (ids {', '.join(map(str, report.prefix.token_ids))})"
+    if report.quality == "perplexity":
+        yield "prefix", _prefix(report)
     yield "took", f"{duration(report.seconds)}, peak memory {size(report.peak_bytes)}"
+
+
+def _prefix(report: OutlierReport) -> str:
+    if report.prefix is None:
+        return "none suggested" if report.outlier_tokens else "none needed"
+    ids = report.prefix.token_ids
+    return f"{quoted(report.prefix.text)} (id{'s' * (len(ids) > 1)} {', '.join(map(str, ids))})"
+
+
+def _massives(report: OutlierReport) -> str:
+    """The massive ones, which stand first, and how many are only large."""
+    count = sum(row.massive for row in report.massive)
+    named = _several([_massive(report, index) for index in range(count)], NAMED)
+    return f"{named}; {len(report.massive) - count} large" if count < len(report.massive) else named
 
 
 def _several(texts: Sequence[str], most: int) -> str:
@@ -142,7 +157,8 @@ def _massive(report: OutlierReport, index: int) -> str:
     where = f" at {place(row)}" if before is None or (row.position, row.token) != (before.position, before.token) else ""
     lives = f", layers {life(row, report.blocks)}" if before is None or (row.born, row.died) != (before.born, before.died) else ""
     kind = f", {'constant' if row.constant else 'depends on the input'}" if before is None or row.constant != before.constant else ""
-    return f"channel {row.channel}: {number(row.value)}{where}{lives}{kind}"
+    most = f" (at most {number(row.largest)})" if before is None else ""
+    return f"channel {row.channel}: {number(row.value)}{most}{where}{lives}{kind}"
 
 
 def _changes(report: OutlierReport) -> str:
@@ -156,6 +172,8 @@ def _changes(report: OutlierReport) -> str:
         if each.layer is not None and not each.name.startswith(own):
             relative = f" ({change(each.quality, unchanged)})" if report.quality == "perplexity" else ""
             texts.append(f"{each.name} (layer {each.layer}): {quality(each.quality, report.quality)}{relative}")
+    if not texts and report.quality != "perplexity":
+        return "nothing to change"
     start = f"{report.quality} {quality(unchanged, report.quality)}" if report.quality == "perplexity" else report.quality
     return "; ".join([start, _several(texts, NAMED)] if texts else [start])
 

@@ -137,7 +137,7 @@ def _images(checkpoint: Checkpoint, source: str, calibration: Calibration) -> Su
         ids_NL=torch.arange(len(labels)).expand(calibration.samples, -1),
         text=lambda position: labels[position],
         start=None,
-        source=f"{source} images",
+        source="generated images" if source == GENERATED else f"images of {source}",
     )
 
 

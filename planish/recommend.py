@@ -7,9 +7,11 @@ Rules, in their order:
   blocks. Where 4-bit weights make most of it, smoothing looks well with rounding to nearest and is a loss with a solver (demo model, W4A8: perplexity
   25.1 without, 25.9 with smoothing of qkv alone, which takes a quarter off the error of rounding).
 - groups: with 16-bit activations, the largest group size that servers run and every layer has.
-- keep: with 4-bit activations, sites whose error stays above HARD after every step that the recipe can take run with 8-bit activations.
+- keep: with 4-bit activations, sites whose error stays above HARD after every step that the recipe can take run with 8-bit activations. Where these
+  are most, the recipe is one of 8 bits with 4 at the others.
 """
 
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -59,17 +61,20 @@ class _Advice:
         """The recipe; fills `choices` with the reasons."""
         base = load_recipe(BASES[self.bits])
         assert base.calibration is not None
-        self._choose(f"solver and calibration of {base.name}", "the shipped recipe that is nearest")
+        nearest_one = "the shipped recipe with these bits" if BASES[self.bits].startswith(self.bits) else "the shipped recipe that is nearest"
+        self._choose(f"solver and calibration of {base.name}", nearest_one)
         text = base.calibration.source if self.report.text.startswith("builtin") else self.report.text
-        scheme = self._scheme(base)
+        wanted = self._scheme(base)
+        steps = self._steps()
+        scheme, overrides = self._overrides(wanted)
         return replace(
             base,
             name=f"{self.bits}-recommended",
             description=f"{self.bits.upper()} for {self.report.model}, as planish inspect recommends.",
             calibration=replace(base.calibration, source=text),
-            steps=self._steps(),
+            steps=steps,
             scheme=scheme,
-            overrides=self._overrides(scheme),
+            overrides=overrides,
         )
 
     def _choose(self, what: str, why: str) -> None:
@@ -116,21 +121,21 @@ class _Advice:
             self._choose("no smoothing", f"activations make little of the sites' {self.bits.upper()} errors ({share}), and weights would pay for it")
             return ()
         helped = [name for name, gain in gains.items() if gain >= GAIN and driven[name] >= MOST]
-        said = ", ".join(f"{name} {-gain:+.0%}" for name, gain in gains.items())
+        said = f"median {self.bits.upper()} errors change by " + ", ".join(f"{-gain:+.0%} at {name}" for name, gain in gains.items())
         if not helped:
-            self._choose("no smoothing", f"it changes the sites' {self.bits.upper()} errors by {said}: too little for what it costs the weights")
+            self._choose("no smoothing", f"{said}: too little for what it costs the weights")
             return ()
         whole = len(helped) == len(_by_name(self.report.sites))
-        self._choose(f"smoothing at {'every site' if whole else ', '.join(helped)}", f"it changes the {self.bits.upper()} errors by {said}")
+        self._choose(f"smoothing at {'every site' if whole else ', '.join(helped)}", said)
         return (Smooth(sites=("*",) if whole else tuple(f"*.{name}" for name in helped)),)
 
-    def _overrides(self, scheme: Scheme) -> tuple[Override, ...]:
-        """Sites that 4-bit activations would ruin."""
+    def _overrides(self, scheme: Scheme) -> tuple[Scheme, tuple[Override, ...]]:
+        """The scheme of most sites, and the sites that are an exception: those that 4-bit activations would ruin, or the only ones that bear them."""
         if self.bits != "w4a4":
-            return ()
+            return scheme, ()
         hard = [site for site in self.report.sites if min(site.errors["w4a4"][how] for how in ("plain", "smooth")) > HARD]
         if not hard:
-            return ()
+            return scheme, ()
         assert scheme.activations is not None
         worst = max(hard, key=lambda site: site.errors["w4a4"]["plain"])
         self._choose(
@@ -138,7 +143,10 @@ class _Advice:
             f"with 4 bits their outputs stay more than {HARD:.0%} off, {worst.name} by {worst.errors['w4a4']['plain']:.0%}",
         )
         eight = Scheme(weights=scheme.weights, activations=replace(scheme.activations, bits=8))
-        return (Override(sites=_patterns(hard, self.report.sites), scheme=eight),)
+        if 2 * len(hard) <= len(self.report.sites):
+            return scheme, (Override(sites=_patterns(hard, self.report.sites), scheme=eight),)
+        soft = [site for site in self.report.sites if site not in hard]
+        return eight, (Override(sites=_patterns(soft, self.report.sites), scheme=scheme),) if soft else ()
 
 
 def _reach(site: SiteFigures) -> float:
@@ -158,7 +166,7 @@ def _more(sites: Sequence[SiteFigures], worst: SiteFigures) -> str:
     if not others:
         return ""
     rest = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
-    return f" (and more than {min(map(_reach, sites)):,.0f} times at {', '.join(others[:NAMED])}{rest})"
+    return f" (and at least {math.floor(min(map(_reach, sites))):,} times at {', '.join(others[:NAMED])}{rest})"
 
 
 def _by_name(sites: Iterable[SiteFigures]) -> dict[str, list[SiteFigures]]:

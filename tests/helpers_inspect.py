@@ -72,8 +72,8 @@ def smollm2_report() -> OutlierReport:
         super_weights=(_super_weight(),),
         **_attention(dice),
         outlier_tokens=(
-            OutlierToken(token_id=1, text="<|im_start|>", count=32, initial=32, ratio=412.0, site="11.down"),
-            OutlierToken(token_id=198, text="\n", count=3, initial=0, ratio=71.2, site="2.down"),
+            OutlierToken(token_id=1, text="<|im_start|>", count=32, initial=32, inside=0, present=2, ratio=412.0, site="11.down"),
+            OutlierToken(token_id=198, text="\n", count=3, initial=0, inside=3, present=32, ratio=71.2, site="2.down"),
         ),
         prefix=Prefix(token_ids=(1,), text="<|im_start|>", length=1),
         sites=tuple(_site(dice, block, site) for block in range(BLOCKS) for site in WIDTHS),
@@ -179,6 +179,7 @@ def _massive() -> tuple[MassiveActivation, ...]:
             token="<|im_start|>",
             channel=channel,
             value=value,
+            largest=value * 1.0154,
             ratio=abs(value) / 0.485,
             spread=0.0004 if channel == 507 else 0.012,
             constant=True,

@@ -41,13 +41,15 @@
     return Object.fromEntries(Object.entries(value).map(([key, each]) => [key, themed(each, dark)]));
   };
 
-  // Large heat maps come as 16-bit integers, 1000 times the decimal logarithm, -32768 where there is no value.
+  // Large heat maps and long lines come as 16-bit integers, 1000 times the decimal logarithm, -32768 where there is no value.
   const unpacked = (trace) => {
     if (!trace.packed) return trace;
     const {packed, ...rest} = trace, bytes = Uint8Array.from(atob(packed.values), (letter) => letter.charCodeAt(0));
-    const numbers = new DataView(bytes.buffer), width = packed.columns.length, z = [], customdata = [];
-    for (let row = 0; row < bytes.length / 2 / width; row++) {
-      const cells = packed.columns.map((_, column) => numbers.getInt16(2 * (row * width + column), true));
+    const numbers = new DataView(bytes.buffer), levels = Array.from({length: bytes.length / 2}, (_, index) => numbers.getInt16(2 * index, true));
+    if (!packed.columns) return {...rest, y: levels.map((cell) => cell === -32768 ? null : 10 ** (cell / 1000))};
+    const width = packed.columns.length, z = [], customdata = [];
+    for (let start = 0; start < levels.length; start += width) {
+      const cells = levels.slice(start, start + width);
       z.push(cells.map((cell) => cell === -32768 ? null : cell / 1000));
       customdata.push(cells.map((cell, column) => [cell === -32768 ? 0 : 10 ** (cell / 1000), packed.columns[column]]));
     }

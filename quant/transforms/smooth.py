@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..errors import PlanishError
 
+LARGEST = 80.0  # logarithm of a scale, either way: float32 holds it and its inverse
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Smooth:
@@ -36,4 +38,4 @@ def smoothing_scale(x_absmax_C: Tensor, w_absmax_C: Tensor, strength: float) -> 
     log_C = torch.where(alive, log_C, torch.zeros_like(log_C))
     if alive.any():
         log_C = torch.where(alive, log_C - log_C[alive].mean(), log_C)
-    return log_C.exp()
+    return log_C.clamp(-LARGEST, LARGEST).exp()

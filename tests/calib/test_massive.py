@@ -49,6 +49,7 @@ def test_a_massive_activation_has_a_life(batch: int) -> None:
     (found,) = magnitudes.activations(str)
     assert (found.channel, found.position, found.token, found.born, found.died, found.massive, found.share) == (7, 0, None, 1, 3, True, 1.0)
     assert found.value == pytest.approx(9150)
+    assert found.largest == pytest.approx(9300)
     assert found.constant
     assert found.spread == pytest.approx(values.std(correction=0).item() / 9150)
     assert found.ratio == pytest.approx(9150 / magnitudes.layers[found.layer + 1].median)
@@ -59,7 +60,7 @@ def test_it_may_live_to_the_end_and_depend_on_the_input() -> None:
     layers = [quiet(0), quiet(1)]
     layers[1][:, 2, 9] = torch.tensor([2000.0, -4000.0, 6000.0, 9000.0])
     (found,) = followed(layers)[0].activations(str)
-    assert (found.position, found.born, found.died, found.constant) == (2, 0, None, False)
+    assert (found.position, found.born, found.died, found.constant, found.largest) == (2, 0, None, False, 9000.0)
 
 
 def test_a_token_at_varying_positions() -> None:
@@ -90,6 +91,17 @@ def test_one_stray_value_in_many_samples_is_counted_but_makes_no_entry() -> None
     assert magnitudes.add(-1, [hidden]) == ()
     assert magnitudes.layers[0].massive == 1
     assert magnitudes.activations(str) == ()
+
+
+def test_what_some_samples_have_at_one_position_only_is_of_that_position() -> None:
+    hidden = quiet()
+    hidden[1:3, 5, 4] = 9000.0  # channel 4: in half of the samples at position 5, and nowhere else
+    hidden[0, 2, 6] = hidden[3, 9, 6] = 9000.0  # channel 6: at two positions
+    hidden[0, 3, 8] = 9000.0  # channel 8: once, which tells nothing
+    magnitudes, births = followed([hidden])
+    found = magnitudes.activations(str)
+    assert {(one.channel, one.position, one.share) for one in found} == {(4, 5, 0.5), (6, None, 0.5), (8, None, 0.25)}
+    assert {birth.position for birth in births[0]} == {None}, "a change is made where a value is massive, not in the other samples"
 
 
 def test_the_floor_and_the_ratio_are_settings() -> None:

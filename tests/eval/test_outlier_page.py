@@ -38,7 +38,9 @@ def test_findings_come_first_and_in_words(page: str) -> None:
 
 def test_the_tables_hold_the_figures(page: str) -> None:
     assert [row[0] for row in table(page, "The ten hardest sites")][:3] == ["2.down", "10.down", "9.down"]
-    assert table(page, "Massive and large activations")[0][:6] == ["507", 'position 0, "<|im_start|>"', "25,300", "52,200", "27", "11–27"]
+    assert table(page, "Massive and large activations")[0][:7] == [
+        *("507", 'position 0, "<|im_start|>"', "25,300", "25,700", "52,200", "27", "11–27"),
+    ]
     assert table(page, "Perplexity when something is changed") == [
         ["unchanged", "–", "20.25", "–"],
         ["massive activations set to zero", "11", "6,180", "× 305"],
@@ -47,7 +49,7 @@ def test_the_tables_hold_the_figures(page: str) -> None:
     assert table(page, "Super weights")[0][:4] == ["model.layers.11.mlp.down_proj", "507", "1021", "−1.92"]
     assert len(table(page, "Every site")) == 120
     assert len(table(page, "Sink heads")) == len(smollm2_report().sink_heads)
-    assert table(page, "Outlier tokens")[1][0] == '"\\n"'
+    assert table(page, "Outlier tokens")[1] == ['"\\n"', "198", "3", "0", "3", "32", "71.2", "2.down"]
 
 
 def test_the_recipe_can_be_copied(page: str) -> None:

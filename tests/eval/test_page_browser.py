@@ -176,6 +176,8 @@ def test_menus_and_sliders_choose_what_is_shown(browser: Any, folder: Path) -> N
     site = next(site for site in smollm2_report().sites if site.name == "11.down")
     assert shown(browser, "difficulty", "plot._fullData[0].customdata[3][11]") == site.every.kurtosis
     assert shown(browser, "difficulty", "plot._fullLayout.coloraxis.colorbar.title.text") == "kurtosis (log)"
+    hardest = max(smollm2_report().sites, key=lambda site: site.errors["w4a4"]["plain"])
+    assert shown(browser, "channels", "plot._fullData[0].y") == pytest.approx(hardest.channel_absmax, rel=2e-3)
     slider = browser.find_element(By.CSS_SELECTOR, "#landscape input")
     assert shown(browser, "landscape", "plot._fullData[0].customdata[0][101]") == [pytest.approx(25_660, rel=2e-3), "505–509"]
     slider.send_keys(Keys.HOME)
@@ -207,5 +209,6 @@ def test_it_prints_in_light_on_paper_width(browser: Any, folder: Path) -> None:
     assert pdf.startswith(b"%PDF")
 
 
-def test_it_is_a_file_to_send_by_mail(folder: Path) -> None:
-    assert (folder / "one.html").stat().st_size < 8_000_000
+@pytest.mark.parametrize("page", ["one", "two"])
+def test_it_is_a_file_to_send_by_mail(folder: Path, page: str) -> None:
+    assert (folder / f"{page}.html").stat().st_size < 8_000_000

@@ -33,8 +33,9 @@ def unpack(trace: dict) -> dict:  # type: ignore[type-arg]
     if "packed" not in trace:
         return trace
     packed = trace["packed"]
-    levels = np.frombuffer(base64.b64decode(packed["values"]), dtype="<i2").reshape(-1, len(packed["columns"]))
-    return {**{key: value for key, value in trace.items() if key != "packed"}, "z": np.where(levels == -32768, np.nan, levels / 1000)}
+    levels = np.frombuffer(base64.b64decode(packed["values"]), dtype="<i2")
+    logarithms, rest = np.where(levels == -32768, np.nan, levels / 1000), {key: value for key, value in trace.items() if key != "packed"}
+    return {**rest, "z": logarithms.reshape(-1, len(packed["columns"]))} if "columns" in packed else {**rest, "y": 10**logarithms}
 
 
 @pytest.mark.parametrize("views", [ALONE, BOTH], ids=["alone", "both"])
@@ -109,6 +110,9 @@ def test_zeros_and_odd_numbers_are_gaps() -> None:
     assert trace["customdata"] == [[0.0, 10.0, None, None]]
     packed = unpack(pictures.packed_heat([0], [0], [[0.0, 100.0, math.inf]], ["a", "b", "c"], hover=""))
     np.testing.assert_array_equal(packed["z"], [[math.nan, 2.0, math.nan]])
+    curve = unpack(pictures.packed_line(range(0, 9, 3), [0.0, 100.0, 0.0123], "curve", 0, ""))
+    np.testing.assert_allclose(curve["y"], [math.nan, 100.0, 0.0123], rtol=1.2e-3)
+    assert (curve["x0"], curve["dx"], curve["name"]) == (0, 3, "curve")
 
 
 @pytest.mark.parametrize(

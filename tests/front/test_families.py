@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import planish
 from planish.eval.probe import read_probe
 from planish.quant import linear
-from planish.quant.formats import ActivationFormat
+from planish.quant.formats import ActivationFormat, activation_grid
 from planish.quant.linear import QuantizedLinear
 from planish.quant.transforms.smooth import Smooth
 from planish.recipe import Recipe
@@ -35,9 +35,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def divided_by_half_steps(x_TC: Tensor, fmt: ActivationFormat) -> tuple[Tensor, Tensor | None]:
-    """Per token, symmetric, as compressed-tensors emulates it: it divides the maximum by 127.5, where servers (and planish) divide by 127."""
+    """Per token, as compressed-tensors emulates it: where symmetric it divides the maximum by 127.5, where servers (and planish) divide by 127."""
     assert fmt.granularity == "token"
-    assert fmt.symmetric
+    if not fmt.symmetric:
+        return activation_grid(x_TC, fmt)
     return x_TC.abs().amax(1, keepdim=True) / 127.5, None
 
 

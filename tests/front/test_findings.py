@@ -32,24 +32,28 @@ def one(report: OutlierReport, beginning: str) -> str:
 
 def test_massive_activations_with_their_companions() -> None:
     first = findings(known())[0]
-    assert "Channel 507 carries 25,300 at position 0" in first
-    assert "from layer 11's output to layer 27's" in first
+    assert 'Channel 507 carries 25,300 on average, at most 25,690, at position 0 ("<|im_start|>")' in first
+    assert "Born in layer 11's output, it lives to layer 27's." in first
     assert "nearly the same in every sample" in first
-    assert "Channels 247 (-2,140), 14 (1,610) and 100 (-1,130) stand out there too." in first
+    assert "Channels 247 (−2,140), 14 (1,610) and 100 (−1,130) stand out there too." in first
 
 
 @pytest.mark.parametrize(
     ("zeroed", "averaged", "words"),
     [
-        (6183.4, 20.31, ("ruins the model (perplexity 20.25 to 6,183, 305 times)", "a bias, not information (perplexity 20.25 to 20.31, +0.3%)")),
+        (
+            6183.4,
+            20.31,
+            ("ruins the model (perplexity 20.25 to 6,180, 305 times)", "constant bias, not information (perplexity 20.25 to 20.31, +0.3%)"),
+        ),
         (22.0, 21.5, ("harms the model (perplexity 20.25 to 22.00, +8.6%)", "they carry information (perplexity 20.25 to 21.50, +6.2%)")),
-        (20.3, 20.25, ("hardly changes the model", "hardly changes it")),
+        (20.3, 20.25, ("hardly changes the model", "changes as little")),
     ],
 )
 def test_what_they_are_worth(zeroed: float, averaged: float, words: tuple[str, ...]) -> None:
     quality = {UNCHANGED: 20.25, ZEROED: zeroed, AVERAGED: averaged}
     changes = tuple(Intervention(name=name, layer=None if name == UNCHANGED else 11, quality=value) for name, value in quality.items())
-    found = one(replace(known(), interventions=changes), "Setting what is born in layer 11's output to zero")
+    found = one(replace(known(), interventions=changes), "Setting the massive activations born in layer 11's output to zero")
     assert all(part in found for part in words)
 
 
@@ -62,7 +66,8 @@ def test_which_layers_become_mild_and_which_stay_hard() -> None:
 
 def test_super_weights() -> None:
     found = one(known(), "Super weight")
-    assert "[507, 1021] = -1.92 makes 6,120 of an input of -3,183; without it: perplexity 20.25 to 212.70, +950.4%." in found
+    spikes = "turns a spike of −3,183 at its input into one of 6,120 at its output"
+    assert f"[507, 1021] = −1.92 {spikes}; without it: perplexity 20.25 to 212.70, +950.4%." in found
     weight = SuperWeight(module="m", layer=1, row=2, column=3, value=1.0, activation=60.0, output=70.0, published=True)
     many = findings(replace(known(), super_weights=(weight,) * 6))
     assert sum("It is in the published index." in sentence for sentence in many) == 4
@@ -72,8 +77,10 @@ def test_super_weights() -> None:
 def test_tokens_heads_and_rounding() -> None:
     report = known()
     assert one(report, "The first token is an outlier in every sample")
-    assert one(report, "Outlier tokens at later positions") == 'Outlier tokens at later positions: "\n" (in 3 of 32 samples).'
-    some = replace(report, outlier_tokens=(OutlierToken(token_id=5, text="a", count=2, initial=2, ratio=70.0, site="2.down"),))
+    later = r'Outlier tokens beyond the first: "\n" (in 3 of the 32 samples that hold it).'
+    assert one(report, "Outlier tokens") == later
+    assert one(report, "Suggested prefix").endswith('"<|im_start|>"; no other token is an outlier in most of the samples that hold it.')
+    some = replace(report, outlier_tokens=(OutlierToken(token_id=5, text="a", count=2, initial=2, inside=0, present=9, ratio=70.0, site="2.down"),))
     assert "in 2 of 32 samples" in one(some, "The first token")
     assert one(report, f"{len(report.sink_heads)} of 270 heads are sink heads")
     assert "a Hadamard rotation" in one(report, "Rounded plainly to W4A4")

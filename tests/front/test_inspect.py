@@ -88,6 +88,10 @@ def test_side_by_side_with_the_original(planish: Planish, original: Path, tmp_pa
     by_model = planish("inspect", "new", *QUICK, "--against", original)
     assert by_model.code == 0, by_model
     assert "blocks of the other 3/3" in by_model.err
+    refused = planish("inspect", "new", *QUICK, "--recipe", "recipe.yaml", "--quiet")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "new: nothing is recommended for a compressed model. Leave out --recipe." in refused.err
+    assert not (tmp_path / "recipe.yaml").exists()
     (tmp_path / "before.json").write_text(planish("inspect", original, *QUICK, "--json", "--quiet").out)
     by_file = planish("inspect", "new", *QUICK, "--against", "before.json", "--html", "page.html")
     assert by_file.code == 0, by_file
@@ -115,6 +119,7 @@ def test_a_file_of_text(planish: Planish, original: Path, tmp_path: Path) -> Non
         (("MODEL", "--threshold", "massive_ratio"), "is not a setting"),
         (("MODEL", "--threshold", "massive_ration=3"), "massive_ratio"),
         (("MODEL", "--threshold", "massive_ratio=-3"), "must be positive"),
+        (("MODEL", "--bits", "w4a9"), "bits w4a9: nothing is recommended for them"),
         (("MODEL", "--against", "missing.json"), "missing.json: cannot be read"),
         (("MODEL", "--against", "short.json"), "short.json: not JSON"),
         (("MODEL", "--against", "nowhere"), "nowhere"),
@@ -144,6 +149,7 @@ def test_models_that_differ_do_not_stand_side_by_side(planish: Planish, original
     ran = planish("inspect", original, *QUICK, "--against", other, "--quiet")
     assert ran.code == 2
     assert "one was not made from the other" in ran.err
+    assert "blocks 3/3" not in planish("inspect", original, *QUICK, "--against", other).err
 
 
 def test_broken_weights_are_named(original: Path, tmp_path: Path) -> None:

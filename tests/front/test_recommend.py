@@ -75,8 +75,20 @@ def test_hard_sites_get_eight_bits_at_w4a4(report):
     (override,) = recipe(hard, "w4a4").overrides
     assert override.sites == ("*.down", "3.qkv") or set(override.sites) == {"*.down", "3.qkv"}
     assert override.scheme.activations.bits == 8
+    assert recipe(hard, "w4a4").scheme.activations.bits == 4
     easy = with_errors(report, lambda *_: 0.05)
     assert recipe(easy, "w4a4").overrides == ()
+
+
+def test_where_most_sites_are_hard_the_easy_ones_are_the_exception(report):
+    hard = with_errors(report, lambda site, _scheme, _how, _error: 0.05 if site.site == "qkv" or site.name == "3.o" else 0.4)
+    made = recipe(hard, "w4a4")
+    (override,) = made.overrides
+    assert made.scheme.activations.bits == 8
+    assert set(override.sites) == {"*.qkv", "3.o"}
+    assert override.scheme.activations.bits == 4
+    ruined = recipe(with_errors(report, lambda *_: 0.4), "w4a4")
+    assert (ruined.scheme.activations.bits, ruined.overrides) == (8, ())
 
 
 def test_text_of_the_user_is_calibrated_on(report):
