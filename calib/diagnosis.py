@@ -29,8 +29,8 @@ class Thresholds:
     gives token 0 more than dormant_score and token 0's value norm is below value_drain times the median token's (Guo et al. 2024, section 2).
     outlier_token: a token is an outlier at a site if its maximum exceeds this times the median token's (Chen et al. 2024, PrefixQuant, section 4.1).
     prefix_share: a token belongs in the prefix if it is an outlier beyond position 0 in more than this share of the samples that hold it there (ours:
-    a token that is one here and there is so because of its place, and as a prefix it catches nothing: with " the", an outlier in 4 of 16 samples,
-    before the demo model's samples, the same 4 have it again).
+    a token that is one here and there is so because of its place, and as a prefix it catches nothing: " the", an outlier in 4 of the demo model's 16
+    samples, still is one in 4 of them with " the" before each).
     site_spike: a site's largest value is due to sink tokens if it is above this times that of ordinary ones. site_kurtosis: a site whose ordinary
     tokens have a kurtosis above this is hard by itself (both ours, for the findings).
     """

@@ -119,7 +119,9 @@ def _cards(report: OutlierReport) -> tuple[Card, ...]:
         found.append(Card(label="Sink heads", value=str(len(report.sink_heads)), note=note, target="sinks-and-prefix"))
     if prefix := report.prefix:
         note = _tokens(prefix.token_ids)
-        found.append(Card(label="Suggested prefix", value=quoted(prefix.text), note=note, target="sinks-and-prefix"))
+        shown = quoted(prefix.text)
+        shown = shown[1:-1] if prefix.text == prefix.text.strip() else shown  # quotes where a space would not be seen
+        found.append(Card(label="Suggested prefix", value=shown, note=note, target="sinks-and-prefix"))
     if report.recommendation:
         scheme = report.recommendation.scheme.upper()
         note = f"{len(report.recommendation.choices)} choices, each with its reason"
@@ -352,7 +354,7 @@ def _criteria() -> tuple[str, ...]:
     """What each threshold means: of the docstring, a line for each group of names."""
     text = " ".join((inspect.getdoc(Thresholds) or "").partition("\n\n")[2].split())
     names = "|".join(item.name for item in fields(Thresholds))
-    return tuple(re.split(rf"(?<=[.;]) (?=(?:(?:{names}), )*(?:{names}):)", text))
+    return tuple(re.split(rf"(?<=\.) (?=(?:(?:{names}), )*(?:{names}):)", text))
 
 
 def _table(name: str, caption: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table | None:

@@ -100,8 +100,8 @@ def _super_weights(report: OutlierReport) -> Iterator[str]:
     for one in report.super_weights[:NAMED]:
         worth = "" if one.quality is None else f"; without it: {_quality(report, one.quality)}"
         published = {None: "", True: " It is in the published index.", False: " The published index does not list it."}[one.published]
-        spikes = f"a spike of {_number(one.activation)} at its input into one of {_number(one.output)} at its output"
-        yield f"Super weight {_where(one)} = {_number(one.value)} turns {spikes}{worth}.{published}"
+        spikes = f"an input of {_number(one.activation)} and an output of {_number(one.output)}"
+        yield f"Super weight {_where(one)} = {_number(one.value)} stands between {spikes}{worth}.{published}"
     if len(report.super_weights) > NAMED:
         yield f"{len(report.super_weights) - NAMED} more super weights: {_listed(map(_where, report.super_weights[NAMED : 2 * NAMED]))}."
 

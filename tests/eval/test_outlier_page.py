@@ -2,11 +2,12 @@
 
 import html
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from helpers_inspect import RECIPE, bare_report, compressed_report, smollm2_report
 
+from planish.calib.diagnosis import Thresholds
 from planish.eval import outlier_page as module
 from planish.eval.outlier_page import outlier_page
 
@@ -50,6 +51,12 @@ def test_the_tables_hold_the_figures(page: str) -> None:
     assert len(table(page, "Every site")) == 120
     assert len(table(page, "Sink heads")) == len(smollm2_report().sink_heads)
     assert table(page, "Outlier tokens")[1] == ['"\\n"', "198", "3", "0", "3", "32", "71.2", "2.down"]
+
+
+def test_every_criterion_has_its_meaning(page: str) -> None:
+    criteria = [html.unescape(line) for line in re.findall(r"<li>(.*?)</li>", page, re.DOTALL)]
+    for item in fields(Thresholds):
+        assert sum(f"{item.name}:" in line or f"{item.name}, " in line for line in criteria) == 1, item.name
 
 
 def test_the_recipe_can_be_copied(page: str) -> None:

@@ -178,7 +178,7 @@ def test_where_massive_activations_live() -> None:
     assert (place(row), life(row, BLOCKS)) == ('position 0, "<|im_start|>"', "11–27")
     assert life(replace(row, born=-1, died=None), BLOCKS) == "embeddings–29"
     assert life(replace(row, born=3, died=4), BLOCKS) == "3"
-    assert place(replace(row, position=None, token=None)) == "any position"
+    assert place(replace(row, position=None, token=None)) == "varying positions"
 
 
 def test_the_unchanged_quality() -> None:

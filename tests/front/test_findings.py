@@ -66,7 +66,7 @@ def test_which_layers_become_mild_and_which_stay_hard() -> None:
 
 def test_super_weights() -> None:
     found = one(known(), "Super weight")
-    spikes = "turns a spike of −3,183 at its input into one of 6,120 at its output"
+    spikes = "stands between an input of −3,183 and an output of 6,120"
     assert f"[507, 1021] = −1.92 {spikes}; without it: perplexity 20.25 to 212.70, +950.4%." in found
     weight = SuperWeight(module="m", layer=1, row=2, column=3, value=1.0, activation=60.0, output=70.0, published=True)
     many = findings(replace(known(), super_weights=(weight,) * 6))
