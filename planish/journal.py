@@ -60,13 +60,17 @@ class Journal:
             journal = cls(folder, fingerprint)
             journal._write()
             return journal
-        data = json.loads(file.read_text(encoding="utf-8"))
-        if data["fingerprint"] != fingerprint:
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            known, blocks = data["fingerprint"], [BlockRecord.read(block) for block in data["blocks"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanishError(f"{file}: damaged ({error!r}). Delete the folder {folder}, or choose another output folder.") from error
+        if known != fingerprint:
             raise PlanishError(
                 f"{folder}: the remains of an unfinished run with another recipe, model, setting or version. "
                 "Repeat that run's command to finish it, delete the folder, or choose another output folder."
             )
-        return cls(folder, fingerprint, [BlockRecord.read(block) for block in data["blocks"]])
+        return cls(folder, fingerprint, blocks)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
