@@ -24,7 +24,10 @@ def test_another_run_is_not_resumed(tmp_path: Path) -> None:
         Journal.open(tmp_path / "work", "other")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"fingerprint": "mine", "blocks": [[]]}', '{"fingerprint": "mine", "blocks": [{"sites": {}}]}'])
+DAMAGED = ("", "{", "[]", "{}", '{"fingerprint": "mine", "blocks": [[]]}', '{"fingerprint": "mine", "blocks": [{"sites": {}}]}')
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_journal_is_one_message(text: str, tmp_path: Path) -> None:
     Journal.open(tmp_path / "work", "mine")
     (tmp_path / "work" / "journal.json").write_text(text)
