@@ -48,11 +48,10 @@ def observe(
     calls: Sequence[Call],
     stream: Stream,
     before: Stream | None = None,
-    statistics: type[Extremes] = Extremes,
 ) -> Observation:
     """Move `stream` past the block and look at its sites on the way.
 
-    before: takes what entered the block, for a second pass. statistics: what is to be known of a site; ChannelStatistics for all there is.
+    before: takes what entered the block, for a second pass.
     """
     observation = Observation()
     for i, call in enumerate(calls):
@@ -63,7 +62,7 @@ def observe(
         observation.keep_T.append(keep_T)
         for name, x_TC in inputs.items():
             if name not in observation.seen:
-                observation.seen[name] = statistics(x_TC.shape[1], f"{index}.{name}")
+                observation.seen[name] = Extremes(x_TC.shape[1], f"{index}.{name}")
                 observation.sinks_C[name] = torch.zeros(x_TC.shape[1], device=x_TC.device)
             observation.seen[name].update(x_TC, keep_T)
             if not keep_T.all():
