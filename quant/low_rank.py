@@ -1,6 +1,6 @@
 """Low-rank side paths: what is left in full precision beside a quantized weight, as two thin factors.
 
-y = Q(x) Ŵ' + (x down') up', x the transformed input before it is quantized. LoRC ("ZeroQuant-V2", Yao et al. 2023, arXiv:2303.08302, section 5):
+y = Q(x) Ŵ' + (x down') up', x the transformed input before it is quantized. LoRC ("ZeroQuant-V2", Yao et al. 2023, arXiv:2303.08302):
 the truncated SVD of the weight's error E = W - Ŵ. Weighted (LQER, Zhang et al. 2024, arXiv:2402.02446; QERA, Zhang et al. 2024, arXiv:2410.06040):
 the best rank for the error of the outputs, min |(E - up down) X|. SVDQuant (Li et al. 2024, arXiv:2411.05007): the low-rank part goes first, and what
 remains is easier to quantize.
