@@ -35,7 +35,7 @@ class Packed:
         act = self.scheme.activations
         if act is not None and act.clip != 1:
             raise PlanishError(
-                f"activations.clip is {act.clip}, but compressed-tensors has no field for it: a consumer would run without. Remove it, or set it to 1."
+                f"activations.clip is {act.clip}, but compressed-tensors has no field for it: a consumer would do without. Remove it, or set 1."
             )
 
 
