@@ -26,10 +26,17 @@ refuse the checkpoint; by the plain name, transformers would leave such layers o
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """How one linear is stored: its scheme and the layout of its codes."""
+    """How one linear is stored: its scheme and the layout of its codes. Raises PlanishError: a scheme that the format has no words for."""
 
     scheme: Scheme
     layout: Layout
+
+    def __post_init__(self) -> None:
+        act = self.scheme.activations
+        if act is not None and act.clip != 1:
+            raise PlanishError(
+                f"activations.clip is {act.clip}, but compressed-tensors has no field for it: a consumer would do without. Remove it, or set 1."
+            )
 
 
 def default_layout(scheme: Scheme) -> Layout:

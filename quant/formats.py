@@ -59,13 +59,17 @@ class WeightFormat:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActivationFormat:
-    """Integer format of an activation (T, C): one scale per tensor, per token, or per group of channels of a token."""
+    """Integer format of an activation (T, C): one scale per tensor, per token, or per group of channels of a token.
+
+    clip: the part of each dynamic range that the grid covers; what lies beyond gets its last code.
+    """
 
     bits: int
     symmetric: bool = True
     granularity: ActivationGranularity = "token"
     group_size: int | None = None
     dynamic: bool = True
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         _check_bits("activations", self.bits)
@@ -74,6 +78,12 @@ class ActivationFormat:
             raise PlanishError(
                 f"activations: static with granularity {self.granularity}. A static scale is known before the tokens are, "
                 "so it is per tensor: set granularity tensor, or dynamic true."
+            )
+        if not 0 < self.clip <= 1:
+            raise PlanishError(f"activations.clip is {self.clip}, but it is the part of the range to cover, above 0 and at most 1. Use 1.")
+        if not self.dynamic and self.clip != 1:
+            raise PlanishError(
+                f"activations: static with clip {self.clip}. A static range is whatever calibration found: remove clip, or set dynamic true."
             )
 
 
@@ -165,7 +175,10 @@ def weight_range(w_OI: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
 
 
 def activation_grid(x_TC: Tensor, fmt: ActivationFormat) -> tuple[Tensor, Tensor | None]:
-    """Dynamic scale and zero point of x_TC: (T, 1) per token, (1, 1) per tensor, (T, C / group) per group."""
+    """Dynamic scale and zero point of x_TC: (T, 1) per token, (1, 1) per tensor, (T, C / group) per group.
+
+    They cover clip * min to clip * max.
+    """
     if fmt.granularity == "tensor":
         low, high = x_TC.amin().reshape(1, 1), x_TC.amax().reshape(1, 1)
     else:
@@ -174,4 +187,4 @@ def activation_grid(x_TC: Tensor, fmt: ActivationFormat) -> tuple[Tensor, Tensor
             raise PlanishError(f"activations.group_size {size} does not divide {x_TC.shape[1]} channels.")
         x_TGC = by_group(x_TC, x_TC.shape[1] // size)
         low, high = x_TGC.amin(2), x_TGC.amax(2)  # two reductions: several times faster than aminmax along a dimension
-    return scale_and_zero(low.float(), high.float(), fmt.bits, fmt.symmetric)
+    return scale_and_zero(low.float() * fmt.clip, high.float() * fmt.clip, fmt.bits, fmt.symmetric)

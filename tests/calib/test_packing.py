@@ -133,3 +133,8 @@ def test_foreign_formats_are_refused() -> None:
     ):
         with pytest.raises(PlanishError, match=words):
             read_config({**data, "config_groups": {"group_0": {**group, **changes}}}, ["a"])
+
+
+def test_a_clip_of_activations_cannot_be_stored() -> None:
+    with pytest.raises(PlanishError, match=r"activations\.clip is 0\.9"):
+        Packed(Scheme(weights=WeightFormat(bits=4), activations=ActivationFormat(bits=4, clip=0.9)), "int-quantized")

@@ -1,6 +1,7 @@
 """Number formats against plain float64 arithmetic, and against compressed-tensors' own quantize and dequantize for given scales."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -162,7 +163,25 @@ def test_activation_grids(symmetric: bool) -> None:
     assert activation_grid(x_TC[:0], ActivationFormat(bits=8))[0].shape == (0, 1)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("fmt", [{}, {"granularity": "group", "group_size": 4}, {"granularity": "tensor"}], ids=str)
+def test_activation_clip_scales_the_range(symmetric: bool, fmt: dict[str, Any]) -> None:
+    """By a power of 2 the scale of the clipped grid is exactly that of an input so much smaller; 1 is no clip, to the bit."""
+    x_TC = weights(7, 12).float()
+    x_TC[3] = 0
+    x_TC[0, 0] = 1e30
+    plain = activation_grid(x_TC, ActivationFormat(bits=4, symmetric=symmetric, **fmt))
+    for clip, factor in ((1.0, 1.0), (0.5, 0.5)):
+        scale, zero = activation_grid(x_TC, ActivationFormat(bits=4, symmetric=symmetric, clip=clip, **fmt))
+        assert torch.equal(scale, torch.where(plain[0] == 1, plain[0], plain[0] * factor))
+        assert zero is None if plain[1] is None else zero is not None and torch.equal(zero, plain[1])
+
+
 REFUSED = {
+    "activations.clip is 0.0": lambda: ActivationFormat(bits=4, clip=0.0),
+    "activations.clip is 1.5": lambda: ActivationFormat(bits=4, clip=1.5),
+    "activations.clip is nan": lambda: ActivationFormat(bits=4, clip=math.nan),
+    "static with clip 0.9": lambda: ActivationFormat(bits=8, granularity="tensor", dynamic=False, clip=0.9),
     "weights.bits is 9": lambda: WeightFormat(bits=9),
     "weights.bits is 1": lambda: WeightFormat(bits=1),
     "activations.bits is 16": lambda: ActivationFormat(bits=16),
