@@ -21,6 +21,7 @@ from .convert import REJECTED
 from .families import FAMILIES
 from .locate import TOKENIZER_FILES, resolve, side_files, weight_files
 from .naming import match_names
+from .prefix import PrefixCache
 from .shards import CHUNK_BYTES, TensorInfo, read_chunks, read_json, read_shards, read_tensor
 
 SAMPLE_BYTES = 4096
@@ -91,6 +92,10 @@ class Checkpoint:
                 if buffer is not None:
                     stored = self.tensors.get(path + name)
                     owner._buffers[name] = buffer.to(device) if stored is None else read_tensor(stored).to(device, buffer.dtype)
+
+    def prefix_cache(self, dtype: torch.dtype, device: torch.device | str) -> PrefixCache | None:
+        """What stands before every text; None, for only planish's own checkpoints have it."""
+        return None
 
     @staticmethod
     def release(module: nn.Module) -> None:

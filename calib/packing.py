@@ -5,7 +5,7 @@ Tensors of a quantized linear (N out, K in): see the table of the compressed-ten
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,33 +19,28 @@ from ..quant.formats import ActivationFormat, QuantizedWeight, Scheme, WeightFor
 from ..quant.linear import StaticGrid
 
 Layout = Literal["int-quantized", "pack-quantized"]
-TRANSPOSED = "conv1d-"
-"""Stands before a format's name where the layers are transposed (transformers' Conv1D). No consumer's library has a format of that name, so they all
-refuse the checkpoint; by the plain name, transformers would leave such layers out and go on with random weights."""
+TRANSPOSED, EXTENDED = "conv1d-", "planish-"
+"""Stand before a format's name where the layers are transposed (transformers' Conv1D), or where the checkpoint says more than compressed-tensors can
+(extension.py). No consumer's library has a format of that name, so they all refuse the checkpoint; by the plain name, transformers would leave such
+layers out and go on with random weights, and leave out transforms without a word."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """How one linear is stored: its scheme and the layout of its codes. Raises PlanishError: a scheme that the format has no words for."""
+    """How one linear is stored: its scheme and the layout of its codes. A clip of activations is not in compressed-tensors, see extension.py."""
 
     scheme: Scheme
     layout: Layout
 
-    def __post_init__(self) -> None:
-        act = self.scheme.activations
-        if act is not None and act.clip != 1:
-            raise PlanishError(
-                f"activations.clip is {act.clip}, but compressed-tensors has no field for it: a consumer would do without. Remove it, or set 1."
-            )
 
-
-def default_layout(scheme: Scheme) -> Layout:
+def default_layout(scheme: Scheme, *, extended: bool = False) -> Layout:
     """Weight-only schemes are packed; with quantized activations codes lie one a byte.
 
     That is what servers' int8 kernels take; and for activations of fewer bits it is what makes vLLM refuse, where it would silently leave packed ones
-    unquantized.
+    unquantized. Of an extended checkpoint, which only planish reads, all codes below 8 bits are packed.
     """
-    return "pack-quantized" if scheme.activations is None else "int-quantized"
+    narrow = scheme.weights is not None and scheme.weights.bits < 8
+    return "pack-quantized" if scheme.activations is None or (extended and narrow) else "int-quantized"
 
 
 def pack(weight: QuantizedWeight, layout: Layout, scale_dtype: torch.dtype, static: StaticGrid | None) -> dict[str, Tensor]:
@@ -103,14 +98,14 @@ def stored_names(packed: Packed) -> tuple[str, ...]:
     return tuple(names)
 
 
-def quantization_config(linears: Mapping[str, Packed], ignored: Iterable[str], *, transposed: bool = False) -> dict[str, Any]:
+def quantization_config(linears: Mapping[str, Packed], ignored: Iterable[str], *, transposed: bool = False, extended: bool = False) -> dict[str, Any]:
     """config.json's quantization_config for these linears (by full module name); `ignored` ones stay in full precision.
 
-    transposed: some of them are Conv1D layers, whose codes nobody but planish finds a place for; see TRANSPOSED.
+    transposed: some of them are Conv1D layers, whose codes nobody but planish finds a place for; extended: an Extension goes with them; see EXTENDED.
     """
     groups: dict[Packed, list[str]] = {}
     for name, packed in linears.items():
-        groups.setdefault(packed, []).append(name)
+        groups.setdefault(_unclipped(packed), []).append(name)
     layouts = {packed.layout for packed in groups}
     config = QuantizationConfig(
         config_groups={f"group_{i}": _scheme(packed, names, alone=len(groups) == 1) for i, (packed, names) in enumerate(groups.items())},
@@ -120,10 +115,22 @@ def quantization_config(linears: Mapping[str, Packed], ignored: Iterable[str], *
     )
     data: dict[str, Any] = config.model_dump(mode="json", exclude_none=False)
     data.pop("moe_sparsity_config", None)
-    if transposed:
-        for part in (data, *data["config_groups"].values()):
-            part["format"] = TRANSPOSED + part["format"]
+    mark = (EXTENDED if extended else "") + (TRANSPOSED if transposed else "")
+    for part in (data, *data["config_groups"].values()):
+        part["format"] = mark + part["format"]
     return data
+
+
+def _unclipped(packed: Packed) -> Packed:
+    act = packed.scheme.activations
+    return packed if act is None or act.clip == 1 else clipped(packed, 1.0)
+
+
+def clipped(packed: Packed, clip: float) -> Packed:
+    """The same with this clip of its activations."""
+    act = packed.scheme.activations
+    assert act is not None
+    return Packed(Scheme(weights=packed.scheme.weights, activations=replace(act, clip=clip)), packed.layout)
 
 
 def _scheme(packed: Packed, names: list[str], alone: bool) -> QuantizationScheme:
@@ -159,7 +166,10 @@ def read_config(data: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Pa
 
 def _known_formats(data: Mapping[str, Any]) -> dict[str, Any]:
     """The same with the formats' names as the library knows them."""
-    part = {key: value.removeprefix(TRANSPOSED) if key == "format" and isinstance(value, str) else value for key, value in data.items()}
+    part = {
+        key: value.removeprefix(EXTENDED).removeprefix(TRANSPOSED) if key == "format" and isinstance(value, str) else value
+        for key, value in data.items()
+    }
     if isinstance(groups := part.get("config_groups"), dict):
         part["config_groups"] = {name: _known_formats(group) if isinstance(group, dict) else group for name, group in groups.items()}
     return part

@@ -6,17 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.linear import QuantizedLinear
+from ..quant.transforms.factors import Chain
 from .packing import Packed, stored_names, unpack
 
 
-def quantized_readers(prefix: str, tensors: Mapping[str, Tensor], packed: Mapping[str, Packed], dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The quantized linears under `prefix` (a block's full name), by their path inside it."""
+def quantized_readers(
+    prefix: str, tensors: Mapping[str, Tensor], packed: Mapping[str, Packed], chains: Mapping[str, Chain], dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """The quantized linears under `prefix` (a block's full name), by their path inside it. chains: of those whose input is transformed, by full name."""
     layers: dict[str, nn.Module] = {}
     for name, how in packed.items():
         if not name.startswith(prefix + "."):
             continue
         weight, static = unpack({local: tensors[f"{name}.{local}"] for local in stored_names(how)}, how)
-        layers[name.removeprefix(prefix + ".")] = QuantizedLinear(weight, tensors.get(f"{name}.bias"), how.scheme.activations, static, dtype=dtype)
+        bias, chain = tensors.get(f"{name}.bias"), chains.get(name, ())
+        layers[name.removeprefix(prefix + ".")] = QuantizedLinear(weight, bias, how.scheme.activations, static, chain, dtype)
     return layers
 
 

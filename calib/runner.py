@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..quant.errors import PlanishError
 from .checkpoint import Checkpoint
+from .prefix import PrefixCache
 from .topology import Topology, topology
 
 HEAD_TOKENS = 32  # tokens whose logits are in memory at a time
@@ -67,6 +68,7 @@ class BlockRunner:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.topology: Topology = topology(checkpoint.config)
+        self.prefix: PrefixCache | None = checkpoint.prefix_cache(dtype, device)
         self.model = checkpoint.skeleton(dtype)
         blocks = self.model.get_submodule(self.topology.blocks)
         assert isinstance(blocks, nn.ModuleList)
@@ -125,7 +127,8 @@ class BlockRunner:
                 call = Call()
                 recorders: list[nn.Module] = [_Recorder(call) for _ in self.blocks]
                 with self._stand_ins(recorders, skipped):
-                    self.model(**{self.topology.input: self._placed(batch)}, **dict(self.topology.call))
+                    past = {} if self.prefix is None else {"past_key_values": self.prefix}
+                    self.model(**{self.topology.input: self._placed(batch)}, **dict(self.topology.call), **past)
                 first = recorders[0]
                 assert isinstance(first, _Recorder)
                 assert first.hidden is not None
@@ -137,7 +140,7 @@ class BlockRunner:
 
     def block_name(self, index: int) -> str:
         """The full name of block `index`, as in the checkpoint's tensor names."""
-        return f"{self.topology.blocks}.{index}"
+        return self.topology.block_name(index)
 
     def load_block(self, index: int, dtype: torch.dtype | None = None) -> nn.Module:
         """Block `index` with its weights in memory, in `dtype` (the runner's own when None)."""

@@ -61,6 +61,16 @@ class Topology:
     call: tuple[tuple[str, bool], ...] = (("use_cache", False),)
     lead: int = 0
 
+    def block_name(self, index: int) -> str:
+        """The full name of block `index`, as in the checkpoint's tensor names."""
+        return f"{self.blocks}.{index}"
+
+    def address(self, linear: str) -> tuple[int, Site] | None:
+        """The block and the site that the linear layer of this full name reads; None if it is no site's reader."""
+        index, _, path = linear.removeprefix(self.blocks + ".").partition(".")
+        site = next((site for site in self.sites if path in site.readers), None)
+        return (int(index), site) if site is not None and index.isdecimal() and linear.startswith(self.blocks + ".") else None
+
     @property
     def vision(self) -> bool:
         """Whether the model sees images instead of text."""

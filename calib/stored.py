@@ -1,7 +1,7 @@
 """A compressed checkpoint on disk, opened like any other: its quantized linears come to life as QuantizedLinear."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,19 +12,24 @@ from transformers.pytorch_utils import Conv1D
 
 from ..quant.errors import PlanishError
 from ..quant.linear import QuantizedLinear
+from ..quant.transforms.factors import Chain
 from .checkpoint import Checkpoint, build_skeleton, open_checkpoint
+from .extension import Extension, chain_prefix, restored
 from .locate import weight_files
-from .packing import Packed, read_config, stored_names
+from .packing import Packed, clipped, read_config, stored_names
+from .prefix import PrefixCache, from_tensors, tensor_names
 from .quantized import quantized_readers
 from .shards import read_json, read_shards
+from .topology import Topology, topology
 from .walk import put
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredCheckpoint(Checkpoint):
-    """A checked compressed model on disk. packed: its quantized linears by name, and how they are stored."""
+    """A checked compressed model on disk. packed: its quantized linears by name, and how they are stored. extension: what else planish does with them."""
 
     packed: dict[str, Packed] = field(repr=False)
+    extension: Extension = Extension()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -36,13 +41,38 @@ class StoredCheckpoint(Checkpoint):
         """As of any checkpoint; the quantized linears inside are replaced by QuantizedLinear modules that compute in dtype."""
         root = f"{prefix}." if prefix else ""
         names = [name for name in self.packed if name.startswith(root)]
+        chains = self._chains(names, device)
         for name in names:
             local = [f"{name}.{part}" for part in stored_names(self.packed[name])]
             local += [f"{name}.bias"] if f"{name}.bias" in self.tensors else []
             tensors = {key: tensor.to(device) for key, tensor in self.read(local).items()}
-            layer = quantized_readers(name.rpartition(".")[0], tensors, {name: self.packed[name]}, dtype or self.dtype)
+            chains = {name: chains[name]} if name in chains else {}
+            layer = quantized_readers(name.rpartition(".")[0], tensors, {name: self.packed[name]}, chains, dtype or self.dtype)
             put(module, name.removeprefix(root), next(iter(layer.values())))
         Checkpoint.load_module(self, module, prefix, dtype=dtype, device=device)
+
+    def _chains(self, linears: Iterable[str], device: torch.device | str) -> dict[str, Chain]:
+        """What the inputs of these linears go through; readers of one site share theirs."""
+        if not self.extension.sites:
+            return {}
+        known = topology(self.config)
+        chains: dict[str, Chain] = {}
+        for block, site in dict.fromkeys(address for name in linears if (address := known.address(name)) is not None):
+            if site_input := self.extension.sites.get(f"{block}.{site.name}"):
+                start = chain_prefix(known.block_name(block), site.name)
+                tensors = {name: tensor.to(device) for name, tensor in self.read(n for n in self.tensors if n.startswith(start)).items()}
+                chain = restored(site_input, known.block_name(block), site.name, tensors)
+                chains |= dict.fromkeys((f"{known.block_name(block)}.{path}" for path in site.readers), chain)
+        return chains
+
+    def prefix_cache(self, dtype: torch.dtype, device: torch.device | str) -> PrefixCache | None:
+        """The prefix that stands before every text; None if there is none."""
+        if not self.extension.prefix:
+            return None
+        known = topology(self.config)
+        blocks = [known.block_name(index) for index in range(known.block_count)]
+        tensors = self.read(name for block in blocks for name in tensor_names(block))
+        return from_tensors(len(self.extension.prefix), blocks, {name: tensor.to(device, dtype) for name, tensor in tensors.items()})
 
     @staticmethod
     def release(module: nn.Module) -> None:
@@ -77,16 +107,26 @@ def open_stored(folder: str | Path) -> StoredCheckpoint:
     vars(config).pop("quantization_config")
     skeleton = build_skeleton(config, torch.float32, folder)
     linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    packed = read_config(quantization, linears)
+    packed, extension = read_config(quantization, linears), Extension.read(values)
+    known = topology(config) if extension else None
+    if known is not None:
+        packed = {name: _with_clip(how, name, extension, known) for name, how in packed.items()}
     tensors = read_shards(weight_files(folder, allow_pickle=False))
     aliases = {target: source for target, source in skeleton.all_tied_weights_keys.items() if target not in tensors and source in tensors}
     needed = {name for name, _ in skeleton.named_parameters()} - aliases.keys() - {f"{name}.weight" for name in packed}
     needed |= {f"{name}.{part}" for name, how in packed.items() for part in stored_names(how)}
+    needed |= {name for index in range(known.block_count) for name in tensor_names(known.block_name(index))} if known and extension.prefix else set()
     missing = sorted(needed - tensors.keys())
     if missing:
         raise PlanishError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}. The checkpoint is incomplete: compress again.")
-    unused = tuple(sorted(tensors.keys() - needed))
-    return StoredCheckpoint(path=folder, config=config, tensors=tensors, aliases=aliases, unused=unused, packed=packed)
+    unused = tuple(sorted(name for name in tensors.keys() - needed if ".planish." not in name))
+    return StoredCheckpoint(path=folder, config=config, tensors=tensors, aliases=aliases, unused=unused, packed=packed, extension=extension)
+
+
+def _with_clip(packed: Packed, name: str, extension: Extension, known: Topology) -> Packed:
+    address = known.address(name)
+    site_input = None if address is None else extension.sites.get(f"{address[0]}.{address[1].name}")
+    return packed if site_input is None or packed.scheme.activations is None else clipped(packed, site_input.clip)
 
 
 def open_any(model: str | Path) -> Checkpoint:

@@ -20,6 +20,7 @@ from .quant.errors import PlanishError
 from .quant.formats import Scheme, scale_and_zero
 from .quant.linear import QuantizedLinear, StaticGrid
 from .quant.solvers import Rtn
+from .quant.transforms.factors import Scale
 from .quant.transforms.smooth import Smooth, smoothing_scale
 from .resolve import matches
 
@@ -105,7 +106,7 @@ def _rounded(block: nn.Module, site: Site, scheme: Scheme, seen: Extremes, scale
         module = block.get_submodule(path)
         w_OI, bias = reader_weight(module), reader_bias(module)
         weight = Rtn().solve(w_OI if scale_C is None else w_OI * scale_C, scheme.weights, None, torch.float32).weight
-        layers[path] = QuantizedLinear(weight, bias, scheme.activations, static, scale_C)
+        layers[path] = QuantizedLinear(weight, bias, scheme.activations, static, () if scale_C is None else (Scale(scale_C),))
     return layers
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .formats import ActivationFormat, QuantizedWeight, activation_grid, by_group, to_codes
+from .transforms.factors import Chain, on_input
 
 _PIECE_VALUES = 1 << 18  # float32 values that are worked on at a time: what stays in the processor's cache is done several times faster
 
@@ -65,9 +66,9 @@ def _pieces(rows: int, width: int) -> Iterator[slice]:
 
 
 class QuantizedLinear(nn.Module):
-    """y = Q(x / divisor) Ŵᵀ + b, with x of any leading shape (..., I), result (..., O) in x's dtype.
+    """y = Q(x T) Ŵᵀ + b, with x of any leading shape (..., I), result (..., O) in x's dtype.
 
-    activations None: weight only. divisor (I,): a smoothing scale under trial, not yet absorbed by the site's host.
+    activations None: weight only. chain: T, what the input goes through first, for example a smoothing scale under trial that its host has not absorbed.
     """
 
     def __init__(
@@ -76,11 +77,11 @@ class QuantizedLinear(nn.Module):
         bias: Tensor | None,
         activations: ActivationFormat | None = None,
         static: StaticGrid | None = None,
-        divisor: Tensor | None = None,
+        chain: Chain = (),
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.activations, self.static, self.divisor = activations, static, divisor
+        self.activations, self.static, self.chain = activations, static, chain
         self.in_features, self.out_features = weight.codes.shape[1], weight.codes.shape[0]
         self.grouped = weight.scale.shape[1] > 1 or (activations is not None and activations.granularity == "group")
         self.factor = None if self.grouped or activations is None else weight.scale.reshape(1, -1)
@@ -89,9 +90,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., I) in the layer's dtype. Returns (..., O)."""
-        x_TC = x.reshape(-1, x.shape[-1])
-        if self.divisor is not None:
-            x_TC = (x_TC / self.divisor).to(x.dtype)
+        x_TC = on_input(self.chain, x.reshape(-1, x.shape[-1]))
         if self.activations is None:
             return nn.functional.linear(x_TC, self.matrix, self.bias).reshape(*x.shape[:-1], self.out_features)
         quantized = quantize_input(x_TC, self.activations, self.static)
