@@ -33,5 +33,5 @@ def orthonormal(matrix_nn: Tensor) -> Tensor:
 
 
 def signed_hadamard(n: int, seed: int) -> Hadamard:
-    """x -> (x * signs) H, H in the largest blocks that fit n, see `hadamard_block`. With the signs, an offset that all channels share is spread too."""
+    """x -> (x * signs) H, H in the largest blocks that fit n, see `hadamard_block`. Without signs an offset shared by all channels would add up."""
     return Hadamard(hadamard_block(n), random_signs(n, seed))
