@@ -1,6 +1,6 @@
-"""What a checkpoint of planish says beyond compressed-tensors, under the key `planish` of config.json: transforms of sites' inputs, clips, the prefix.
+"""What a checkpoint says beyond compressed-tensors, under the key `planish` of config.json: transforms of sites' inputs, clips, the prefix.
 
-No other consumer executes any of it, so the checkpoint's format gets a name that no other library knows (packing.MARK): they refuse it.
+No other consumer executes any of it, so the checkpoint's format gets a name that no other library knows (packing.EXTENDED): they refuse it.
 
 {"version": 1, "prefix": [ids], "sites": {"0.qkv": {"clip": 0.9, "chain": [{"kind": "hadamard", "block": 576}]}}}
 """
@@ -27,6 +27,11 @@ class SiteInput:
 
     def __bool__(self) -> bool:
         return self.clip != 1 or bool(self.chain)
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> "SiteInput":
+        """What `to_dict` made."""
+        return cls(float(data["clip"]), tuple(dict(factor) for factor in data["chain"]))
 
     def to_dict(self) -> dict[str, object]:
         """As plain values, for JSON."""
@@ -57,9 +62,7 @@ class Extension:
         try:
             if data["version"] != VERSION:
                 raise PlanishError(f"config.json: {KEY}.version is {data['version']!r}, and this planish reads {VERSION}. Use the one that wrote it.")
-            sites = {
-                address: SiteInput(float(site["clip"]), tuple(dict(factor) for factor in site["chain"])) for address, site in data["sites"].items()
-            }
+            sites = {address: SiteInput.read(site) for address, site in data["sites"].items()}
             return cls(tuple(int(token) for token in data["prefix"]), sites)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanishError(f"config.json: {KEY} is damaged ({error!r}). Compress the model again.") from error
@@ -71,6 +74,7 @@ def chain_prefix(block: str, site: str) -> str:
 
 
 def restored(site_input: SiteInput, block: str, site: str, tensors: Mapping[str, Tensor]) -> Chain:
-    """The chain of a site. tensors: of the block, by full name."""
+    """The chain of a site, in float32. tensors: of the block, by full name."""
     start = chain_prefix(block, site)
-    return restore(site_input.chain, {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)})
+    mine = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+    return restore(site_input.chain, {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in mine.items()})

@@ -1,27 +1,30 @@
-"""A full-precision prefix: keys and values of a few tokens that stand before every text, computed once (PrefixQuant, Chen et al. 2024, arXiv:2410.05265).
+"""A full-precision prefix: keys and values of a few tokens that stand before every text, computed once.
 
+(PrefixQuant, Chen et al. 2024, arXiv:2410.05265, section 4.)
 Attention needs somewhere to put what it has no use for, and a model makes the first token, sometimes others, carry it: massive activations that no
 grid of few bits holds. Given a prefix in full precision, no token of the text has to.
 
 Shapes: keys and values (1, H, P, E): heads, prefix tokens, head size.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Cache, DynamicCache
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from ..quant.errors import PlanishError
 
+NEWLINE = r'"\n"'
 
-class _Fixed(DynamicLayer):
+
+class _Fixed(DynamicLayer):  # type: ignore[no-untyped-call]
     """One block's prefix: attention gets it before its own keys and values, and it stays as it is."""
 
     def __init__(self, length: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.length = length
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -68,6 +71,44 @@ class PrefixCache(Cache):
         for index in range(len(self.blocks)):
             keys, values = (tensor.to(dtype).expand(batch, -1, -1, -1) for tensor in self.tensors(index).values())
             cache.update(keys, values, index)
+
+
+class PrefixStream:
+    """The prefix on its way through the model in full precision, leaving keys and values of each block in `cache`."""
+
+    def __init__(self, cache: PrefixCache, start: Callable[[Cache], tuple[Tensor, Callable[[nn.Module, int, Tensor], Tensor]]]) -> None:
+        """start(seen): what enters the first block (1, P, D), and what runs it through one, noting keys and values in `seen`."""
+        self.cache, self._seen = cache, DynamicCache()
+        self._hidden, self._run = start(self._seen)
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Run the prefix through full-precision block `index`, from where on the cache has that block's part."""
+        self._hidden = self._run(block, index, self._hidden)
+        layer = self._seen.layers[index]
+        assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
+        self.cache.put(index, layer.keys, layer.values)
+
+
+def prefix_ids(tokens: Sequence[str | int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The numbers of these tokens: numbers as they are, bos as the tokenizer says, other texts if they are one token. Raises PlanishError."""
+    return tuple(_prefix_id(token, tokenizer) for token in tokens)
+
+
+def _prefix_id(token: str | int, tokenizer: PreTrainedTokenizerBase) -> int:
+    if isinstance(token, int):
+        if not 0 <= token < len(tokenizer):
+            raise PlanishError(f"prefix.tokens: {token} is no token of the model, which has {len(tokenizer)}. Give a number from 0 on.")
+        return token
+    if token == "bos":
+        if not isinstance(tokenizer.bos_token_id, int):
+            raise PlanishError(f"prefix.tokens: bos, but the model's tokenizer has no token for a beginning. Give another, such as {NEWLINE}.")
+        return tokenizer.bos_token_id
+    ids = tokenizer(token, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise PlanishError(f"prefix.tokens: {token!r} is {len(ids)} tokens of the model, {ids}. Give each on its own, as text or number.")
+    return int(ids[0])
 
 
 def tensor_names(block: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from .packing import Packed, stored_names, unpack
 def quantized_readers(
     prefix: str, tensors: Mapping[str, Tensor], packed: Mapping[str, Packed], chains: Mapping[str, Chain], dtype: torch.dtype
 ) -> dict[str, nn.Module]:
-    """The quantized linears under `prefix` (a block's full name), by their path inside it. chains: of those whose input is transformed, by full name."""
+    """The quantized linears under `prefix` (a block's full name), by their path inside it. chains: what inputs go through, by full name."""
     layers: dict[str, nn.Module] = {}
     for name, how in packed.items():
         if not name.startswith(prefix + "."):

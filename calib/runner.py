@@ -6,17 +6,18 @@ the blocks are, so that no family needs a forward pass of its own here.
 Shapes: batches are ids (B, L), token numbers, or images (B, 3, H, W), as the family takes them (Topology.input); hidden (B, L, D).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from ..quant.errors import PlanishError
 from .checkpoint import Checkpoint
-from .prefix import PrefixCache
+from .prefix import PrefixCache, PrefixStream
 from .topology import Topology, topology
 
 HEAD_TOKENS = 32  # tokens whose logits are in memory at a time
@@ -114,11 +115,13 @@ class BlockRunner:
             for name, (parent, child) in parent_of.items():
                 setattr(self.model.get_submodule(parent), child, before[name])
 
-    def start(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Call]]:
+    def start(self, batches: list[Tensor], past: Cache | None = None) -> Iterator[tuple[Tensor, Call]]:
         """The hidden states that enter block 0, and what the blocks are called with, for each batch (ids or images).
 
-        Batches of one shape share one Call.
+        Batches of one shape share one Call. past: the keys and values that blocks attend to besides; default: the prefix.
         """
+        past = self.prefix if past is None else past
+        extra = {} if past is None else {"past_key_values": past}
         calls: dict[torch.Size, Call] = {}
         skipped = {name: nn.Identity() for name in (self.topology.norm, self.topology.head) if name}
         names = [name for name in self.outer if self._has_weights(name) and name not in skipped]
@@ -127,12 +130,23 @@ class BlockRunner:
                 call = Call()
                 recorders: list[nn.Module] = [_Recorder(call) for _ in self.blocks]
                 with self._stand_ins(recorders, skipped):
-                    past = {} if self.prefix is None else {"past_key_values": self.prefix}
-                    self.model(**{self.topology.input: self._placed(batch)}, **dict(self.topology.call), **past)
+                    self.model(**{self.topology.input: self._placed(batch)}, **dict(self.topology.call), **extra)
                 first = recorders[0]
                 assert isinstance(first, _Recorder)
                 assert first.hidden is not None
                 yield first.hidden, calls.setdefault(batch.shape, call)
+
+    def lay_prefix(self, ids: Sequence[int]) -> PrefixStream:
+        """Let these tokens stand before every batch started from now on. The stream must pass each block before any batch does."""
+
+        def start(seen: Cache) -> tuple[Tensor, Callable[[nn.Module, int, Tensor], Tensor]]:
+            ((hidden, call),) = self.start([torch.tensor(ids)[None]], seen)
+            return hidden, call.run
+
+        self.prefix = None
+        stream = PrefixStream(PrefixCache(len(ids), self.topology.block_count), start)
+        self.prefix = stream.cache
+        return stream
 
     def _placed(self, batch: Tensor) -> Tensor:
         """The batch on the runner's device, images also in its dtype."""

@@ -26,7 +26,7 @@ from .walk import put
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredCheckpoint(Checkpoint):
-    """A checked compressed model on disk. packed: its quantized linears by name, and how they are stored. extension: what else planish does with them."""
+    """A checked compressed model on disk. packed: its quantized linears by name, and how they are stored. extension: what else is to be done."""
 
     packed: dict[str, Packed] = field(repr=False)
     extension: Extension = Extension()
@@ -46,7 +46,6 @@ class StoredCheckpoint(Checkpoint):
             local = [f"{name}.{part}" for part in stored_names(self.packed[name])]
             local += [f"{name}.bias"] if f"{name}.bias" in self.tensors else []
             tensors = {key: tensor.to(device) for key, tensor in self.read(local).items()}
-            chains = {name: chains[name]} if name in chains else {}
             layer = quantized_readers(name.rpartition(".")[0], tensors, {name: self.packed[name]}, chains, dtype or self.dtype)
             put(module, name.removeprefix(root), next(iter(layer.values())))
         Checkpoint.load_module(self, module, prefix, dtype=dtype, device=device)

@@ -73,6 +73,7 @@ class SiteWalk:
         self.settled: dict[str, Reader] = {}
         self.current = passes[0]
         self._goal: str | None = None
+        self._standing: str | None = None
 
     def stop(self, site: str, x: Tensor) -> None:
         """Called from inside a pass that reached an unsettled site: hands over x and waits there (or breaks off). PlanishError: another was next."""
@@ -88,15 +89,20 @@ class SiteWalk:
         self.current = waiting
 
     def arrivals(self, site: str) -> Iterator[Pass]:
-        """Brings the passes to `site`, one after the other; each yielded pass has its x. PlanishError: the block runs past the site."""
+        """Brings the passes to `site`, one after the other; each yielded pass has its x. PlanishError: the block runs past the site.
+
+        May be called again as long as the site is not settled.
+        """
         self._goal = site
         for pass_ in self.passes:
-            self._advance(pass_)
+            if self._standing != site:
+                self._advance(pass_)
             if pass_.x is None:
                 raise PlanishError(f"the block came to its end while site {site} was next. {CORRECT}")
             yield pass_
             if self.replay:
                 pass_.x = None
+        self._standing = None if self.replay else site
 
     def settle(self, site: str, reader: Reader) -> None:
         """From now on the site's readers compute this; passes that wait there may go on."""

@@ -4,7 +4,7 @@ Shape suffixes: P probe samples, L tokens, D width, T tokens of a batch, C chann
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,18 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calib.extension import SiteInput, chain_prefix, restored
 from .calib.heap import WORTH_TRIMMING, trim
 from .calib.observe import Observation, observe, sinks
 from .calib.packing import Packed, pack
 from .calib.precision import bfloat16_products
+from .calib.prefix import PrefixStream, tensor_names
 from .calib.quantized import load_rest, quantized_readers
 from .calib.runner import BlockRunner, Call
 from .calib.stream import Stream
-from .calib.walk import Pass, replaced, walking
+from .calib.walk import Pass, SiteWalk, replaced, walking
+from .flatten import flatten
 from .quant.formats import ActivationFormat, Scheme
 from .quant.linear import StaticGrid
 from .quant.solvers import Solver
-from .quant.transforms.smooth import Smooth
+from .quant.transforms import ClipSearch, Prefix, Smooth, Step
+from .quant.transforms.factors import Chain, store
+from .quant.transforms.inputs import InputStep
+from .resolve import matches
 from .smoothing import Probe, apply, choose, static_grid
 from .solving import Readers, gather, output_error, settle, solve
 
@@ -36,6 +42,7 @@ class Streams:
 
     full, quant: the full-precision and the quantized hidden states; before: keeps what entered a block, for solvers that compare both.
     calls: how the blocks are called, by batch; probe: likewise for the first probe_shape (samples, tokens) of all.
+    prefix: what stands before every sample, in full precision; None if nothing does.
     """
 
     full: Stream
@@ -45,6 +52,7 @@ class Streams:
     probe: Call
     probe_shape: tuple[int, int]
     replay: bool
+    prefix: PrefixStream | None = None
 
     def probe_hidden(self) -> Tensor:
         """The probe's full-precision hidden states before the block to come: (P, L, D)."""
@@ -64,6 +72,7 @@ class SiteRecord:
 
     error: of the readers' output, relative; None where nothing was quantized or no data was seen. strength: of smoothing, None if not smoothed;
     tried: the block's error with each strength tried. made_dynamic: a static range was given up, note says why.
+    clip: of its dynamic activations; chain: what its input goes through at run time, as factors.store describes it.
     """
 
     error: float | None = None
@@ -73,6 +82,8 @@ class SiteRecord:
     tried: Mapping[str, float] = field(default_factory=dict)
     made_dynamic: bool = False
     note: str = ""
+    clip: float = 1.0
+    chain: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -111,9 +122,9 @@ class BlockCompressor:
     """Compresses the blocks of one model, one after the other, as one recipe says. packed: by (block, site); None stays in full precision."""
 
     def __init__(
-        self, runner: BlockRunner, solver: Solver, smooth: Smooth | None, packed: Mapping[tuple[int, str], Packed | None], streams: Streams | None
+        self, runner: BlockRunner, solver: Solver, steps: Sequence[Step], packed: Mapping[tuple[int, str], Packed | None], streams: Streams | None
     ) -> None:
-        self.runner, self.solver, self.smooth, self.packed, self.streams = runner, solver, smooth, packed, streams
+        self.runner, self.solver, self.steps, self.packed, self.streams = runner, solver, tuple(steps), packed, streams
         self.sites = {site.name: site for site in runner.topology.sites}
 
     @torch.no_grad()
@@ -135,20 +146,33 @@ class BlockCompressor:
                 trim()
 
     @torch.no_grad()
-    def advance(self, index: int, tensors: Mapping[str, Tensor], packed: Mapping[str, Packed]) -> None:
+    def advance(self, record: BlockRecord, tensors: Mapping[str, Tensor], packed: Mapping[str, Packed]) -> None:
         """Take both streams past a block that an earlier run finished and stored."""
+        index = record.index
         if self.streams is None:
             return
         name = self.runner.block_name(index)
         with bfloat16_products(self.runner.dtype is torch.bfloat16):
             block = self.runner.load_block(index)
             try:
+                if self.streams.prefix is not None:
+                    self.streams.prefix.advance(block, index)
                 self._forward(block, index, self.streams.full)
                 load_rest(block, name, tensors)
-                with replaced(block, quantized_readers(name, tensors, packed, self.runner.dtype)):
+                with replaced(block, quantized_readers(name, tensors, packed, self._chains(record, tensors), self.runner.dtype)):
                     self._forward(block, index, self.streams.quant)
             finally:
                 self.runner.release_block(index)
+
+    def _chains(self, record: BlockRecord, tensors: Mapping[str, Tensor]) -> dict[str, Chain]:
+        """What the inputs of a finished block's linears go through, by full name."""
+        name = self.runner.block_name(record.index)
+        chains: dict[str, Chain] = {}
+        for site, done in record.sites.items():
+            if done.chain:
+                chain = restored(SiteInput(done.clip, tuple(done.chain)), name, site, tensors)
+                chains |= dict.fromkeys((f"{name}.{path}" for path in self.sites[site].readers), chain)
+        return chains
 
     def _forward(self, block: nn.Module, index: int, stream: Stream) -> None:
         assert self.streams is not None
@@ -160,7 +184,10 @@ class _Turn:
     """The state of one block's turn."""
 
     def __init__(self, owner: BlockCompressor, index: int) -> None:
-        self.runner, self.solver, self.smooth, self.sites, self.index = owner.runner, owner.solver, owner.smooth, owner.sites, index
+        self.runner, self.solver, self.sites, self.index = owner.runner, owner.solver, owner.sites, index
+        self.smooth = next((step for step in owner.steps if isinstance(step, Smooth)), None)
+        self.clips = [step for step in owner.steps if isinstance(step, ClipSearch)]
+        self.inputs: list[InputStep] = [step for step in owner.steps if not isinstance(step, (Smooth, ClipSearch, Prefix))]
         self.dtype, self.stored = owner.runner.dtype, owner.runner.checkpoint.dtype
         self.packed = {name: owner.packed[index, name] for name in self.sites}
         self.static: dict[str, StaticGrid | None] = dict.fromkeys(self.sites)
@@ -170,6 +197,8 @@ class _Turn:
 
     def look(self, block: nn.Module, streams: Streams) -> None:
         """Send the full-precision stream through, then choose and absorb the scales. The block is float32 afterwards."""
+        if streams.prefix is not None:
+            streams.prefix.advance(block, self.index)
         hidden = streams.probe_hidden()
         sites = list(self.sites.values())
         self.observation = observe(block, self.index, sites, streams.calls, streams.full, streams.before)
@@ -226,6 +255,8 @@ class _Turn:
                 parameter.data = parameter.data.to(self.stored).to(self.dtype)
             widest = max(readers.width for readers in self.readers.values())  # where most is held while the solver works
             for name, readers in self.readers.items():
+                plain = Readers(readers.site, None, None, dict(readers.weights), dict(readers.biases), {})
+                self._flatten(readers, walk)
                 if readers.packed is not None and self.solver.needs_moments:
                     moments = gather(readers, walk, self.observation.keep_T, full)
                     if len(moments.second_II) == widest:
@@ -238,10 +269,25 @@ class _Turn:
                     solve(readers, self.solver, None, self.stored)
                 settle(readers, walk, self.dtype, self.stored)
                 if full is not None:
-                    settle(Readers(readers.site, None, None, readers.weights, readers.biases, {}), full, self.dtype, torch.float32)
+                    settle(plain, full, self.dtype, torch.float32)
+                del plain
                 if readers.drop_solved() > WORTH_TRIMMING:
                     trim()
             self._finish(walk.outputs(), streams)
+
+    def _flatten(self, readers: Readers, walk: SiteWalk) -> None:
+        """Transform the site's input as the recipe's steps say, and note it."""
+        name = readers.site.name
+        steps = [step for step in self.inputs if matches(step.sites, self.index, name)]
+        clip = next((step for step in self.clips if matches(step.sites, self.index, name)), None)
+        if readers.packed is None or not (steps or clip):
+            return
+        done = flatten(readers, steps, clip, walk, self.observation.keep_T, self.stored, f"{self.index}.{name}")
+        record = self.record.sites[name]
+        record.chain = store(done.chain)[0]
+        self.record.equivalence = max(self.record.equivalence, done.error)
+        if readers.activations is not None:
+            record.clip = readers.activations.clip
 
     def _passes(self, block: nn.Module, streams: Streams, stream: Stream) -> list[Pass]:
         def start(batch: int) -> Callable[[], Tensor]:
@@ -269,11 +315,24 @@ class _Turn:
                 packed[f"{prefix}.{path}"] = readers.packed
                 for local, tensor in pack(solved, readers.packed.layout, self.stored, readers.static).items():
                     tensors[f"{prefix}.{path}.{local}"] = tensor
+        tensors |= self._extras(prefix)
         quantized = {f"{path}.weight" for readers in self.readers.values() for path in readers.solved}
         for name, parameter in block.state_dict().items():
-            if name not in quantized:
+            if name not in quantized and f"{prefix}.{name}" not in tensors:
                 tensors[f"{prefix}.{name}"] = parameter.to(self.stored) if parameter.is_floating_point() else parameter
         return BlockResult({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, packed, self.record)
+
+    def _extras(self, prefix: str) -> dict[str, Tensor]:
+        """What the checkpoint holds of the block besides weights: biases as they became, chains, the prefix's keys and values."""
+        tensors: dict[str, Tensor] = {}
+        for readers in self.readers.values():
+            tensors |= {f"{prefix}.{path}.bias": bias for path, bias in readers.biases.items() if bias is not None}
+            for local, tensor in store(readers.chain)[1].items():
+                name = chain_prefix(prefix, readers.site.name) + local
+                tensors[name] = tensor.to(self.stored) if tensor.is_floating_point() else tensor
+        if self.runner.prefix is not None:
+            tensors |= zip(tensor_names(prefix), (t.to(self.stored) for t in self.runner.prefix.tensors(self.index).values()), strict=True)
+        return tensors
 
 
 def _squares(hidden: Tensor, keep_T: Tensor) -> float:

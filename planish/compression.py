@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .block import BlockCompressor, BlockRecord, Streams, made_dynamic
 from .calib.heap import separate_large, trim
-from .calib.packing import Packed
+from .calib.packing import Packed, clipped
 from .calib.precision import bfloat16_products
 from .calib.runner import BlockRunner
 from .calib.shards import read_header, read_tensor
@@ -109,12 +109,11 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
             progress.say(f"going on: {len(journal.blocks)} of {plan.topology.block_count} blocks are done")
         runner = BlockRunner(plan.checkpoint, plan.dtype, plan.device)
         streams = _streams(plan, runner, folder_of_streams)
-        smooth = next(iter(plan.recipe.steps), None)
-        compressor = BlockCompressor(runner, plan.recipe.solver, smooth, plan.packed, streams)
+        compressor = BlockCompressor(runner, plan.recipe.solver, plan.recipe.steps, plan.packed, streams)
         progress.stage("blocks", plan.topology.block_count)
         for index in range(plan.topology.block_count):
             if index < len(journal.blocks):
-                compressor.advance(index, _stored_block(journal.block_file(index)), packed_linears(plan, journal.blocks[index]))
+                compressor.advance(journal.blocks[index], _stored_block(journal.block_file(index)), packed_linears(plan, journal.blocks[index]))
             else:
                 result = compressor.compress(index)
                 journal.add(result.record, result.tensors)
@@ -188,7 +187,7 @@ def _streams(plan: Plan, runner: BlockRunner, folder: Path | None) -> Streams | 
     calibration = plan.recipe.calibration
     if calibration is None or plan.ids is None:
         return None
-    ids = plan.ids
+    ids, prefix = plan.ids, runner.lay_prefix(plan.prefix) if plan.prefix else None
     batches = [ids[start : start + calibration.batch_size] for start in range(0, len(ids), calibration.batch_size)]
     probe = ids[: PROBE[0], : PROBE[1]]
 
@@ -203,7 +202,7 @@ def _streams(plan: Plan, runner: BlockRunner, folder: Path | None) -> Streams | 
             quant[i] = hidden
         calls.append(call)
     before = stream("before") if plan.recipe.solver.needs_cross else None
-    return Streams(full, quant, before, calls[:-1], calls[-1], (probe.shape[0], probe.shape[1]), plan.replay)
+    return Streams(full, quant, before, calls[:-1], calls[-1], (probe.shape[0], probe.shape[1]), plan.replay, prefix)
 
 
 def _stored_block(file: Path) -> dict[str, Tensor]:
@@ -217,6 +216,7 @@ def packed_linears(plan: Plan, record: BlockRecord) -> dict[str, Packed]:
         how = plan.packed[record.index, site.name]
         if how is not None:
             how = made_dynamic(how) if record.sites[site.name].made_dynamic else how
+            how = how if record.sites[site.name].clip == 1 else clipped(how, record.sites[site.name].clip)
             linears.update({f"{plan.topology.blocks}.{record.index}.{path}": how for path in site.readers})
     return linears
 

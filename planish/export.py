@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .block import BlockRecord
+from .calib.extension import KEY, Extension, SiteInput
 from .calib.packing import Packed, quantization_config
 from .calib.shards import TensorInfo, read_header, read_json
 from .eval.probe import PROBE_FILE
@@ -39,7 +40,7 @@ def write_checkpoint(plan: Plan, journal: Journal, packed: Mapping[str, Packed],
     for file in plan.checkpoint.carry_over():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.checkpoint.path / file, folder / file)
-    write_text(folder / "config.json", json.dumps(_config(plan, packed), indent=2, sort_keys=True) + "\n")
+    write_text(folder / "config.json", json.dumps(_config(plan, packed, journal.blocks), indent=2, sort_keys=True) + "\n")
     write_text(folder / FOLDER / "recipe.yaml", to_yaml(plan.recipe))
     write_text(folder / FOLDER / MANIFEST, json.dumps(manifest(plan, journal.blocks, tensors), indent=2) + "\n")
     write_text(folder / "README.md", model_card(plan, journal.blocks, stored_bytes(tensors)))
@@ -69,7 +70,7 @@ def _tensors(plan: Plan, journal: Journal) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _config(plan: Plan, packed: Mapping[str, Packed]) -> dict[str, Any]:
+def _config(plan: Plan, packed: Mapping[str, Packed], blocks: list[BlockRecord]) -> dict[str, Any]:
     """The original config.json with a quantization_config; the tie of the embeddings as the weights have it."""
     config: dict[str, Any] = dict(read_json(plan.checkpoint.path / "config.json"))
     config.pop("torch_dtype", None)
@@ -77,8 +78,17 @@ def _config(plan: Plan, packed: Mapping[str, Packed]) -> dict[str, Any]:
     config["tie_word_embeddings"] = plan.checkpoint.tied
     linears = {name: module for name, module in plan.checkpoint.skeleton().named_modules() if isinstance(module, nn.Linear | Conv1D)}
     transposed = any(isinstance(linears[name], Conv1D) for name in packed)
-    config["quantization_config"] = quantization_config(packed, linears.keys() - packed.keys(), transposed=transposed)
+    extension = _extension(plan, blocks)
+    if extension:
+        config[KEY] = extension.to_dict()
+    ignored = linears.keys() - packed.keys()
+    config["quantization_config"] = quantization_config(packed, ignored, transposed=transposed, extended=bool(extension))
     return config
+
+
+def _extension(plan: Plan, blocks: list[BlockRecord]) -> Extension:
+    sites = {f"{block.index}.{name}": SiteInput(site.clip, tuple(site.chain)) for block in blocks for name, site in block.sites.items()}
+    return Extension(plan.prefix, sites)
 
 
 def manifest(plan: Plan, blocks: list[BlockRecord], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:

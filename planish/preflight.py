@@ -18,11 +18,13 @@ from .calib.data import Calibration
 from .calib.heap import trim
 from .calib.packing import Packed, default_layout
 from .calib.precision import bfloat16_products, pick_device, working_dtype
+from .calib.prefix import prefix_ids
 from .calib.proof import check_structure, prove
 from .calib.runner import BlockRunner
 from .calib.sites import Topology, reader_weight
 from .estimate import Memory, Sizes, resident
 from .quant.errors import PlanishError
+from .quant.transforms import Prefix
 from .recipe import Recipe, load_recipe
 from .resolve import SERVED_GROUPS, Address, resolve
 from .units import size
@@ -48,6 +50,7 @@ class Plan:
     dtype: torch.dtype
     packed: dict[Address, Packed | None]
     ids: Tensor | None
+    prefix: tuple[int, ...]
     notes: tuple[str, ...]
     servers: tuple[str, ...]
     bits_per_weight: float
@@ -88,8 +91,10 @@ def make_plan(
     _check_structure(runner)
     widths = {site.name: reader_weight(runner.blocks[0].get_submodule(site.readers[0])).shape[1] for site in topology.sites}
     resolved = resolve(recipe, topology, lambda _block, site: widths[site])
-    layout = recipe.export.layout
-    packed = {a: None if s is None else Packed(s, default_layout(s) if layout == "auto" else layout) for a, s in resolved.schemes.items()}
+    layout, extended = recipe.export.layout, recipe.extended
+    packed = {
+        a: None if s is None else Packed(s, default_layout(s, extended=extended) if layout == "auto" else layout) for a, s in resolved.schemes.items()
+    }
     ids = None if recipe.calibration is None else _ids(recipe.calibration, runner)
     _prove(runner)
     trim()
@@ -109,8 +114,9 @@ def make_plan(
         dtype=working,
         packed=packed,
         ids=ids,
-        notes=resolved.notes + _warnings(packed, topology),
-        servers=servers(packed, topology),
+        prefix=prefix_ids(tuple(t for step in recipe.steps if isinstance(step, Prefix) for t in step.tokens), checkpoint.tokenizer()),
+        notes=resolved.notes + _warnings(packed, topology, extended),
+        servers=("planish",) if extended else servers(packed, topology),
         bits_per_weight=sizes.bits,
         offload=offload,
         offload_dir=elsewhere,
@@ -206,7 +212,9 @@ def _in_vllm(how: Packed) -> bool:
     return fmt.bits in (4, 8) and how.layout == "pack-quantized" and served
 
 
-def _warnings(packed: dict[Address, Packed | None], topology: Topology) -> tuple[str, ...]:
+def _warnings(packed: dict[Address, Packed | None], topology: Topology, extended: bool) -> tuple[str, ...]:
+    if extended:
+        return ("transforms at run time, clips or a prefix: planish.load runs the checkpoint, others refuse it.",)
     if topology.family in PLAIN_LINEARS:
         return (f"{topology.family}: its linear layers are Conv1D modules; vLLM and transformers refuse the checkpoint, planish.load runs it.",)
     if any(how and how.scheme.activations is not None and how.scheme.activations.bits != 8 for how in packed.values()):

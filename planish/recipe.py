@@ -17,13 +17,13 @@ from .decode import Named, decode, encode
 from .quant.errors import PlanishError, nearest
 from .quant.formats import Scheme
 from .quant.solvers import SOLVERS, Solver
-from .quant.transforms import STEPS, Smooth
+from .quant.transforms import STEPS, Smooth, Step
 from .shipped import shipped as shipped
 from .shipped import shipped_text as shipped_text
 from .shipped import shipped_texts
 from .yamltext import dump_yaml, parse_yaml
 
-Step: TypeAlias = Annotated[Smooth, Named(STEPS)]
+NamedStep: TypeAlias = Annotated[Step, Named(STEPS)]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]i?)?B")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -79,7 +79,7 @@ class Recipe:
     name: str
     description: str = ""
     calibration: Calibration | None = Calibration()
-    steps: tuple[Step, ...] = ()
+    steps: tuple[NamedStep, ...] = ()
     scheme: Scheme
     overrides: tuple[Override, ...] = ()
     group_fallback: Literal["refuse", "divisor", "channel"] = "refuse"
@@ -101,6 +101,11 @@ class Recipe:
         if self.calibration is None and any(users.values()):
             needing = " and ".join(user for user, needs in users.items() if needs)
             raise PlanishError(f"calibration is null, but {needing} cannot do without. Remove the line to use the built-in text.")
+
+    @property
+    def extended(self) -> bool:
+        """Whether the checkpoint says more than compressed-tensors can: something is done to inputs at run time, or a prefix stands before them."""
+        return any(not isinstance(step, Smooth) for step in self.steps)
 
     def schemes(self) -> tuple[Scheme, ...]:
         """All that occur: the recipe's, then its overrides'."""

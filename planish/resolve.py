@@ -63,7 +63,7 @@ def resolve(recipe: Recipe, topology: Topology, width: Callable[[int, str], int]
 def _patterns(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Every site pattern and the key it stands at."""
     for i, step in enumerate(recipe.steps):
-        yield from ((f"steps.{i}.sites", pattern) for pattern in step.sites)
+        yield from ((f"steps.{i}.sites", pattern) for pattern in getattr(step, "sites", ()))
     for i, override in enumerate(recipe.overrides):
         yield from ((f"overrides.{i}.sites", pattern) for pattern in override.sites)
 

@@ -14,8 +14,9 @@ from .calib.precision import bfloat16_products
 from .calib.sites import Site, reader_bias, reader_weight
 from .calib.walk import Pass, Prepared, SiteWalk
 from .quant.formats import ActivationFormat, QuantizedWeight, WeightFormat
-from .quant.linear import QuantizedLinear, StaticGrid, quantize_input
+from .quant.linear import QuantizedInput, QuantizedLinear, StaticGrid, quantize_input
 from .quant.solvers import Moments, Solution, Solver
+from .quant.transforms.factors import Chain, on_input, on_weight
 
 ERROR_ROWS = 256
 STRIP = 512  # rows of a Hessian that are added up at once
@@ -31,6 +32,7 @@ class Readers:
     weights: dict[str, Tensor]
     biases: dict[str, Tensor | None]
     solved: dict[str, QuantizedWeight]
+    chain: Chain = ()
 
     @classmethod
     def of(cls, block: nn.Module, site: Site, packed: Packed | None, static: StaticGrid | None, stored: torch.dtype) -> "Readers":
@@ -45,6 +47,20 @@ class Readers:
         if self.packed is not None and self.packed.scheme.weights is not None:
             for path in self.weights:
                 block.get_submodule(path)._parameters["weight"] = nn.Parameter(self.weights[path].to("meta"), requires_grad=False)
+
+    def transform(self, chain: Chain, stored: torch.dtype) -> None:
+        """Let the input go through the chain: weights and biases become those that go with it, biases as they will be stored."""
+        for path, w_OI in self.weights.items():
+            self.weights[path], offset_O = on_weight(chain, w_OI)
+            bias_O = self.biases[path]
+            if offset_O is not None:
+                self.biases[path] = (offset_O if bias_O is None else bias_O.float() + offset_O).to(stored)
+        self.chain = chain
+
+    def quantize(self, x_TC: Tensor) -> QuantizedInput:
+        """An input of the site as codes, as the readers will get it."""
+        assert self.activations is not None
+        return quantize_input(on_input(self.chain, x_TC), self.activations, self.static)
 
     def together(self, paths: list[str]) -> Tensor:
         """The weights of these readers in one matrix, which then is where they lie."""
@@ -91,9 +107,9 @@ def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWal
     for pass_, keep in zip(walk.arrivals(name), keep_T, strict=True):
         assert pass_.x is not None
         if act is None:
-            x_TC = pass_.x.float()
+            x_TC = on_input(readers.chain, pass_.x).float()
         else:
-            quantized = quantize_input(pass_.x, act, readers.static)
+            quantized = readers.quantize(pass_.x)
             if not walk.replay:
                 pass_.prepared = Prepared(name, quantized)
             x_TC = quantized.dequantize()
@@ -103,7 +119,7 @@ def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWal
         if full_arrivals is not None and cross_II is not None:
             twin = next(full_arrivals).x
             assert twin is not None
-            cross_II.addmm_((twin.float() - x_TC).T, x_TC)
+            cross_II.addmm_((on_input(readers.chain, twin).float() - x_TC).T, x_TC)
     for start in range(STRIP, width, STRIP):
         second_II[start:, start - STRIP : start] = second_II[start - STRIP : start, start:].T
     trace = second_II.diagonal().double().sum().item()
@@ -162,12 +178,12 @@ def settle(readers: Readers, walk: SiteWalk, dtype: torch.dtype, stored: torch.d
 
     def reader(path: str, x_TC: Tensor, pass_: Pass) -> Tensor:
         if path in kept:
-            return nn.functional.linear(x_TC, kept[path], biases[path])
+            return nn.functional.linear(on_input(readers.chain, x_TC), kept[path], biases[path])
         if act is None:
-            whole_TO: Tensor = layers[path](x_TC)
+            whole_TO: Tensor = layers[path](on_input(readers.chain, x_TC))
             return whole_TO
         if pass_.prepared is None or pass_.prepared.site != name:
-            pass_.prepared = Prepared(name, quantize_input(x_TC, act, readers.static))
+            pass_.prepared = Prepared(name, readers.quantize(x_TC))
         prepared = pass_.prepared
         if prepared.left is None:
             prepared.left = layers[path].left(prepared.quantized)

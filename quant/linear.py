@@ -68,7 +68,7 @@ def _pieces(rows: int, width: int) -> Iterator[slice]:
 class QuantizedLinear(nn.Module):
     """y = Q(x T) Ŵᵀ + b, with x of any leading shape (..., I), result (..., O) in x's dtype.
 
-    activations None: weight only. chain: T, what the input goes through first, for example a smoothing scale under trial that its host has not absorbed.
+    activations None: weight only. chain: T, what the input goes through first, also a smoothing scale under trial that no host has absorbed.
     """
 
     def __init__(

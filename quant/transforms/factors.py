@@ -264,3 +264,9 @@ def _restore(what: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Facto
     raise PlanishError(
         f"a transform {dict(what)} with tensors {sorted(tensors)} is unknown to this version of planish. Use the version that wrote it."
     )
+
+
+def rounded(chain: Chain, dtype: torch.dtype) -> Chain:
+    """The chain with matrices, divisors and centers as they will be stored in dtype, each still in its own: so weights are made for what will run."""
+    described, tensors = store(chain)
+    return restore(described, {name: tensor.to(dtype).to(tensor) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()})
