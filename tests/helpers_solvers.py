@@ -130,7 +130,7 @@ def least_squares_gptaq(w_OI: Tensor, x_TI: Tensor, full_TI: Tensor, fmt: Weight
     return hat_OI
 
 
-def foem(
+def pulled_gptaq(
     w_OI: Tensor,
     H_II: Tensor,
     D_II: Tensor | None,
@@ -141,7 +141,7 @@ def foem(
     order: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """FOEM and GPTAQ by the papers' updates, column by column with U of the explicit inverse; the pull is towards w0 and what P has added so far.
+    """GPTQ with a pull and GPTAQ by updates column by column, U of the explicit inverse; the pull is towards w0 and what P has added so far.
 
     Channels come in `order`; the natural order is the one in which groups fit their grids late: to what columns would round to if none lost anything,
     all that P will add included. Returns w_hat.
@@ -152,9 +152,11 @@ def foem(
     P_II = torch.zeros_like(H_II) if D_II is None else alpha * (D_II[order][:, order] @ U_II.T).triu(1) @ U_II
     first_OI = w_OI[:, order]
 
-    def step(w_OI: Tensor, aim_OI: Tensor, j: int, hat_O: Tensor) -> None:
-        error_O = (w_OI[:, j] - hat_O - beta * (w_OI[:, j] - aim_OI[:, j])) / U_II[j, j]
-        w_OI[:, j + 1 :] -= torch.outer(error_O, U_II[j, j + 1 :]) + beta * (w_OI - aim_OI)[:, j + 1 :]
+    def pulled(w_OI: Tensor, aim_OI: Tensor, j: int) -> Tensor:
+        return w_OI[:, j] - beta * (w_OI[:, j] - aim_OI[:, j])
+
+    def step(w_OI: Tensor, j: int, hat_O: Tensor) -> None:
+        w_OI[:, j + 1 :] -= torch.outer((w_OI[:, j] - hat_O) / U_II[j, j], U_II[j, j + 1 :])
 
     grid = None if natural else plain_grid(w_OI, fmt, dtype)
     w_OI, aim_OI, hat_OI = first_OI.clone(), first_OI.clone(), torch.zeros_like(w_OI)
@@ -164,13 +166,15 @@ def foem(
             last_OI = first_OI + first_OI @ P_II
             ahead_OI = w_OI + last_OI - aim_OI
             for k in range(j, j + span):
-                step(ahead_OI, last_OI, k, ahead_OI[:, k])
+                lossless_O = pulled(ahead_OI, last_OI, k)
+                step(ahead_OI, k, lossless_O)
+                ahead_OI[:, k] = lossless_O
             one = replace(fmt, granularity="tensor" if fmt.granularity == "tensor" else "channel", group_size=None)
             grid = plain_grid(ahead_OI[:, j : j + span], one, dtype)
         assert grid is not None
         group = 0 if natural or fmt.group_size is None else order[j] // span
-        hat_OI[:, j] = column(w_OI[:, j], grid, group, fmt.bits)
-        step(w_OI, aim_OI, j, hat_OI[:, j])
+        hat_OI[:, j] = column(pulled(w_OI, aim_OI, j), grid, group, fmt.bits)
+        step(w_OI, j, hat_OI[:, j])
         for moved_OI in (w_OI, aim_OI):
             moved_OI[:, j + 1 :] += torch.outer(first_OI[:, j], P_II[j, j + 1 :])
     return hat_OI[:, torch.tensor(order).argsort()]

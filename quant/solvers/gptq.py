@@ -14,17 +14,15 @@ L_kk d_k + sum_{j<k} L_kj d_j, which is smallest where column k rounds
 So each column collects what all columns before it owe it when its turn comes, blocks are matrix products ("lazy" blocks), and the
 weights of a whole group are current when its grid is fitted. Columns are kept as contiguous rows.
 
-FOEM (Zheng et al., "First-Order Error Matters: Accurate Compensation for Quantized Large Language Models", AAAI 2026) also pulls the free columns
-back towards the original weights w0, by beta at every column, lest they follow the calibration text too far:
+FOEM (Zheng et al., "First-Order Error Matters: Accurate Compensation for Quantized Large Language Models", AAAI 2026) pulls columns back towards
+the original weights w0, lest they follow the calibration text too far. Here column j is pulled once, by beta, when its turn comes:
 
-    e'_j = e_j - beta * (w_j - w0_j),   w_k <- w_k - e'_j * U_jk / U_jj - beta * (w_k - w0_k).
+    rounded: w_j - beta * (w_j - w0_j),   e_j = w_j - w_hat_j as before,
 
-With v = w - w0 and T_j v = v - v_j U_j. / U_jj, what GPTQ does with a column that is not rounded, this is v <- (1 - beta) T_j v - d_j U_j. / U_jj:
-every debt passes through the same T as without beta, and shrinks once at every column it waits. So column k takes
-
-    d_j * (1 - beta)^(k - 1 - j) * L_kj / L_kk,
-
-and beta is a memory of about 1 / beta columns. Where rows aim at something else than w0 (GPTAQ), that takes its place, in d as well.
+so that column k collects (1 - beta) d_j L_kj / L_kk: as if its own deviation cost beta / (1 - beta) L_kk^2 more. Where rows aim at something else
+than w0 (GPTAQ), that takes its place, in d as well. The paper's formula pulls all free columns at every column: then each debt shrinks by 1 - beta
+for every column that it waits, and only about 1 / beta columns are remembered. Error of outputs on unseen text, GPTQ = 1, mean of 9 layers of the
+demo model at 4 bits calibrated with 2,555 tokens: 0.98 at beta 0.1, 0.96 at 0.3, by the paper's formula 1.46 at 0.1; with 511: 0.96, 0.89, 1.09.
 
 Shape suffixes: O out channels, I in channels, G groups along I.
 """
@@ -49,9 +47,9 @@ PIECE = 1 << 21  # weights rounded at a time, whole rows: what is held besides d
 class Plan:
     """How the columns of every row make up for each other; (I, I) matrices in the order of rounding.
 
-    shares_II: what column k takes of each deviation before it, L_kj / L_kk: lower, with a diagonal of 1. offsets_II: as Gptq._offsets says.
-    targets_II: P where rows aim at w + w P from the start, instead of offsets. order_I: None for the natural one. dead_I: channels that were always
-    zero, unless all were. damping, repairs: as in Solution.
+    shares_II: what column k takes of each deviation before it, (1 - beta) L_kj / L_kk: lower, with a diagonal of 1. offsets_II: as Gptq._offsets
+    says. targets_II: P where rows aim at w + w P from the start, instead of offsets. order_I: None for the natural one. dead_I: channels that were
+    always zero, unless all were. damping, repairs: as in Solution.
     """
 
     shares_II: Tensor
@@ -80,8 +78,8 @@ class Gptq:
     """GPTQ. damping: relative to the mean of H's diagonal. block_size: columns between two matrix products; speed only.
 
     order: natural, where a group's grid is fitted to the weights as they are when the columns reach it; or diagonal, columns by falling
-    diagonal of H on grids fitted beforehand in natural groups, so that consumers need no channel order. beta: pull towards the original weights at
-    every column (FOEM); 0: none.
+    diagonal of H on grids fitted beforehand in natural groups, so that consumers need no channel order. beta: pull of every
+    column towards its original weights (FOEM); 0: none, 1: rounding to nearest.
     """
 
     needs_moments: ClassVar[bool] = True
@@ -101,7 +99,7 @@ class Gptq:
         if self.order not in ("natural", "diagonal"):
             raise PlanishError(f"solver.order is {self.order!r}. Choose natural or diagonal.")
         if not 0 <= self.beta <= 1:
-            raise PlanishError(f"solver.beta is {self.beta}, but it is the part of a column's way that is taken back, 0 to 1. Use 0, or 0.01 to 0.1.")
+            raise PlanishError(f"solver.beta is {self.beta}, but it is the part of a column's way that is taken back, 0 to 1. Use 0, or 0.1 to 0.3.")
 
     @torch.no_grad()
     def solve(self, w_OI: Tensor, fmt: WeightFormat, moments: Moments | None, scale_dtype: torch.dtype) -> Solution:
@@ -128,7 +126,7 @@ class Gptq:
             targets_II = torch.linalg.solve_triangular(shares_II.T, offsets_II, upper=True, left=False, unitriangular=True)
             offsets_II = None
         if self.beta:
-            _forget(shares_II, self.beta)
+            shares_II.mul_(1 - self.beta).diagonal().fill_(1)
         some_dead = bool(dead_I.any() and not dead_I.all())
         return Plan(shares_II, offsets_II, targets_II, order_I, dead_I if some_dead else None, found.damping, found.repairs)
 
@@ -167,14 +165,6 @@ def assembled(parts: Sequence[tuple[Tensor, Tensor, Tensor | None]], fmt: Weight
     codes_OI, scale_OG = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     zeros = [part[2] for part in parts if part[2] is not None]
     return QuantizedWeight(codes_OI, scale_OG.float(), torch.cat(zeros).float() if zeros else None, fmt)
-
-
-def _forget(shares_II: Tensor, beta: float) -> None:
-    """Share j of column k times (1 - beta)^(k - 1 - j), in place."""
-    count = len(shares_II)
-    kept_I = (1 - beta) ** torch.arange(count - 1, -1, -1, dtype=shares_II.dtype, device=shares_II.device)
-    for k in range(1, count):
-        shares_II[k, :k] *= kept_I[count - k :]
 
 
 def ordered(matrix_II: Tensor, order_I: Tensor | None) -> Tensor:

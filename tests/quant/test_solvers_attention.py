@@ -11,7 +11,7 @@ from torch import Tensor
 from planish.quant.errors import PlanishError
 from planish.quant.formats import WeightFormat
 from planish.quant.solvers import Gptaq, Gptq, Moments
-from planish.quant.solvers.attention import key_metric, query_metric, solve_heads
+from planish.quant.solvers.attention import key_metric, query_metric, softmax_metrics, solve_heads
 
 INT4 = WeightFormat(bits=4)
 FORMATS = [
@@ -71,6 +71,47 @@ def test_scores_themselves() -> None:
     moved_TND = (other_TI @ d_OI.T).unflatten(1, (2, 3))
     scores = sum(float((queries_TND[:, n] @ moved_TND[:, n // 2].T).square().sum()) for n in range(4))
     assert score_error(d_OI, torch.zeros_like(d_OI), second(other_TI), key_metric(queries_TND, 2)) == pytest.approx(scores)
+
+
+def rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Channel by channel: pair c of the first cos.shape[1] channels turns by its angle."""
+    y, half = x_TND.clone(), cos_TD.shape[1] // 2
+    for c in range(half):
+        one, other = x_TND[..., c], x_TND[..., c + half]
+        y[..., c] = one * cos_TD[:, c, None] - other * sin_TD[:, c, None]
+        y[..., c + half] = other * cos_TD[:, c, None] + one * sin_TD[:, c, None]
+    return y
+
+
+def attention(q_TND: Tensor, k_TKD: Tensor, cos_TD: Tensor, sin_TD: Tensor, scaling: float) -> Tensor:
+    """Logarithms of the probabilities: (N, T, T)."""
+    group = q_TND.shape[1] // k_TKD.shape[1]
+    q, k = rope(q_TND, cos_TD, sin_TD), rope(k_TKD, cos_TD, sin_TD).repeat_interleave(group, 1)
+    scores_NTT = scaling * torch.einsum("ind,jnd->nij", q, k)
+    return scores_NTT.masked_fill(~torch.ones(len(q), len(q), dtype=torch.bool).tril(), -1e4).log_softmax(-1)
+
+
+def angles(tokens: int, channels: int) -> tuple[Tensor, Tensor]:
+    angle_TD = torch.outer(torch.arange(3.0, 3 + tokens, dtype=torch.float64), torch.tensor([1.0, 0.3], dtype=torch.float64)[: channels // 2])
+    return angle_TD.cos().repeat(1, 2), angle_TD.sin().repeat(1, 2)
+
+
+@pytest.mark.parametrize("turned", [4, 2])
+def test_softmax_metrics_are_the_curvature_of_the_divergence(turned: int) -> None:
+    """The Hessian of the divergence of all probabilities in one token's q or k, summed over tokens, by automatic differentiation."""
+    q_TND, k_TKD = inputs(6, 16).view(6, 4, 4) * 0.2, inputs(6, 8, 3).view(6, 2, 4) * 0.2
+    cos_TD, sin_TD = angles(6, turned)
+    before_NTT = attention(q_TND, k_TKD, cos_TD, sin_TD, 0.5)
+
+    def divergence(moved_NTT: Tensor) -> Tensor:
+        return (before_NTT.exp() * (before_NTT - moved_NTT)).sum()
+
+    query_NDD, key_KDD = softmax_metrics(q_TND, k_TKD, cos_TD, sin_TD, 0.5)
+    curve_q = torch.autograd.functional.hessian(lambda q: divergence(attention(q, k_TKD, cos_TD, sin_TD, 0.5)), q_TND)
+    curve_k = torch.autograd.functional.hessian(lambda k: divergence(attention(q_TND, k, cos_TD, sin_TD, 0.5)), k_TKD)
+    for found, curve in ((query_NDD, curve_q), (key_KDD, curve_k)):
+        for n in range(len(found)):
+            torch.testing.assert_close(found[n] * 0.25, sum(curve[t, n, :, t, n, :] for t in range(6)), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("order", ["natural", "diagonal"])
