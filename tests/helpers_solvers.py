@@ -1,5 +1,7 @@
 """Textbook twins of the solvers: slow, float64, one column at a time, nothing blocked, nothing shared with the fast code but the number formats."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -126,3 +128,71 @@ def least_squares_gptaq(w_OI: Tensor, x_TI: Tensor, full_TI: Tensor, fmt: Weight
             lost_TO = torch.outer(x[:, j], w_OI[:, j] - hat_OI[:, j]) + alpha * torch.outer(gap[:, j], first_OI[:, j])
             w_OI[:, j + 1 :] += torch.linalg.lstsq(x[:, j + 1 :], lost_TO).solution.T
     return hat_OI
+
+
+def pulled_gptaq(
+    w_OI: Tensor,
+    H_II: Tensor,
+    D_II: Tensor | None,
+    fmt: WeightFormat,
+    damping: float,
+    alpha: float,
+    beta: float,
+    order: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """GPTQ with a pull and GPTAQ by updates column by column, U of the explicit inverse; the pull is towards w0 and what P has added so far.
+
+    Channels come in `order`; the natural order is the one in which groups fit their grids late: to what columns would round to if none lost anything,
+    all that P will add included. Returns w_hat.
+    """
+    size, natural = len(H_II), order == sorted(order)
+    damped_II = (H_II + damping * H_II.diagonal().mean() * torch.eye(size, dtype=H_II.dtype))[order][:, order]
+    U_II = torch.linalg.cholesky(torch.linalg.inv(damped_II), upper=True)
+    P_II = torch.zeros_like(H_II) if D_II is None else alpha * (D_II[order][:, order] @ U_II.T).triu(1) @ U_II
+    first_OI = w_OI[:, order]
+
+    def pulled(w_OI: Tensor, aim_OI: Tensor, j: int) -> Tensor:
+        return w_OI[:, j] - beta * (w_OI[:, j] - aim_OI[:, j])
+
+    def step(w_OI: Tensor, j: int, hat_O: Tensor) -> None:
+        w_OI[:, j + 1 :] -= torch.outer((w_OI[:, j] - hat_O) / U_II[j, j], U_II[j, j + 1 :])
+
+    grid = None if natural else plain_grid(w_OI, fmt, dtype)
+    w_OI, aim_OI, hat_OI = first_OI.clone(), first_OI.clone(), torch.zeros_like(w_OI)
+    span = fmt.group_size or size
+    for j in range(size):
+        if natural and j % span == 0:
+            last_OI = first_OI + first_OI @ P_II
+            ahead_OI = w_OI + last_OI - aim_OI
+            for k in range(j, j + span):
+                lossless_O = pulled(ahead_OI, last_OI, k)
+                step(ahead_OI, k, lossless_O)
+                ahead_OI[:, k] = lossless_O
+            one = replace(fmt, granularity="tensor" if fmt.granularity == "tensor" else "channel", group_size=None)
+            grid = plain_grid(ahead_OI[:, j : j + span], one, dtype)
+        assert grid is not None
+        group = 0 if natural or fmt.group_size is None else order[j] // span
+        hat_OI[:, j] = column(pulled(w_OI, aim_OI, j), grid, group, fmt.bits)
+        step(w_OI, j, hat_OI[:, j])
+        for moved_OI in (w_OI, aim_OI):
+            moved_OI[:, j + 1 :] += torch.outer(first_OI[:, j], P_II[j, j + 1 :])
+    return hat_OI[:, torch.tensor(order).argsort()]
+
+
+def obq_heads(w_OI: Tensor, H_II: Tensor, metric_NDD: Tensor, fmt: WeightFormat, damping: float, dtype: torch.dtype) -> Tensor:
+    """Attention-aware GPTQ by the explicit inverse of a head's whole Hessian G ⊗ H, downdated by each weight that is rounded. Returns w_hat."""
+    size, inner = w_OI.shape[1], metric_NDD.shape[1]
+    H_II = H_II + damping * H_II.diagonal().mean() * torch.eye(size, dtype=w_OI.dtype)
+    span, hats = fmt.group_size or size, []
+    for G_DD, head_DI in zip(metric_NDD, w_OI.split(inner), strict=True):
+        inverse = torch.linalg.inv(torch.kron(G_DD + damping * G_DD.diagonal().mean() * torch.eye(inner, dtype=w_OI.dtype), H_II))
+        w, hat_n = head_DI.flatten().clone(), torch.zeros(inner * size, dtype=w_OI.dtype)
+        for n in range(inner * size):
+            if n % span == 0:
+                grid = plain_grid(w[None, n : n + span], replace(fmt, granularity="channel", group_size=None), dtype)
+            hat_n[n] = column(w[n : n + 1], grid, 0, fmt.bits)
+            w = w - (w[n] - hat_n[n]) / inverse[n, n] * inverse[n]
+            inverse = inverse - torch.outer(inverse[:, n], inverse[n]) / inverse[n, n]
+        hats.append(hat_n.view(inner, size))
+    return torch.cat(hats)

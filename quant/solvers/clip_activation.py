@@ -52,7 +52,7 @@ def _error(x_TC: Tensor, readers_CC: Tensor, fmt: ActivationFormat) -> Tensor:
     quantized_TC = quantize_input(x_TC, fmt).dequantize()
     total = torch.zeros((), dtype=torch.float64, device=x_TC.device)
     rows = max(1, PIECE // x_TC.shape[1])
-    for hat_TC, some_TC in zip(quantized_TC.split(rows), x_TC.split(rows), strict=True):
-        e_TC = hat_TC.to(readers_CC.dtype) - some_TC.to(readers_CC.dtype)
+    for start in range(0, len(x_TC), rows):
+        e_TC = quantized_TC[start : start + rows].to(readers_CC.dtype) - x_TC[start : start + rows].to(readers_CC.dtype)
         total += (e_TC @ readers_CC).mul_(e_TC).sum(dtype=torch.float64)
     return total

@@ -10,6 +10,9 @@ With H = L^T L as in gptq.py, where columns collect deviations instead of errors
 
     sum_{j<k} w0_j * S_jk,   S = alpha * strictly upper (D L^-1) / diag L.
 
+Equivalently it is GPTQ of the target w0 + w0 P, P = S shares^-T, shares_kj = L_kj / L_kk. That form is taken where columns are pulled towards
+something (beta in gptq.py), and a group's grid then fits its target.
+
 alpha below 1 guards against noise in D. w0_j is the original weight, as the objective has it; the paper's code takes the weight as updated so far,
 with which corrections pile up and the error rises again towards alpha 1 where the two inputs are far apart.
 

@@ -14,9 +14,20 @@ L_kk d_k + sum_{j<k} L_kj d_j, which is smallest where column k rounds
 So each column collects what all columns before it owe it when its turn comes, blocks are matrix products ("lazy" blocks), and the
 weights of a whole group are current when its grid is fitted. Columns are kept as contiguous rows.
 
+FOEM (Zheng et al., "First-Order Error Matters: Accurate Compensation for Quantized Large Language Models", AAAI 2026) pulls columns back towards
+the original weights w0, lest they follow the calibration text too far. Here column j is pulled once, by beta, when its turn comes:
+
+    rounded: w_j - beta * (w_j - w0_j),   e_j = w_j - w_hat_j as before,
+
+so that column k collects (1 - beta) d_j L_kj / L_kk: as if its own deviation cost beta / (1 - beta) L_kk^2 more. Where rows aim at something else
+than w0 (GPTAQ), that takes its place, in d as well. The paper's formula pulls all free columns at every column: then each debt shrinks by 1 - beta
+for every column that it waits, and only about 1 / beta columns are remembered. Error of outputs on unseen text, GPTQ = 1, mean of 9 layers of the
+demo model at 4 bits calibrated with 2,555 tokens: 0.98 at beta 0.1, 0.96 at 0.3, by the paper's formula 1.46 at 0.1; with 511: 0.96, 0.89, 1.09.
+
 Shape suffixes: O out channels, I in channels, G groups along I.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -32,12 +43,43 @@ from .moments import Moments, Solution, require_moments
 PIECE = 1 << 21  # weights rounded at a time, whole rows: what is held besides does not grow with the layer
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """How the columns of every row make up for each other; (I, I) matrices in the order of rounding.
+
+    shares_II: what column k takes of each deviation before it, (1 - beta) L_kj / L_kk: lower, with a diagonal of 1. offsets_II: as Gptq._offsets
+    says. targets_II: P where rows aim at w + w P from the start, instead of offsets. order_I: None for the natural one. dead_I: channels that were
+    always zero, unless all were. damping, repairs: as in Solution.
+    """
+
+    shares_II: Tensor
+    offsets_II: Tensor | None
+    targets_II: Tensor | None
+    order_I: Tensor | None
+    dead_I: Tensor | None
+    damping: float
+    repairs: int
+
+    def alive(self, w_OI: Tensor) -> Tensor:
+        """Weights with 0 for dead channels."""
+        return w_OI if self.dead_I is None else w_OI.masked_fill(self.dead_I, 0)
+
+    def target(self, w_OI: Tensor) -> Tensor:
+        """What rows w_OI aim at, (O, I), both in natural order."""
+        if self.targets_II is None:
+            return w_OI
+        if self.order_I is None:
+            return w_OI + w_OI @ self.targets_II
+        return w_OI + (w_OI[:, self.order_I] @ self.targets_II)[:, self.order_I.argsort()]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gptq:
     """GPTQ. damping: relative to the mean of H's diagonal. block_size: columns between two matrix products; speed only.
 
     order: natural, where a group's grid is fitted to the weights as they are when the columns reach it; or diagonal, columns by falling
-    diagonal of H on grids fitted beforehand in natural groups, so that consumers need no channel order.
+    diagonal of H on grids fitted beforehand in natural groups, so that consumers need no channel order. beta: pull of every
+    column towards its original weights (FOEM); 0: none, 1: rounding to nearest.
     """
 
     needs_moments: ClassVar[bool] = True
@@ -47,6 +89,7 @@ class Gptq:
     block_size: int = 128
     order: Literal["natural", "diagonal"] = "natural"
     clip: Clip | None = None
+    beta: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping <= 1:
@@ -55,6 +98,8 @@ class Gptq:
             raise PlanishError(f"solver.block_size is {self.block_size}, but a block has at least 1 column. Usual: 128.")
         if self.order not in ("natural", "diagonal"):
             raise PlanishError(f"solver.order is {self.order!r}. Choose natural or diagonal.")
+        if not 0 <= self.beta <= 1:
+            raise PlanishError(f"solver.beta is {self.beta}, but it is the part of a column's way that is taken back, 0 to 1. Use 0, or 0.1 to 0.3.")
 
     @torch.no_grad()
     def solve(self, w_OI: Tensor, fmt: WeightFormat, moments: Moments | None, scale_dtype: torch.dtype) -> Solution:
@@ -63,29 +108,33 @@ class Gptq:
         Input channels that were always zero get weight 0. Raises PlanishError without moments, or if they hold NaN or Inf.
         """
         moments = require_moments(type(self).__name__.lower(), moments, w_OI.shape[1])
-        H_II = moments.second_II.to(w_OI.dtype)
+        plan = self.plan(moments, w_OI.dtype)
+        rows = len(w_OI) if fmt.granularity == "tensor" else max(1, PIECE // w_OI.shape[1])
+        pieces = (plan.alive(w_OI[start : start + rows]) for start in range(0, len(w_OI), rows))
+        parts = [self.round(piece_OI, plan.target(piece_OI), fmt, plan, scale_dtype) for piece_OI in pieces]
+        return Solution(weight=assembled(parts, fmt), damping=plan.damping, repairs=plan.repairs)
+
+    def plan(self, moments: Moments, dtype: torch.dtype, *, targets: bool = False) -> Plan:
+        """The plan for layers with these moments, to compute in dtype. targets: no offsets but targets, as anyway where beta is not 0."""
+        H_II = moments.second_II.to(dtype)
         dead_I = H_II.diagonal() == 0
         order_I = None if self.order == "natural" else H_II.diagonal().argsort(descending=True, stable=True)
         found = factor(ordered(H_II, order_I), self.damping * moments.ordinary)
         offsets_II = self._offsets(found.lower_II, moments, order_I)
-        shares_II = found.lower_II.div_(found.lower_II.diagonal()[:, None].clone())
-        rows = len(w_OI) if fmt.granularity == "tensor" else max(1, PIECE // w_OI.shape[1])
-        parts = []
-        for start in range(0, len(w_OI), rows):
-            piece_OI = w_OI[start : start + rows]
-            piece_OI = piece_OI.masked_fill(dead_I, 0) if dead_I.any() and not dead_I.all() else piece_OI
-            parts.append(self._round(piece_OI, fmt, shares_II, offsets_II, order_I, scale_dtype))
-        codes_OI, scale_OG = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-        zeros = [part[2] for part in parts if part[2] is not None]
-        weight = QuantizedWeight(codes_OI, scale_OG.float(), torch.cat(zeros).float() if zeros else None, fmt)
-        return Solution(weight=weight, damping=found.damping, repairs=found.repairs)
+        shares_II, targets_II = found.lower_II.div_(found.lower_II.diagonal()[:, None].clone()), None
+        if offsets_II is not None and (targets or self.beta):
+            targets_II = torch.linalg.solve_triangular(shares_II.T, offsets_II, upper=True, left=False, unitriangular=True)
+            offsets_II = None
+        if self.beta:
+            shares_II.mul_(1 - self.beta).diagonal().fill_(1)
+        some_dead = bool(dead_I.any() and not dead_I.all())
+        return Plan(shares_II, offsets_II, targets_II, order_I, dead_I if some_dead else None, found.damping, found.repairs)
 
-    def _round(
-        self, w_OI: Tensor, fmt: WeightFormat, shares_II: Tensor, offsets_II: Tensor | None, order_I: Tensor | None, scale_dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes (O, I), scales and zero points of some rows."""
+    def round(self, w_OI: Tensor, target_OI: Tensor, fmt: WeightFormat, plan: Plan, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes (O, I), scales and zero points of some rows w_OI that aim at target_OI. Grids fitted beforehand fit w_OI."""
         out_channels, in_channels = w_OI.shape
-        columns = Columns(w_OI if order_I is None else w_OI[:, order_I], shares_II, offsets_II)
+        order_I = plan.order_I
+        columns = Columns(target_OI if order_I is None else target_OI[:, order_I], plan.shares_II, plan.offsets_II)
         if order_I is None:
             scale_OG, zero_OG = self._natural(columns, fmt, scale_dtype)
             return columns.codes_IO.T.contiguous(), scale_OG, zero_OG
@@ -109,6 +158,13 @@ class Gptq:
             columns.round(start, start + span, _per_column(grids[-1], span, out_channels), fmt.bits, self.block_size)
         zeros = [zero_O1 for _, zero_O1 in grids if zero_O1 is not None]
         return torch.cat([scale_O1 for scale_O1, _ in grids], dim=1), torch.cat(zeros, dim=1) if zeros else None
+
+
+def assembled(parts: Sequence[tuple[Tensor, Tensor, Tensor | None]], fmt: WeightFormat) -> QuantizedWeight:
+    """The weight whose rows are those of the parts, one after the other."""
+    codes_OI, scale_OG = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    zeros = [part[2] for part in parts if part[2] is not None]
+    return QuantizedWeight(codes_OI, scale_OG.float(), torch.cat(zeros).float() if zeros else None, fmt)
 
 
 def ordered(matrix_II: Tensor, order_I: Tensor | None) -> Tensor:

@@ -1,0 +1,180 @@
+"""Attention-aware rounding against the explicit inverse of the whole Hessian of a head, and its loss against GPTQ's."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers_solvers import format_name, hat, inputs, obq_heads, second, weights
+from torch import Tensor
+
+from planish.quant.errors import PlanishError
+from planish.quant.formats import WeightFormat
+from planish.quant.solvers import Gptaq, Gptq, Moments
+from planish.quant.solvers.attention import key_metric, query_metric, softmax_metrics, solve_heads
+
+INT4 = WeightFormat(bits=4)
+FORMATS = [
+    INT4,
+    WeightFormat(bits=3, symmetric=False),
+    WeightFormat(bits=4, granularity="group", group_size=6),
+    WeightFormat(bits=4, symmetric=False, granularity="group", group_size=4),
+]
+
+
+def moments(x_TI: Tensor) -> Moments:
+    return Moments(second_II=second(x_TI), tokens=len(x_TI))
+
+
+def heads(count: int, size: int, tokens: int = 60) -> Tensor:
+    """Metrics of heads whose keys are correlated: (count, size, size)."""
+    return query_metric(torch.stack([inputs(tokens, size, seed) for seed in range(count)], dim=1))
+
+
+def score_error(w_OI: Tensor, hat_OI: Tensor, H_II: Tensor, metric_NDD: Tensor) -> float:
+    """Sum over heads of tr(G dW H dW')."""
+    d_NDI = (w_OI - hat_OI).unflatten(0, metric_NDD.shape[:2])
+    return float((metric_NDD @ d_NDI @ H_II * d_NDI).sum())
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
+@pytest.mark.parametrize("block_size", [5, 128])
+def test_equals_the_explicit_inverse_of_the_whole_hessian(fmt: WeightFormat, block_size: int) -> None:
+    w_OI, told, metric_NDD = weights(10, 12), moments(inputs(80, 12)), heads(2, 5)
+    fast = solve_heads(w_OI, fmt, told, metric_NDD, Gptq(block_size=block_size), torch.float32)
+    torch.testing.assert_close(hat(fast.weight), obq_heads(w_OI, told.second_II, metric_NDD, fmt, 0.01, torch.float32), rtol=1e-6, atol=1e-9)
+    assert (fast.damping, fast.repairs) == (0.01, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
+@pytest.mark.parametrize("order", ["natural", "diagonal"])
+def test_the_error_of_the_scores_is_below_plain_gptq(seed: int, fmt: WeightFormat, order: Any) -> None:
+    w_OI, told, metric_NDD = weights(36, 24, seed), moments(inputs(200, 24, seed)), heads(3, 12)
+    solver = Gptq(order=order)
+    aware, plain = (
+        score_error(w_OI, hat(solution.weight), told.second_II, metric_NDD)
+        for solution in (solve_heads(w_OI, fmt, told, metric_NDD, solver, torch.float32), solver.solve(w_OI, fmt, told, torch.float32))
+    )
+    assert aware < 0.7 * plain
+
+
+def test_scores_themselves() -> None:
+    """The loss is that of the scores: with and without shared keys, seen from either side."""
+    x_TI, w_OI, other_TI = inputs(50, 8), weights(12, 8), inputs(50, 8, 4)
+    queries_TND, keys_TND = (x_TI @ w_OI.T).unflatten(1, (4, 3)), (other_TI @ weights(6, 8, 2).T).unflatten(1, (2, 3))
+    d_OI = weights(12, 8, 3)
+    moved_TND = (x_TI @ d_OI.T).unflatten(1, (4, 3))
+    scores = sum(float((moved_TND[:, n] @ keys_TND[:, n // 2].T).square().sum()) for n in range(4))
+    assert score_error(d_OI, torch.zeros_like(d_OI), second(x_TI), query_metric(keys_TND, 2)) == pytest.approx(scores)
+    d_OI = weights(6, 8, 3)
+    moved_TND = (other_TI @ d_OI.T).unflatten(1, (2, 3))
+    scores = sum(float((queries_TND[:, n] @ moved_TND[:, n // 2].T).square().sum()) for n in range(4))
+    assert score_error(d_OI, torch.zeros_like(d_OI), second(other_TI), key_metric(queries_TND, 2)) == pytest.approx(scores)
+
+
+def rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Channel by channel: pair c of the first cos.shape[1] channels turns by its angle."""
+    y, half = x_TND.clone(), cos_TD.shape[1] // 2
+    for c in range(half):
+        one, other = x_TND[..., c], x_TND[..., c + half]
+        y[..., c] = one * cos_TD[:, c, None] - other * sin_TD[:, c, None]
+        y[..., c + half] = other * cos_TD[:, c, None] + one * sin_TD[:, c, None]
+    return y
+
+
+def attention(q_TND: Tensor, k_TKD: Tensor, cos_TD: Tensor, sin_TD: Tensor, scaling: float) -> Tensor:
+    """Logarithms of the probabilities: (N, T, T)."""
+    group = q_TND.shape[1] // k_TKD.shape[1]
+    q, k = rope(q_TND, cos_TD, sin_TD), rope(k_TKD, cos_TD, sin_TD).repeat_interleave(group, 1)
+    scores_NTT = scaling * torch.einsum("ind,jnd->nij", q, k)
+    return scores_NTT.masked_fill(~torch.ones(len(q), len(q), dtype=torch.bool).tril(), -1e4).log_softmax(-1)
+
+
+def angles(tokens: int, channels: int) -> tuple[Tensor, Tensor]:
+    angle_TD = torch.outer(torch.arange(3.0, 3 + tokens, dtype=torch.float64), torch.tensor([1.0, 0.3], dtype=torch.float64)[: channels // 2])
+    return angle_TD.cos().repeat(1, 2), angle_TD.sin().repeat(1, 2)
+
+
+@pytest.mark.parametrize("turned", [4, 2])
+def test_softmax_metrics_are_the_curvature_of_the_divergence(turned: int) -> None:
+    """The Hessian of the divergence of all probabilities in one token's q or k, summed over tokens, by automatic differentiation."""
+    q_TND, k_TKD = inputs(6, 16).view(6, 4, 4) * 0.2, inputs(6, 8, 3).view(6, 2, 4) * 0.2
+    cos_TD, sin_TD = angles(6, turned)
+    before_NTT = attention(q_TND, k_TKD, cos_TD, sin_TD, 0.5)
+
+    def divergence(moved_NTT: Tensor) -> Tensor:
+        return (before_NTT.exp() * (before_NTT - moved_NTT)).sum()
+
+    query_NDD, key_KDD = softmax_metrics(q_TND, k_TKD, cos_TD, sin_TD, 0.5)
+    curve_q = torch.autograd.functional.hessian(lambda q: divergence(attention(q, k_TKD, cos_TD, sin_TD, 0.5)), q_TND)
+    curve_k = torch.autograd.functional.hessian(lambda k: divergence(attention(q_TND, k, cos_TD, sin_TD, 0.5)), k_TKD)
+    for found, curve in ((query_NDD, curve_q), (key_KDD, curve_k)):
+        for n in range(len(found)):
+            torch.testing.assert_close(found[n] * 0.25, sum(curve[t, n, :, t, n, :] for t in range(6)), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("order", ["natural", "diagonal"])
+@pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
+def test_is_plain_where_rows_do_not_meet(fmt: WeightFormat, order: Any) -> None:
+    """A diagonal metric, and one that cannot be factored; with a pull, and with a pull towards GPTAQ's target."""
+    x_TI, w_OI = inputs(80, 12), weights(10, 12)
+    told = Moments(second_II=second(x_TI), cross_II=(inputs(80, 12, 5) * 0.3).T @ x_TI, tokens=80)
+    pulled = Gptaq(alpha=0.5, beta=0.1)  # in natural order: grids fitted beforehand would fit its target here, the weights there
+    for metric_NDD in (torch.diag(torch.arange(5.0)).expand(2, 5, 5), torch.zeros(2, 5, 5)):
+        for solver in (Gptq(order=order), Gptq(order=order, beta=0.1), pulled):
+            ours = solve_heads(w_OI, fmt, told, metric_NDD, solver, torch.float32)
+            torch.testing.assert_close(hat(ours.weight), hat(solver.solve(w_OI, fmt, told, torch.float32).weight), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("order", ["natural", "diagonal"])
+def test_with_gptaq_rows_aim_at_its_target(order: Any) -> None:
+    """As GPTQ does for weights that are the target: w (1 + P), P of the paper."""
+    x_TI, w_OI, metric_NDD = inputs(80, 12), weights(10, 12), heads(2, 5)
+    D_II = (inputs(80, 12, 5) * 0.3).T @ x_TI
+    order_I = torch.arange(12) if order == "natural" else x_TI.square().sum(0).argsort(descending=True)
+    damped_II = second(x_TI) + 0.01 * x_TI.square().sum(0).mean() * torch.eye(12)
+    U_II = torch.linalg.cholesky(torch.linalg.inv(damped_II[order_I][:, order_I]), upper=True)
+    P_II = 0.5 * (D_II[order_I][:, order_I] @ U_II.T).triu(1) @ U_II
+    target_OI = w_OI + (w_OI[:, order_I] @ P_II)[:, order_I.argsort()]
+    told = Moments(second_II=second(x_TI), cross_II=D_II, tokens=80)
+    ours = solve_heads(w_OI, INT4, told, metric_NDD, Gptaq(alpha=0.5, order=order), torch.float32)
+    theirs = solve_heads(target_OI, INT4, told, metric_NDD, Gptq(order=order), torch.float32)
+    torch.testing.assert_close(hat(ours.weight), hat(theirs.weight), rtol=1e-6, atol=1e-9)
+
+
+def test_heads_are_independent_and_dead_channels_get_zero() -> None:
+    x_TI, w_OI, metric_NDD = inputs(80, 12), weights(10, 12), heads(2, 5)
+    x_TI[:, 3] = 0
+    told = moments(x_TI)
+    together = hat(solve_heads(w_OI, INT4, told, metric_NDD, Gptq(), torch.float32).weight)
+    apart = [hat(solve_heads(w_OI[n * 5 :][:5], INT4, told, metric_NDD[n : n + 1], Gptq(), torch.float32).weight) for n in range(2)]
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-6, atol=1e-9)
+    assert not together[:, 3].any()
+
+
+def test_float32_is_as_good_as_float64_and_the_scale_of_the_metric_does_not_matter() -> None:
+    w_OI, told, metric_NDD = weights(24, 36), moments(inputs(200, 36)), heads(2, 12)
+    errors = []
+    for dtype in (torch.float32, torch.float64):
+        half = Moments(second_II=told.second_II.to(dtype), tokens=1)
+        found = solve_heads(w_OI.to(dtype), INT4, half, metric_NDD, Gptq(), torch.bfloat16).weight
+        assert found.scale.dtype == torch.float32
+        errors.append(score_error(w_OI, hat(found), told.second_II, metric_NDD))
+    assert errors[0] < 1.02 * errors[1]
+    scaled = solve_heads(w_OI, INT4, told, metric_NDD * 2.0**-30, Gptq(), torch.bfloat16).weight
+    assert torch.equal(scaled.codes, found.codes)
+
+
+def test_refused() -> None:
+    told = moments(inputs(80, 12))
+    for words, arguments in {
+        "output channels": (weights(10, 12), INT4, told, torch.zeros(2, 4, 4)),
+        "NaN or Inf": (weights(10, 12), INT4, told, torch.full((2, 5, 5), math.nan)),
+        "one scale": (weights(10, 12), WeightFormat(bits=4, granularity="tensor"), told, heads(2, 5)),
+        "calibration": (weights(10, 12), INT4, None, heads(2, 5)),
+    }.items():
+        with pytest.raises(PlanishError, match=words):
+            solve_heads(*arguments, Gptq(), torch.float32)
+    with pytest.raises(PlanishError, match="groups of 2"):
+        key_metric(torch.zeros(4, 3, 5), 2)
