@@ -35,6 +35,8 @@ def check_stock(checkpoint: StoredCheckpoint, ids_NL: Tensor, report: Report | N
     reason = _why_not(checkpoint)
     if reason is not None:
         return not_done(NAME, reason)
+    if checkpoint.extension:
+        return _refused(checkpoint)
     ids = ids_NL[:MOST, :LONGEST]
     with arithmetic(torch.float32):
         try:
@@ -57,6 +59,15 @@ def check_stock(checkpoint: StoredCheckpoint, ids_NL: Tensor, report: Report | N
         f"same top token {found.agreement:.1%}"
     )
     return Check(NAME, found.mean_kl <= limit, message, figures)
+
+
+def _refused(checkpoint: StoredCheckpoint) -> Check:
+    """Transformers knows nothing of the checkpoint's transforms and prefix, so it must not load it."""
+    try:
+        _stock_logits(checkpoint.path, torch.zeros(0, 1, dtype=torch.long))
+    except _REFUSALS as error:
+        return Check(NAME, True, f"refuses the checkpoint, as it must, for planish alone runs its transforms: {type(error).__name__}", {})
+    return Check(NAME, False, "transformers loads the checkpoint, but knows nothing of its transforms and prefix: it would run wrong", {})
 
 
 def _why_not(checkpoint: StoredCheckpoint) -> str | None:

@@ -18,14 +18,19 @@ from transformers.pytorch_utils import Conv1D
 
 from ..calib.checkpoint import build_skeleton
 from ..calib.convert import REJECTED
+from ..calib.extension import KEY, Extension, chain_prefix, restored
 from ..calib.locate import weight_files
 from ..calib.naming import LEFTOVERS
 from ..calib.packing import Packed, read_config, stored_names
+from ..calib.prefix import tensor_names
 from ..calib.shards import CHUNK_BYTES, TensorInfo, read_chunks, read_json, read_shards, read_tensor
+from ..calib.topology import Topology, topology
 from ..quant.errors import PlanishError
 from ..quant.formats import WeightFormat, code_range
+from ..quant.transforms.factors import on_input
 from .check import Check, listed
 
+MARK = ".planish."  # in the names of tensors that only planish knows
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -33,7 +38,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 class Layout:
     """A compressed checkpoint as it lies on disk, nothing of it checked yet.
 
-    linears: (N, K) of every linear layer by name. packed: how those that are declared quantized should be stored.
+    linears: (N, K) of every linear layer by name. packed: how those that are declared quantized should be stored. extension: what else is declared.
     """
 
     folder: Path
@@ -41,6 +46,7 @@ class Layout:
     skeleton: PreTrainedModel
     linears: Mapping[str, tuple[int, int]]
     packed: Mapping[str, Packed]
+    extension: Extension
 
 
 def declared(folder: Path) -> dict[str, Any]:
@@ -72,12 +78,13 @@ def read_layout(folder: Path) -> Layout:
         packed = read_config(quantization, linears)
     except ValidationError as error:
         raise PlanishError(f"{folder / 'config.json'}: quantization_config: {error}") from error
-    return Layout(folder, read_shards(weight_files(folder)), skeleton, linears, packed)
+    extension = Extension.read(read_json(folder / "config.json"))
+    return Layout(folder, read_shards(weight_files(folder)), skeleton, linears, packed, extension)
 
 
 def check_structure(layout: Layout) -> Check:
     """Every tensor that the declaration calls for is there in the right dtype and shape, and nothing else is."""
-    faults = [*_quantized_faults(layout), *_plain_faults(layout), *_unexpected(layout)]
+    faults = [*_quantized_faults(layout), *_plain_faults(layout), *_extension_faults(layout), *_unexpected(layout)]
     if not layout.packed:
         faults.insert(0, "config.json declares no linear layer quantized")
     figures = bits(layout)
@@ -89,10 +96,11 @@ def check_structure(layout: Layout) -> Check:
 
 
 def bits(layout: Layout) -> dict[str, float | int]:
-    """Stored bits per weight with scales and zero points: of the quantized linears, and of the whole model; and the bits of a code as declared."""
+    """Stored bits per weight with scales, zero points and transforms: of the quantized linears, and of the whole model; and a code's as declared."""
     weights = sum(math.prod(layout.linears[name]) for name in layout.packed)
     codes = sum(math.prod(layout.linears[name]) * _format(how).bits for name, how in layout.packed.items())
     stored = sum(_nbytes(layout, f"{name}.{local}") for name, how in layout.packed.items() for local in stored_names(how))
+    stored += sum(info.nbytes for name, info in layout.tensors.items() if MARK in name)
     tied = layout.skeleton.all_tied_weights_keys
     parameters = sum(parameter.numel() for name, parameter in layout.skeleton.named_parameters() if name not in tied)
     everything = sum(info.nbytes for info in layout.tensors.values())
@@ -226,9 +234,59 @@ def _plain_faults(layout: Layout) -> Iterator[str]:
             yield f"{name} has shape {info.shape}, but config.json makes it {tuple(parameter.shape)}"
 
 
+def _extension_faults(layout: Layout) -> Iterator[str]:
+    """Of what is declared beyond compressed-tensors: chains that cannot be made, or do not fit their sites; a prefix that is not there."""
+    if not layout.extension:
+        return
+    topology = _topology(layout)
+    sites = {site.name: site for site in topology.sites}
+    for address, site_input in layout.extension.sites.items():
+        index, _, name = address.partition(".")
+        if name not in sites or not index.isdecimal() or int(index) >= topology.block_count:
+            yield f"config.json: {KEY}.sites has {address}, which the model has not"
+            continue
+        block = topology.block_name(int(index))
+        names = [tensor for tensor in layout.tensors if tensor.startswith(chain_prefix(block, name))]
+        width = layout.linears[f"{block}.{sites[name].readers[0]}"][1]
+        try:
+            chain = restored(site_input, block, name, {tensor: read_tensor(layout.tensors[tensor]) for tensor in names})
+            on_input(chain, torch.zeros(1, width))
+        except PlanishError as error:
+            yield f"{address}: {error}"
+        except (RuntimeError, IndexError) as error:
+            yield f"{address}: its transform does not fit {width} channels ({error})"
+    if layout.extension.prefix:
+        names = [tensor for index in range(topology.block_count) for tensor in tensor_names(topology.block_name(index))]
+        yield from (f"{tensor} is missing, but config.json declares a prefix" for tensor in names if tensor not in layout.tensors)
+
+
+def _topology(layout: Layout) -> Topology:
+    config = layout.skeleton.config
+    assert isinstance(config, PreTrainedConfig)
+    return topology(config)
+
+
+def _extra_names(layout: Layout) -> set[str]:
+    """Tensors that belong to the declared extension: of chains, of the prefix, and biases that shifts make."""
+    if not layout.extension:
+        return set()
+    known, names = _topology(layout), set[str]()
+    for address, site_input in layout.extension.sites.items():
+        index, _, name = address.partition(".")
+        site = next((site for site in known.sites if site.name == name), None)
+        if site is None or not index.isdecimal():
+            continue
+        block = known.block_name(int(index))
+        names |= {tensor for tensor in layout.tensors if tensor.startswith(chain_prefix(block, name))}
+        names |= {f"{block}.{path}.bias" for path in site.readers if any(factor.get("kind") == "shift" for factor in site_input.chain)}
+    if layout.extension.prefix:
+        names |= {tensor for index in range(known.block_count) for tensor in tensor_names(known.block_name(index))}
+    return names
+
+
 def _unexpected(layout: Layout) -> Iterator[str]:
     known = {*layout.skeleton.state_dict(), *layout.skeleton.all_tied_weights_keys} - {f"{name}.weight" for name in layout.packed}
-    known |= {f"{name}.{local}" for name, how in layout.packed.items() for local in stored_names(how)}
+    known |= {f"{name}.{local}" for name, how in layout.packed.items() for local in stored_names(how)} | _extra_names(layout)
     yield from (f"{name} is unexpected" for name in sorted(layout.tensors) if name not in known and not name.endswith(LEFTOVERS))
 
 
