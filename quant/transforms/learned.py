@@ -34,19 +34,19 @@ UNIFORM = 1.8
 def learn_rotation(x_TC: Tensor, start_CC: Tensor, objective: Objective, steps: int, lr: float, *, batch: int | None = None, seed: int = 0) -> Tensor:
     """The best rotation met on the way: (C, C) float64, orthogonal, its `objective_of` all tokens never above the start's.
 
-    x_TC: tokens, sinks left out; zero ones do not count. Products with it are computed in its dtype, all else in float64.
+    x_TC: tokens, sinks left out; zero ones do not count. Products with it are in its dtype, float32 at least, all else in float64.
     start_CC: orthogonal, such as a Hadamard matrix. lr: by how many radians the first step turns a channel's axis, on average; it falls to 0 as a
     cosine. 0.05 to 0.1 is usual. batch: tokens of a step, drawn by the seed; None: all of them. Rotations are judged once per pass over the tokens.
-    Raises PlanishError: a start that is not orthogonal, inputs that hold NaN or Inf.
+    Raises PlanishError: a start that is not orthogonal, inputs that hold NaN or Inf, a batch of no tokens.
     """
     unit_TC, rotation_CC = _unit(x_TC), _orthogonal(start_CC, x_TC)
-    best, best_CC = objective_of(unit_TC @ rotation_CC.to(x_TC.dtype), objective), rotation_CC
+    best, best_CC = objective_of(unit_TC @ rotation_CC.to(unit_TC.dtype), objective), rotation_CC
     velocity_CC, eye_CC = torch.zeros_like(rotation_CC), torch.eye(len(rotation_CC)).to(rotation_CC)
     for i, (batch_TC, last) in enumerate(_batches(unit_TC, batch, steps, seed)):
-        velocity_CC = MOMENTUM * velocity_CC + (1 - MOMENTUM) * _slope(batch_TC @ rotation_CC.to(x_TC.dtype), _DESCENT[objective])
+        velocity_CC = MOMENTUM * velocity_CC + (1 - MOMENTUM) * _slope(batch_TC @ rotation_CC.to(unit_TC.dtype), _DESCENT[objective])
         half_CC = lr / 4 * (1 + math.cos(math.pi * i / steps)) * velocity_CC
         rotation_CC = rotation_CC @ torch.linalg.solve(eye_CC + half_CC, eye_CC - half_CC)
-        if last and (now := objective_of(unit_TC @ rotation_CC.to(x_TC.dtype), objective)) < best:
+        if last and (now := objective_of(unit_TC @ rotation_CC.to(unit_TC.dtype), objective)) < best:
             best, best_CC = now, rotation_CC
     return best_CC
 
@@ -60,11 +60,9 @@ def objective_of(y_TC: Tensor, objective: Objective) -> float:
 def _unit(x_TC: Tensor) -> Tensor:
     """Tokens with a root mean square of 1, those that are zero left out."""
     if not x_TC.isfinite().all():
-        raise PlanishError(
-            "the inputs that a rotation is learned from hold NaN or Inf: an activation overflowed in calibration. Calibrate in float32."
-        )
+        raise PlanishError("the inputs to learn a rotation from hold NaN or Inf: an activation overflowed in calibration. Calibrate in float32.")
     peak_T1 = x_TC.abs().amax(1, keepdim=True)
-    x_TC = (x_TC / peak_T1)[peak_T1[:, 0] > 0]
+    x_TC = (x_TC.to(torch.promote_types(x_TC.dtype, torch.float32)) / peak_T1)[peak_T1[:, 0] > 0]
     return x_TC / x_TC.square().mean(1, keepdim=True).sqrt()
 
 
@@ -80,7 +78,9 @@ def _orthogonal(start_CC: Tensor, x_TC: Tensor) -> Tensor:
 
 def _batches(unit_TC: Tensor, batch: int | None, steps: int, seed: int) -> Iterator[tuple[Tensor, bool]]:
     """Tokens for each step, and whether a pass over all ends with it, or the descent."""
-    size = min(batch or len(unit_TC), len(unit_TC))
+    if batch is not None and batch < 1:
+        raise PlanishError(f"a rotation cannot be learned from {batch} tokens a step. Use some hundreds, or leave it out for all.")
+    size = len(unit_TC) if batch is None else min(batch, len(unit_TC))
     if size == 0:
         return
     generator, a_pass = torch.Generator().manual_seed(seed), len(unit_TC) // size

@@ -123,6 +123,16 @@ def test_a_start_that_is_no_rotation_is_refused(start: Tensor) -> None:
         learn_rotation(torch.ones(2, 4), start, "range", 1, 0.1)
 
 
+def test_a_batch_of_no_tokens_is_refused() -> None:
+    with pytest.raises(PlanishError, match="cannot be learned from 0 tokens a step"):
+        learn_rotation(torch.ones(2, 4), torch.eye(4), "range", 1, 0.1, batch=0)
+
+
+def test_inputs_of_half_precision_are_learned_from_in_float32() -> None:
+    x_TC = outliers(50, 8).bfloat16()
+    assert torch.equal(learn_rotation(x_TC, hadamard(8), "range", 5, 0.1), learn_rotation(x_TC.float(), hadamard(8), "range", 5, 0.1))
+
+
 def test_inputs_that_overflowed_are_refused() -> None:
     with pytest.raises(PlanishError, match="hold NaN or Inf"):
         learn_rotation(torch.full((2, 4), torch.inf), torch.eye(4), "range", 1, 0.1)
