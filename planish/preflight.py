@@ -70,8 +70,11 @@ def make_plan(
     offload_dir: str | Path | None = None,
     out: Path | None = None,
     allow_pickle: bool = False,
+    ids_NL: Tensor | None = None,
 ) -> Plan:
     """Check that the recipe can be carried out on the model and say what it will take. Of the weights, reads embeddings, first and last block.
+
+    ids_NL: the calibration's tokens, where another plan has made them already.
 
     Raises PlanishError: anything wrong with model or recipe, a topology that does not hold, groups that do not divide, patterns without a site,
     too little text, disk or memory.
@@ -90,7 +93,7 @@ def make_plan(
     resolved = resolve(recipe, topology, lambda _block, site: widths[site])
     layout = recipe.export.layout
     packed = {a: None if s is None else Packed(s, default_layout(s) if layout == "auto" else layout) for a, s in resolved.schemes.items()}
-    ids = None if recipe.calibration is None else _ids(recipe.calibration, runner)
+    ids = None if recipe.calibration is None else _ids(recipe.calibration, runner, ids_NL)
     _prove(runner)
     trim()
     sizes, program = Sizes(runner, recipe, packed), resident()
@@ -100,7 +103,7 @@ def make_plan(
     moved = sizes.streams if offload else 0
     elsewhere = None if offload_dir is None else Path(offload_dir)
     needs = {} if out is None else {out: 2 * sizes.out_bytes + (moved if elsewhere is None else 0)}
-    _check_room(needs if elsewhere is None else {**needs, elsewhere: moved})
+    check_room(needs if elsewhere is None else {**needs, elsewhere: moved})
     return Plan(
         recipe=recipe,
         checkpoint=checkpoint,
@@ -131,15 +134,15 @@ def _check_structure(runner: BlockRunner) -> None:
         check_structure(block, runner.topology, runner.block_name(index))
 
 
-def _ids(calibration: Calibration, runner: BlockRunner) -> Tensor:
-    """The calibration's tokens, which the model's tables of embeddings must have: (N, L)."""
+def _ids(calibration: Calibration, runner: BlockRunner, known_NL: Tensor | None) -> Tensor:
+    """The calibration's tokens, made now unless they are known, which the model's tables of embeddings must have: (N, L)."""
     path, config = runner.checkpoint.path, runner.model.config.get_text_config()
     learned = len(runner.topology.embeddings) > 1  # positions come from a table too, which ends somewhere
     if learned and calibration.length > config.max_position_embeddings:
         raise PlanishError(
             f"calibration.length is {calibration.length}, but {path} has no more than {config.max_position_embeddings} positions. Lower it."
         )
-    ids = calibration.tokens(runner.checkpoint.tokenizer())
+    ids = calibration.tokens(runner.checkpoint.tokenizer()) if known_NL is None else known_NL
     if int(ids.max()) >= config.vocab_size:
         raise PlanishError(
             f"{path}: the tokenizer makes token {int(ids.max())}, but the model has {config.vocab_size} tokens. "
@@ -170,7 +173,7 @@ def _check_free(out: Path) -> None:
         raise PlanishError(f"{out}: exists, and planish overwrites nothing. Choose another output folder, or remove this one.")
 
 
-def _check_room(needs: Mapping[Path, int]) -> None:
+def check_room(needs: Mapping[Path, int]) -> None:
     """Enough disk. needs: bytes by folder, which need not exist yet; folders on one disk share its room."""
     needed_on: dict[int, int] = {}
     for folder, needed in needs.items():
