@@ -1,4 +1,4 @@
-"""A comparison: the base model goes over the texts once, then each recipe in a process of its own; what is done is kept, and at the end written up."""
+"""A comparison: the base model goes over the texts once, each recipe has a process of its own, what is done is kept and at the end written up."""
 
 import json
 import platform

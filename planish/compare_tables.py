@@ -19,7 +19,7 @@ def comparison_plan_tables(plan: ComparisonPlan, model: str, pending: Sequence[s
     table = _table("recipe", "bits", "checkpoint", "time", "memory", "disk")
     for name, one in plan.plans.items():
         time = duration(one.seconds + plan.measuring) if name in pending else "done"
-        table.add_row(name, f"{one.bits_per_weight:.2f}", size(one.out_bytes), time, size(plan.memory(name)), size(one.disk))
+        table.add_row(f"  {name}", f"{one.bits_per_weight:.2f}", size(one.out_bytes), time, size(plan.memory(name)), size(one.disk))
     seconds = plan.measuring + plan.seconds(pending) if pending else 0.0
     memory = max(map(plan.memory, pending), default=0) + plan.waiting
     about = f"  {model}; {', '.join(f'{text.name} {text.windows} x {text.length} tokens' for text in plan.texts)}"
@@ -34,9 +34,9 @@ def comparison_tables(report: ComparisonReport, files: Sequence[Path]) -> tuple[
     texts = [text.name for text in report.texts]
     table = _table("recipe", *(f"{text}\nperplexity, KL" for text in texts), "bits\nsize", "time\nmemory", "runs in planish and")
     base = [Text(f"{perplexity(report.base.perplexity[text])}\n") for text in texts]
-    table.add_row("full precision", *base, f"{report.base.bits}\n{size(report.base.bytes)}", "", "")
+    table.add_row("  full precision", *base, f"{report.base.bits}\n{size(report.base.bytes)}", "", "")
     for row in report.rows:
-        table.add_row(row.recipe, *_cells(row, texts))
+        table.add_row(f"  {row.recipe}", *_cells(row, texts))
     return Text(report.model, style="bold"), "", table, "", Text(f"  {text_words(report)}", style="dim"), *_notes(all_notes(report)), *_paths(files)
 
 

@@ -24,9 +24,9 @@ def quality_words(quality: Quality) -> str:
 
 
 def portable(row: Row) -> str:
-    """Who else runs it."""
+    """Who else runs it, a line each."""
     others = [name for name in row.servers if name != "planish"]
-    return ", ".join(others) if others else "planish only"
+    return "\n".join(others) if others else "nothing else"
 
 
 def text_words(report: ComparisonReport) -> str:
@@ -66,7 +66,8 @@ def markdown(report: ComparisonReport) -> str:
     return (
         f"# Recipes on {_escaped(report.model)}\n\n{table}\n\n"
         f"{_escaped(text_words(report))}. KL: mean divergence from full precision in nats per token. same token: share of tokens for which both "
-        "find the same next one likeliest. bits: of a quantized weight, scales included. time and peak memory: of compressing, in a process of its own.\n\n"
+        "find the same next one likeliest. bits: of a quantized weight as it is stored, scales included. time and peak memory: of compressing, in a "
+        "process of its own.\n\n"
         f"![KL divergence against bits and time](comparison.svg)\n\n{notes}{chr(10) if notes else ''}"
         f"{report.family}, {report.blocks} blocks; {report.arithmetic} on {report.device}, {report.threads} threads, {report.platform}; "
         f"{versions}; {report.finished}.\n"
