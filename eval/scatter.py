@@ -11,8 +11,9 @@ from .pictures import BLACK, DARK, GREY, LINES, limits, log_ticks, plain
 
 WIDTH, HEIGHT = 400, 330  # of a panel, in pixels
 LEFT, TOP, RIGHT, BOTTOM, GAP = 74, 82, 24, 56, 30
-LETTER, LINE = 6.7, 15  # about what a letter of a label takes, and a line
+LETTER, LINE = 8.0, 15  # what a letter of a label takes at most, as fonts go, and a line
 MARK = 5.0  # half a mark's width
+SHARES = {"start": 0.0, "middle": 0.5, "end": 1.0}  # of a text's width that lie before the place where it stands firm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,8 +113,8 @@ def _legend(series: Sequence[str]) -> Iterator[str]:
 
 def _panel(panel: Panel, left: float, down: _Scale, ticks: Sequence[float], *, first: bool) -> Iterator[str]:
     """Grid, axes and points of one plot."""
-    xs = [point.x for point in panel.points] or [0.0]
-    pad = 0.12 * (max(xs) - min(xs)) or max(0.1 * max(xs), 1e-9)
+    xs = [point.x for point in panel.points] or [1.0]
+    pad = 0.12 * (max(xs) if panel.zero else max(xs) - min(xs)) or 0.1 * max(xs)
     low, high = 0.0 if panel.zero else min(xs) - pad, max(xs) + pad
     across = _Scale(low, high, left, left + WIDTH)
     for tick in ticks:
@@ -141,19 +142,21 @@ def _points(panel: Panel, across: _Scale, down: _Scale, frame: _Box) -> Iterator
     for point, x, heights in shown:
         yield f'<line class="tie" x1="{x:.1f}" x2="{x:.1f}" y1="{min(heights.values()):.1f}" y2="{max(heights.values()):.1f}"/>'
         yield from (_mark(x, height, i) for i, height in heights.items())
-        box = _free(point.label, x, sorted(heights.values()), taken, frame)
+        box, anchor = _free(point.label, x, sorted(heights.values()), taken, frame)
         taken.append(box)
-        yield _text(box.x, box.y + LINE - 4, point.label)
+        yield _text(box.x + SHARES[anchor] * box.width, box.y + LINE - 4, point.label, anchor=anchor)
 
 
-def _free(label: str, x: float, heights: Sequence[float], taken: Sequence[_Box], frame: _Box) -> _Box:
-    """Where the name goes: beside a mark, above or below all of them; the first place that nothing else takes, else the first."""
+def _free(label: str, x: float, heights: Sequence[float], taken: Sequence[_Box], frame: _Box) -> tuple[_Box, str]:
+    """Where the name goes, and which end of it stands firm: beside a mark, above or below all of them; the first place that nothing takes, else
+    the first."""
     width = LETTER * len(label)
-    beside = [_Box(at, height - LINE / 2, width, LINE) for height in heights for at in (x + MARK + 3, x - MARK - 3 - width)]
-    above, below = heights[0] - MARK - 2 - LINE, heights[-1] + MARK + 2
-    places = [*beside, *(_Box(at, y, width, LINE) for y in (above, below) for at in (x - width / 2, x - 4, x + 4 - width))]
-    inside = [box for box in places if box.within(frame)] or places
-    return next((box for box in inside if not any(box.meets(other) for other in taken)), inside[0])
+    rows = [(height - LINE / 2, MARK + 3) for height in heights] + [(heights[0] - MARK - 2 - LINE, -4.0), (heights[-1] + MARK + 2, -4.0)]
+    places = [(_Box(at, y, width, LINE), anchor) for y, away in rows for at, anchor in ((x + away, "start"), (x - away - width, "end"))] + [
+        (_Box(x - width / 2, y, width, LINE), "middle") for y, _ in rows[len(heights) :]
+    ]
+    inside = [place for place in places if place[0].within(frame)] or places
+    return next((place for place in inside if not any(place[0].meets(other) for other in taken)), inside[0])
 
 
 def _mark(x: float, y: float, style: int) -> str:

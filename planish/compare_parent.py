@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 GRACE = 20.0  # seconds that a stopped process has to end by itself
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from planish.compare_child import main; main()"
-_SHOWN = {"blocks": "blocks", "measuring": "texts"}  # stages that get a line; the others are short
+_SHOWN = {"blocks": "blocks", "measuring": "texts"}  # stages that get a line, and its name
 
 
 def run_child(task: "Task", progress: "Progress") -> dict[str, Any]:
@@ -53,35 +53,28 @@ def _converse(process: "subprocess.Popen[str]", task: "Task", progress: "Progres
         process.stdin.flush()
     except BrokenPipeError:  # it is dead already, and its exit code says why
         return None
-    found: dict[str, Any] | None = None
-    for kind, *rest in _messages(process.stdout):
-        if kind == "error":
-            raise PlanishError(f"recipe {task.recipe.name}: {rest[0]}")
-        if kind == "done":
-            found = rest[0]
-        else:
-            _pass_on(kind, rest, task.recipe.name, progress)
-    return found
+    return listen(process.stdout, task.recipe.name, progress)
 
 
-def _messages(lines: IO[str]) -> Iterator[list[Any]]:
-    """Every message; steps of stages without a line are left out."""
+def listen(lines: Iterable[str], name: str, progress: "Progress") -> dict[str, Any] | None:
+    """Pass on what the process of that recipe says, but for the stages that are short. Its result, None if it says none; PlanishError for its own."""
     shown = False
     for line in lines:
-        message = json.loads(line)
-        if message[0] == "stage":
-            shown = message[1] in _SHOWN
-        if shown or message[0] not in ("stage", "step"):
-            yield message
-
-
-def _pass_on(kind: str, rest: list[Any], name: str, progress: "Progress") -> None:
-    if kind == "say":
-        progress.say(f"{name}: {rest[0]}")
-    elif kind == "stage":
-        progress.stage(f"{name}: {_SHOWN[rest[0]]}", rest[1])
-    else:
-        progress.step(*rest)
+        kind, *rest = json.loads(line)
+        if kind == "error":
+            raise PlanishError(f"recipe {name}: {rest[0]}")
+        if kind == "done":
+            found: dict[str, Any] = rest[0]
+            return found
+        if kind == "say":
+            progress.say(f"{name}: {rest[0]}")
+        elif kind == "stage":
+            shown = rest[0] in _SHOWN
+            if shown:
+                progress.stage(f"{name}: {_SHOWN[rest[0]]}", rest[1])
+        elif shown:
+            progress.step(*rest)
+    return None
 
 
 def _stop(process: "subprocess.Popen[str]") -> None:

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from planish.eval.scatter import HEIGHT, LEFT, LETTER, LINE, TOP, WIDTH, Panel, Point, round_ticks, scatter
+from planish.eval.scatter import HEIGHT, LEFT, LETTER, LINE, SHARES, TOP, WIDTH, Panel, Point, round_ticks, scatter
 
 SVG = "{http://www.w3.org/2000/svg}"
 POINTS = (
@@ -22,8 +22,14 @@ def drawn(*points: Point, zero: bool = False) -> ET.Element:
 
 
 def labels(svg: ET.Element, points: tuple[Point, ...]) -> list[tuple[float, float, str]]:
+    """Left end, base line and text."""
     names = {point.label for point in points}
-    return [(float(text.get("x", "")), float(text.get("y", "")), text.text or "") for text in svg.iter(f"{SVG}text") if text.text in names]
+    found = [(text, text.text or "") for text in svg.iter(f"{SVG}text") if text.text in names]
+    shares = [SHARES[text.get("text-anchor", "")] for text, _ in found]
+    return [
+        (float(text.get("x", "")) - share * LETTER * len(name), float(text.get("y", "")), name)
+        for (text, name), share in zip(found, shares, strict=True)
+    ]
 
 
 def circles(svg: ET.Element) -> list[tuple[float, float]]:

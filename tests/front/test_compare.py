@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers_compare import MEASURE, run_here
 from helpers_compress import quick
 from helpers_front import SHORT, Ran, invoke, tree
 from jsonschema import Draft202012Validator
@@ -22,7 +23,6 @@ from planish.decode import decode
 
 Planish = Callable[..., Ran]
 WORDS = "A blacksmith planishes a sheet of copper: light blows, and the bumps are gone. " * 40
-MEASURE = ("--windows", "2", "--length", "64")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(original: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ran, Path]:
     """w8a8 and w4a8 on two texts, with checkpoints; what was printed and the folder. Not to be changed."""
     out = tmp_path_factory.mktemp("compared") / "out"
-    return invoke("compare", "w8a8", "w4a8", "--model", original, "--out", out, "--text", f"smith={text}", *SHORT, *MEASURE, "--keep"), out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("planish.compare_job.run_child", run_here)
+        return invoke("compare", "w8a8", "w4a8", "--model", original, "--out", out, "--text", f"smith={text}", *SHORT, *MEASURE, "--keep"), out
 
 
 def report(folder: Path) -> dict[str, Any]:
@@ -93,15 +95,17 @@ def test_the_numbers_are_those_of_compress_and_verify(recipe: str, finished: tup
         assert report(out)["base"]["perplexity"][name] == against["perplexity_base"]
 
 
+@pytest.mark.smoke
 def test_from_python_with_one_text(original: Path, tmp_path: Path) -> None:
+    """In a real process; and what is done is not done again."""
     told = Told()
-    recipes = [quick("w8a8"), quick("w8a8", "name=nearest", "solver=rtn", "steps=[]", "calibration=null")]
+    recipes = [quick("w8a8", "name=nearest", "solver=rtn", "steps=[]", "calibration=null")]
     found = front.compare(recipes, original, tmp_path / "out", windows=1, length=32, progress=told)
-    assert [row.recipe for row in found.rows] == ["w8a8", "nearest"]
-    assert found.rows[1].calibration_sha256 is None
+    assert [row.recipe for row in found.rows] == ["nearest"]
+    assert found.rows[0].calibration_sha256 is None
     assert found.rows[0].checkpoint is None
     assert any("One text only" in note for note in found.notes)
-    assert told.stages == ["full precision: texts", "w8a8: blocks", "w8a8: texts", "nearest: blocks", "nearest: texts"]
+    assert told.stages == ["full precision: texts", "nearest: blocks", "nearest: texts"]
     assert not (tmp_path / "out" / "checkpoints").exists()
     before = tree(tmp_path / "out" / "results")
     again = front.compare(recipes, original, tmp_path / "out", windows=1, length=32, progress=(silent := Told()))
@@ -143,9 +147,27 @@ def test_tokens_are_made_once(original: Path, tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_peak_memory_is_ones_own() -> None:
     """A process that a large one started does not report the large one's peak."""
     small = "from planish.report import peak_bytes; print(peak_bytes())"
     large = f"import subprocess, sys; ballast = b'1' * 1_500_000_000; print(subprocess.check_output([sys.executable, '-c', {small!r}]).decode())"
     found = subprocess.check_output([sys.executable, "-c", large], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert 10**8 < int(found) < 1.2e9
+
+
+@pytest.mark.slow
+@pytest.mark.demo
+def test_demo(planish: Planish, tmp_path: Path) -> None:
+    """Two recipes on a real model: the better one is better on both texts, and neither costs more than compress says."""
+    (tmp_path / "smith.txt").write_text(WORDS)
+    ran = planish("compare", "w8a8", "w4a8", "--model", "demo:smollm2", "--text", "smith=smith.txt", "--windows", "1", "--length", "512", "--json")
+    assert ran.code == 0, ran
+    found = decode(ComparisonReport, json.loads(ran.out), "report", nonfinite=True)
+    good, coarse = found.rows
+    for text in ("builtin", "smith"):
+        assert good.quality[text].kl < 0.03 < coarse.quality[text].kl
+    assert abs(good.quality["builtin"].change) < 0.03
+    assert good.peak_bytes < 2e9
+    assert coarse.bytes < 0.65 * found.base.bytes
+    assert not (tmp_path / "comparison" / "working").exists()

@@ -10,17 +10,21 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from helpers_compare import MEASURE
+from helpers_compare import here as here
 from helpers_front import SHORT, invoke, start, tree, wait_for
 from helpers_text import build_tokenizer
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny
 
-from planish import compare_job
-from planish.compare_parent import run_child
+from planish import compare_parent
+from planish.compare_folder import Folder
+from planish.compare_plan import named_recipes, named_texts
+from planish.comparison import Done
 from planish.quant.errors import PlanishError
-from planish.shipped import shipped_text
+from planish.recipe import load_recipe, with_settings
 
-BLOCKS = 24
-MEASURE = ("--windows", "1", "--length", "32")
+BLOCKS = 12
 SETTINGS = ("--set", "calibration.samples=16", "--set", "calibration.length=128", *MEASURE)
 
 
@@ -40,13 +44,15 @@ def gone(processes: list[psutil.Process], seconds: float = 10) -> bool:
     return not psutil.wait_procs(processes, timeout=seconds)[1]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT])
+@pytest.mark.usefixtures("here")
 def test_interrupted(how: signal.Signals, deep: Path, tmp_path: Path) -> None:
     """The second recipe is stopped at a block: nothing runs on, the first is not done again, the second goes on and is said to."""
-    command = ("compare", "w8a8", "w4a8", "--model", deep, "--out", tmp_path / "out", *SETTINGS)
-    process = start(*command, folder=tmp_path)
-    wait_for(tmp_path / "out" / "results" / "w8a8.json", process)
+    command = ("compare", "w8a8", "--model", deep, "--out", tmp_path / "out", *SETTINGS)
+    assert invoke(*command).code == 0
     kept = (tmp_path / "out" / "results" / "w8a8.json").read_bytes()
+    process = start(*command, "w4a8", folder=tmp_path)
+    wait_for(tmp_path / "out" / "working", process)
     while not list((tmp_path / "out" / "working").glob("w4a8-*.partial/block-00001.safetensors")):
         assert process.poll() is None
         time.sleep(0.001)
@@ -55,12 +61,11 @@ def test_interrupted(how: signal.Signals, deep: Path, tmp_path: Path) -> None:
     process.send_signal(how)
     _, err = process.communicate(timeout=60)
     assert gone(children)
-    assert not (tmp_path / "out" / "comparison.json").exists()
     if how is signal.SIGINT:
         assert process.returncode == 130
         assert err.splitlines()[-1] == f"Stopped. 1 of 2 recipes are done, in {tmp_path / 'out'}: the same command goes on from there."
         assert "Traceback" not in err
-    ran = invoke(*command)
+    ran = invoke(*command, "w4a8")
     assert ran.code == 0, ran
     assert "going on: 1 of 2 recipes are done" in ran.err
     assert re.search(rf"w4a8: going on: \d+ of {BLOCKS} blocks are done", ran.err)
@@ -72,50 +77,55 @@ def test_interrupted(how: signal.Signals, deep: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "working").exists()
 
 
-def test_goes_on_after_measuring_was_interrupted(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finished checkpoint is measured, not made again; its time is known from before; recipes can be added; --keep makes what is missing."""
+@pytest.mark.usefixtures("here")
+def test_recipes_and_checkpoints_can_be_added(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     command = ("compare", "--model", original, "--out", "out", *SHORT, *MEASURE)
-
-    class Stopped:
-        def __init__(self) -> None:
-            self.stages: list[str] = []
-
-    def stop(task: compare_job.Task, progress: object) -> None:
-        raise KeyboardInterrupt if run_child(task, progress) else AssertionError  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr("planish.compare_job.run_child", stop)
-        assert invoke(*command, "w8a8").code == 130
-    (clock,) = Path("out/working").glob("*.clock.json")
-    seconds = json.loads(clock.read_text())["seconds"]
-    ran = invoke(*command, "w8a8")
-    assert (ran.code, "w8a8: blocks" in ran.err, "w8a8: texts" in ran.err) == (0, False, True)
-    ran = invoke(*command, "w4a8", "w8a8", "--keep", "--json")
-    assert ran.code == 0
-    rows = {row["recipe"]: row for row in json.loads(ran.out)["rows"]}
-    assert list(rows) == ["w4a8", "w8a8"]
+    assert invoke(*command, "w8a8").code == 0
+    ran = invoke(*command, "w4a8", "w8a8", "--json")
+    assert (ran.code, "w8a8: blocks" in ran.err) == (0, False)
+    assert [row["recipe"] for row in json.loads(ran.out)["rows"]] == ["w4a8", "w8a8"]
+    assert not Path("out/checkpoints").exists()
+    ran = invoke(*command, "w4a8", "w8a8", "--keep")
+    assert (ran.code, "w8a8: blocks" in ran.err) == (0, True)
     assert {path.name for path in Path("out/checkpoints").iterdir()} == {"w4a8", "w8a8"}
-    assert rows["w8a8"]["seconds"] != seconds
 
 
-def test_what_is_measured_keeps_its_clock(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("keep", [(), ("--keep",)])
+def test_a_finished_checkpoint_is_measured_and_not_made_again(
+    keep: tuple[str, ...], original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time and memory are known from before."""
     monkeypatch.chdir(tmp_path)
-    command = ("compare", "w8a8", "--model", original, "--out", "out", *SHORT, *MEASURE, "--quiet")
+    command = ("compare", "w8a8", "--model", original, "--out", "out", *SHORT, *MEASURE, *keep)
 
-    def stop(*_arguments: object) -> None:
+    add = Folder.add
+
+    def stop(*_arguments: object, **_settings: object) -> None:
+        raise KeyboardInterrupt
+
+    def add_and_stop(folder: Folder, name: str, done: Done) -> None:
+        add(folder, name, done)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("planish.compare_job.CompareJob._done", stop)
-        assert invoke(*command).code == 130
+        if keep:  # the checkpoint is measured, but has not got its place yet
+            patch.setattr(Folder, "add", add_and_stop)
+        else:
+            patch.setattr("planish.compare_child.compare_with", stop)
+        ran = invoke(*command)
+    assert (ran.code, ran.err.splitlines()[-1][:32]) == (130, "Stopped. 0 of 1 recipes are done")
     (clock,) = Path("out/working").glob("*.clock.json")
     taken = json.loads(clock.read_text())
-    assert invoke(*command).code == 0
+    ran = invoke(*command)
+    assert (ran.code, "w8a8: blocks" in ran.err, "w8a8: texts" in ran.err) == (0, False, True)
     (row,) = json.loads(Path("out/comparison.json").read_text())["rows"]
     assert {key: row[key] for key in taken} == taken
+    assert not Path("out/working").exists()
 
 
+@pytest.mark.usefixtures("here")
 def test_another_comparison_is_refused(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert invoke("compare", "w8a8", "--model", original, *SHORT, *MEASURE, "--quiet").code == 0
@@ -160,8 +170,6 @@ def test_refused_before_anything_runs(
 
 def test_what_a_child_refuses_has_the_recipes_name(model: Path, tmp_path: Path) -> None:
     """A NaN in a block that preflight does not look at."""
-    from safetensors.torch import load_file, save_file
-
     (name, file), *_ = ((name, file) for file in model.glob("*.safetensors") for name in load_file(file) if "layers.1.mlp.down_proj" in name)
     tensors = load_file(file)
     tensors[name][0, 0] = torch.nan
@@ -183,8 +191,6 @@ def test_a_process_that_dies_is_said_to(original: Path, tmp_path: Path, monkeypa
 
 
 def test_a_process_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from planish import compare_parent
-
     monkeypatch.setattr(compare_parent, "GRACE", 0.1)
     command = ["sleep", "60"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -193,12 +199,8 @@ def test_a_process_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_names_of_recipes_become_names_of_files() -> None:
-    from planish.compare_plan import named_recipes, named_texts
-    from planish.recipe import load_recipe, with_settings
-
     names = [with_settings(load_recipe("w8a8"), [f"name={name!r}"]) for name in ("a/b c", "..", "Ärger-8")]
     assert list(named_recipes(names, ())) == ["a-b-c", "recipe", "Ärger-8"]
-    assert "name: w8a8" in shipped_text("w8a8")
     assert named_texts(["texts/wiki.txt", "b=x=y.txt"]) == {"builtin": "builtin", "wiki": "texts/wiki.txt", "b": "x=y.txt"}
     with pytest.raises(PlanishError, match="needs recipes"):
         named_recipes([], ())
