@@ -159,6 +159,8 @@ class CompareJob:
 
         make_reference(plan.checkpoint, plan.ids, device=device, report=step).save(self.folder.reference)
         trim()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the recipes' processes need it
 
     def _measure(self, plan: ComparisonPlan, name: str, progress: Progress) -> Done:
         """One recipe, in its own process; its result is kept before its checkpoint goes where it belongs."""

@@ -74,10 +74,8 @@ def make_plan(
 ) -> Plan:
     """Check that the recipe can be carried out on the model and say what it will take. Of the weights, reads embeddings, first and last block.
 
-    ids_NL: the calibration's tokens, where another plan has made them already.
-
     Raises PlanishError: anything wrong with model or recipe, a topology that does not hold, groups that do not divide, patterns without a site,
-    too little text, disk or memory.
+    too little text, disk or memory. ids_NL: the calibration's tokens, where they are known already.
     """
     if out is not None:
         _check_free(out)
@@ -100,8 +98,7 @@ def make_plan(
     room = program + int(psutil.virtual_memory().available * AVAILABLE_SHARE)
     offload = offload_dir is not None or sizes.compressing(program, offload=False, replay=True).total > room
     replay = offload or sizes.compressing(program, offload=False, replay=False).total > room
-    moved = sizes.streams if offload else 0
-    elsewhere = None if offload_dir is None else Path(offload_dir)
+    moved, elsewhere = sizes.streams if offload else 0, None if offload_dir is None else Path(offload_dir)
     needs = {} if out is None else {out: 2 * sizes.out_bytes + (moved if elsewhere is None else 0)}
     check_room(needs if elsewhere is None else {**needs, elsewhere: moved})
     return Plan(
