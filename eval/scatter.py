@@ -11,7 +11,7 @@ from .pictures import BLACK, DARK, GREY, LINES, limits, log_ticks, plain
 
 WIDTH, HEIGHT = 400, 330  # of a panel, in pixels
 LEFT, TOP, RIGHT, BOTTOM, GAP = 74, 82, 24, 56, 30
-LETTER, LINE = 8.0, 15  # what a letter of a label takes at most, as fonts go, and a line
+LETTER, LINE = 8.4, 15  # what a letter of a label takes at most, as fonts go, and a line
 MARK = 5.0  # half a mark's width
 SHARES = {"start": 0.0, "middle": 0.5, "end": 1.0}  # of a text's width that lie before the place where it stands firm
 
@@ -87,20 +87,27 @@ def scatter(title: str, y: str, series: Sequence[str], panels: Sequence[Panel]) 
 
 def _style() -> str:
     """Rules for light, and what differs in the dark."""
-    colours = {f"s{i}": colour for i, (colour, _, _) in enumerate(LINES)}
-    light = "".join(f".{name}{{fill:{colour};stroke:{colour}}}" for name, colour in colours.items())
-    dark = "".join(f".{name}{{fill:{DARK.get(colour, colour)};stroke:{DARK.get(colour, colour)}}}" for name, colour in colours.items())
-    return (
-        "text{font:13px system-ui,sans-serif;fill:" + BLACK + "}.title{font-size:16px;font-weight:600}.tick{font-size:12px;fill:#555}"
-        ".ground{fill:#fff}.grid{stroke:#e3e6e8}.edge{fill:none;stroke:"
-        + GREY
-        + "}.tie{stroke:"
-        + GREY
-        + ";stroke-width:1}"
-        + light
-        + "@media (prefers-color-scheme:dark){"
-        "text{fill:" + DARK[BLACK] + "}.tick{fill:#b9c0c7}.ground{fill:#15181b}.grid{stroke:#2c3136}" + dark + "}"
-    )
+    colours = [colour for colour, _, _ in LINES]
+    light = [
+        f"text{{font:13px system-ui,sans-serif;fill:{BLACK}}}",
+        ".title{font-size:16px;font-weight:600}",
+        ".tick{font-size:12px;fill:#555}",
+        ".label{paint-order:stroke;stroke:#fff;stroke-width:3px}",  # readable on lines, too
+        ".ground{fill:#fff}",
+        ".grid{stroke:#e3e6e8}",
+        f".edge{{fill:none;stroke:{GREY}}}",
+        f".tie{{stroke:{GREY}}}",
+        *(f".s{i}{{fill:{colour}}}" for i, colour in enumerate(colours)),
+    ]
+    dark = [
+        f"text{{fill:{DARK[BLACK]}}}",
+        ".tick{fill:#b9c0c7}",
+        ".label{stroke:#15181b}",
+        ".ground{fill:#15181b}",
+        ".grid{stroke:#2c3136}",
+        *(f".s{i}{{fill:{DARK.get(colour, colour)}}}" for i, colour in enumerate(colours)),
+    ]
+    return f"{''.join(light)}@media (prefers-color-scheme:dark){{{''.join(dark)}}}"
 
 
 def _legend(series: Sequence[str]) -> Iterator[str]:
@@ -128,7 +135,7 @@ def _panel(panel: Panel, left: float, down: _Scale, ticks: Sequence[float], *, f
         yield _text(at, TOP + HEIGHT + 18, f"{tick:,.6g}", "tick", "middle")
     yield f'<rect class="edge" x="{left:.1f}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}"/>'
     yield _text(left + WIDTH / 2, TOP + HEIGHT + 42, panel.x, "name", "middle")
-    yield from _points(panel, across, down, _Box(left, TOP, WIDTH, HEIGHT))
+    yield from _points(panel, across, down, _Box(left + 3, TOP + 3, WIDTH - 6, HEIGHT - 6))
 
 
 def _points(panel: Panel, across: _Scale, down: _Scale, frame: _Box) -> Iterator[str]:
@@ -139,6 +146,7 @@ def _points(panel: Panel, across: _Scale, down: _Scale, frame: _Box) -> Iterator
         if heights:
             shown.append((point, across.at(point.x), heights))
     taken = [_Box(x - MARK, height - MARK, 2 * MARK, 2 * MARK) for _, x, heights in shown for height in heights.values()]
+    taken += [_Box(x - 1, min(heights.values()), 2, max(heights.values()) - min(heights.values())) for _, x, heights in shown]
     for point, x, heights in shown:
         yield f'<line class="tie" x1="{x:.1f}" x2="{x:.1f}" y1="{min(heights.values()):.1f}" y2="{max(heights.values()):.1f}"/>'
         yield from (_mark(x, height, i) for i, height in heights.items())
