@@ -178,8 +178,8 @@ class Sizes:
 
     def seconds(self, replay: bool) -> float:
         """From the arithmetic of forward passes, Hessians and solver at the speed of one measured product; good to a factor of two or so."""
-        rate = _products_per_second(self.dtype, self.runner.device)
-        slow = _products_per_second(torch.float32, self.runner.device)
+        rate = products_per_second(self.dtype, self.runner.device)
+        slow = products_per_second(torch.float32, self.runner.device)
         widths = [site.width for site in self.sites]
         passes = (4 if replay else 2) * self.tokens * self.block_parameters
         hessians = self.tokens * sum(w * w for w in widths)
@@ -187,7 +187,8 @@ class Sizes:
         return self.block_count * (0.3 + passes / rate + hessians / slow + solver / slow)
 
 
-def _products_per_second(dtype: torch.dtype, device: torch.device) -> float:
+def products_per_second(dtype: torch.dtype, device: torch.device) -> float:
+    """Multiplications, each with its addition, that a matrix product makes in a second here: measured now, in a few milliseconds."""
     a = torch.ones(512, 512, dtype=dtype, device=device)
     (a @ a).sum().item()  # once before the clock runs
     start = time.perf_counter()

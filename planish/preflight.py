@@ -16,7 +16,7 @@ from torch import Tensor
 from .calib.checkpoint import Checkpoint, check_language, open_checkpoint
 from .calib.data import Calibration
 from .calib.heap import trim
-from .calib.packing import Packed, default_layout
+from .calib.packing import Layout, Packed, default_layout
 from .calib.precision import bfloat16_products, pick_device, working_dtype
 from .calib.prefix import prefix_ids
 from .calib.proof import check_structure, prove
@@ -24,6 +24,7 @@ from .calib.runner import BlockRunner
 from .calib.sites import Topology, reader_weight
 from .estimate import Memory, Sizes, resident
 from .quant.errors import PlanishError
+from .quant.formats import Scheme
 from .quant.transforms import Prefix
 from .recipe import Recipe, load_recipe
 from .resolve import SERVED_GROUPS, Address, resolve
@@ -73,11 +74,12 @@ def make_plan(
     offload_dir: str | Path | None = None,
     out: Path | None = None,
     allow_pickle: bool = False,
+    ids_NL: Tensor | None = None,
 ) -> Plan:
     """Check that the recipe can be carried out on the model and say what it will take. Of the weights, reads embeddings, first and last block.
 
     Raises PlanishError: anything wrong with model or recipe, a topology that does not hold, groups that do not divide, patterns without a site,
-    too little text, disk or memory.
+    too little text, disk or memory. ids_NL: the calibration's tokens, where they are known already.
     """
     if out is not None:
         _check_free(out)
@@ -91,21 +93,17 @@ def make_plan(
     _check_structure(runner)
     widths = {site.name: reader_weight(runner.blocks[0].get_submodule(site.readers[0])).shape[1] for site in topology.sites}
     resolved = resolve(recipe, topology, lambda _block, site: widths[site])
-    layout, extended = recipe.export.layout, recipe.extended
-    packed = {
-        a: None if s is None else Packed(s, default_layout(s, extended=extended) if layout == "auto" else layout) for a, s in resolved.schemes.items()
-    }
-    ids = None if recipe.calibration is None else _ids(recipe.calibration, runner)
+    packed = {address: None if scheme is None else Packed(scheme, _layout(recipe, scheme)) for address, scheme in resolved.schemes.items()}
+    ids = None if recipe.calibration is None else _ids(recipe.calibration, runner, ids_NL)
     _prove(runner)
     trim()
     sizes, program = Sizes(runner, recipe, packed), resident()
     room = program + int(psutil.virtual_memory().available * AVAILABLE_SHARE)
     offload = offload_dir is not None or sizes.compressing(program, offload=False, replay=True).total > room
     replay = offload or sizes.compressing(program, offload=False, replay=False).total > room
-    moved = sizes.streams if offload else 0
-    elsewhere = None if offload_dir is None else Path(offload_dir)
+    moved, elsewhere = sizes.streams if offload else 0, None if offload_dir is None else Path(offload_dir)
     needs = {} if out is None else {out: 2 * sizes.out_bytes + (moved if elsewhere is None else 0)}
-    _check_room(needs if elsewhere is None else {**needs, elsewhere: moved})
+    check_room(needs if elsewhere is None else {**needs, elsewhere: moved})
     return Plan(
         recipe=recipe,
         checkpoint=checkpoint,
@@ -114,9 +112,9 @@ def make_plan(
         dtype=working,
         packed=packed,
         ids=ids,
-        prefix=prefix_ids(tuple(t for step in recipe.steps if isinstance(step, Prefix) for t in step.tokens), checkpoint.tokenizer()),
-        notes=resolved.notes + _warnings(packed, topology, extended),
-        servers=("planish",) if extended else servers(packed, topology),
+        prefix=_prefix(recipe, checkpoint),
+        notes=resolved.notes + _warnings(packed, topology, recipe.extended),
+        servers=("planish",) if recipe.extended else servers(packed, topology),
         bits_per_weight=sizes.bits,
         offload=offload,
         offload_dir=elsewhere,
@@ -129,6 +127,15 @@ def make_plan(
     )
 
 
+def _layout(recipe: Recipe, scheme: Scheme) -> Layout:
+    return default_layout(scheme, extended=recipe.extended) if recipe.export.layout == "auto" else recipe.export.layout
+
+
+def _prefix(recipe: Recipe, checkpoint: Checkpoint) -> tuple[int, ...]:
+    tokens = [token for step in recipe.steps if isinstance(step, Prefix) for token in step.tokens]
+    return prefix_ids(tokens, checkpoint.tokenizer()) if tokens else ()
+
+
 def _check_structure(runner: BlockRunner) -> None:
     """There are blocks, and the family's table fits each of them by names and shapes."""
     if not len(runner.blocks):
@@ -137,15 +144,15 @@ def _check_structure(runner: BlockRunner) -> None:
         check_structure(block, runner.topology, runner.block_name(index))
 
 
-def _ids(calibration: Calibration, runner: BlockRunner) -> Tensor:
-    """The calibration's tokens, which the model's tables of embeddings must have: (N, L)."""
+def _ids(calibration: Calibration, runner: BlockRunner, known_NL: Tensor | None) -> Tensor:
+    """The calibration's tokens, made now unless they are known, which the model's tables of embeddings must have: (N, L)."""
     path, config = runner.checkpoint.path, runner.model.config.get_text_config()
     learned = len(runner.topology.embeddings) > 1  # positions come from a table too, which ends somewhere
     if learned and calibration.length > config.max_position_embeddings:
         raise PlanishError(
             f"calibration.length is {calibration.length}, but {path} has no more than {config.max_position_embeddings} positions. Lower it."
         )
-    ids = calibration.tokens(runner.checkpoint.tokenizer())
+    ids = calibration.tokens(runner.checkpoint.tokenizer()) if known_NL is None else known_NL
     if int(ids.max()) >= config.vocab_size:
         raise PlanishError(
             f"{path}: the tokenizer makes token {int(ids.max())}, but the model has {config.vocab_size} tokens. "
@@ -176,7 +183,7 @@ def _check_free(out: Path) -> None:
         raise PlanishError(f"{out}: exists, and planish overwrites nothing. Choose another output folder, or remove this one.")
 
 
-def _check_room(needs: Mapping[Path, int]) -> None:
+def check_room(needs: Mapping[Path, int]) -> None:
     """Enough disk. needs: bytes by folder, which need not exist yet; folders on one disk share its room."""
     needed_on: dict[int, int] = {}
     for folder, needed in needs.items():

@@ -27,18 +27,23 @@ class Factor(Protocol):
 
     def on_input(self, x: Tensor) -> Tensor:
         """x T: (..., C), in x's dtype."""
+        ...
 
     def on_weight(self, w_OC: Tensor) -> Tensor:
         """W T^-T: (O, C), in w's dtype."""
+        ...
 
     def offset(self, w_OC: Tensor) -> Tensor | None:
         """What the layer's bias gains: (O,), None if nothing. w_OC: the weight before on_weight."""
+        ...
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that on_input needs."""
+        ...
 
     def numbers(self) -> dict[str, int]:
         """Likewise."""
+        ...
 
 
 class _Linear:

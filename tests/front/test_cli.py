@@ -112,7 +112,7 @@ def test_version_and_help(planish: Planish) -> None:
     assert planish("--version") == Ran(0, f"planish {version('planish')}\n", "")
     ran = planish("--help")
     assert ran.code == 0
-    for command in ("compress", "plan", "verify", "recipes", "demo"):
+    for command in ("compress", "compare", "inspect", "plan", "verify", "recipes", "demo"):
         assert command in ran.out
 
 
