@@ -286,8 +286,6 @@ class _Turn:
         record = self.record.sites[name]
         record.chain = store(done.chain)[0]
         self.record.equivalence = max(self.record.equivalence, done.error)
-        if readers.activations is not None:
-            record.clip = readers.activations.clip
 
     def _passes(self, block: nn.Module, streams: Streams, stream: Stream) -> list[Pass]:
         def start(batch: int) -> Callable[[], Tensor]:
@@ -309,7 +307,8 @@ class _Turn:
         prefix = self.runner.block_name(self.index)
         tensors: dict[str, Tensor] = {}
         packed: dict[str, Packed] = {}
-        for readers in self.readers.values():
+        for name, readers in self.readers.items():
+            self.record.sites[name].clip = 1.0 if readers.activations is None else readers.activations.clip
             for path, solved in readers.solved.items():
                 assert readers.packed is not None
                 packed[f"{prefix}.{path}"] = readers.packed

@@ -104,8 +104,9 @@ class Recipe:
 
     @property
     def extended(self) -> bool:
-        """Whether the checkpoint says more than compressed-tensors can: something is done to inputs at run time, or a prefix stands before them."""
-        return any(not isinstance(step, Smooth) for step in self.steps)
+        """Whether the checkpoint says more than compressed-tensors can: inputs are transformed or clipped, or have a prefix."""
+        clips = any(scheme.activations is not None and scheme.activations.clip != 1 for scheme in self.schemes())
+        return clips or any(not isinstance(step, Smooth) for step in self.steps)
 
     def schemes(self) -> tuple[Scheme, ...]:
         """All that occur: the recipe's, then its overrides'."""

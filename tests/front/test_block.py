@@ -133,8 +133,7 @@ def start(plan: Plan) -> tuple[BlockCompressor, Streams]:
     with torch.no_grad():
         streams = _streams(plan, runner, None)
     assert streams is not None
-    smooth = next((step for step in plan.recipe.steps), None)
-    return BlockCompressor(runner, plan.recipe.solver, smooth, plan.packed, streams), streams
+    return BlockCompressor(runner, plan.recipe.solver, plan.recipe.steps, plan.packed, streams), streams
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -153,7 +152,7 @@ def test_advance_moves_the_streams_as_compress_did(
     resumed, other = start(plan)
     for index in range(plan.topology.block_count):
         result: BlockResult = compressor.compress(index)
-        resumed.advance(index, result.tensors, packed_linears(plan, result.record))
+        resumed.advance(result.record, result.tensors, packed_linears(plan, result.record))
         for one, two in zip([*streams.full, *streams.quant], [*other.full, *other.quant], strict=True):
             assert torch.equal(one, two)
 

@@ -13,6 +13,7 @@ from planish.calib.precision import bfloat16_products
 from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat, scale_and_zero
 from planish.quant.linear import QuantizedLinear, StaticGrid, quantize_input
 from planish.quant.solvers import Rtn
+from planish.quant.transforms.factors import Scale
 
 ACTIVATIONS: list[ActivationFormat | None] = [
     None,
@@ -117,12 +118,12 @@ def test_extreme_codes_of_asymmetric_formats() -> None:
     assert quantized.integers(torch.bfloat16).amin() == -255
 
 
-def test_divisor_is_applied_before_quantization() -> None:
+def test_the_input_goes_through_the_chain_before_it_is_quantized() -> None:
     x = inputs(9, 24).float()
     divisor = torch.linspace(0.5, 3, 24)
     weight = rounded(10, 24, FORMATS[0])
     for act in (None, ActivationFormat(bits=8)):
-        assert torch.equal(QuantizedLinear(weight, None, act, None, divisor)(x), QuantizedLinear(weight, None, act)(x / divisor))
+        assert torch.equal(QuantizedLinear(weight, None, act, None, (Scale(divisor),))(x), QuantizedLinear(weight, None, act)(x / divisor))
 
 
 values = st.one_of(st.just(0.0), st.floats(-100, 100, width=32), st.sampled_from([1e30, -1e30, 1e-30]))
