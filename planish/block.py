@@ -20,6 +20,7 @@ from .calib.quantized import load_rest, quantized_readers
 from .calib.runner import BlockRunner, Call
 from .calib.stream import Stream
 from .calib.walk import Pass, replaced, walking
+from .calib.workers import Workers, workers_for
 from .quant.formats import ActivationFormat, Scheme
 from .quant.linear import StaticGrid
 from .quant.solvers import Solver
@@ -115,6 +116,7 @@ class BlockCompressor:
     ) -> None:
         self.runner, self.solver, self.smooth, self.packed, self.streams = runner, solver, smooth, packed, streams
         self.sites = {site.name: site for site in runner.topology.sites}
+        self.workers = 1 if streams is None else workers_for(len(streams.calls), runner.device)
 
     @torch.no_grad()
     def compress(self, index: int) -> BlockResult:
@@ -152,8 +154,13 @@ class BlockCompressor:
 
     def _forward(self, block: nn.Module, index: int, stream: Stream) -> None:
         assert self.streams is not None
-        for i, call in enumerate(self.streams.calls):
-            stream[i] = call.run(block, index, stream[i])
+        streams = self.streams
+
+        def move(batch: int) -> None:
+            stream[batch] = streams.calls[batch].run(block, index, stream[batch])
+
+        with Workers(self.workers) as crew:
+            list(crew.map(move, range(len(streams.calls))))
 
 
 class _Turn:
@@ -161,6 +168,7 @@ class _Turn:
 
     def __init__(self, owner: BlockCompressor, index: int) -> None:
         self.runner, self.solver, self.smooth, self.sites, self.index = owner.runner, owner.solver, owner.smooth, owner.sites, index
+        self.workers = owner.workers
         self.dtype, self.stored = owner.runner.dtype, owner.runner.checkpoint.dtype
         self.packed = {name: owner.packed[index, name] for name in self.sites}
         self.static: dict[str, StaticGrid | None] = dict.fromkeys(self.sites)
@@ -172,7 +180,7 @@ class _Turn:
         """Send the full-precision stream through, then choose and absorb the scales. The block is float32 afterwards."""
         hidden = streams.probe_hidden()
         sites = list(self.sites.values())
-        self.observation = observe(block, self.index, sites, streams.calls, streams.full, streams.before)
+        self.observation = observe(block, self.index, sites, streams.calls, streams.full, streams.before, self.workers)
         self.record.sink_tokens = self.observation.sink_tokens
         probe = Probe(streams.probe, self.index, hidden, ~sinks(hidden.flatten(0, 1), streams.probe.run(block, self.index, hidden).flatten(0, 1)))
         schemes = {name: None if packed is None else packed.scheme for name, packed in self.packed.items()}
@@ -219,9 +227,9 @@ class _Turn:
             if streams.before is not None:
                 weights = {id(p): nn.Parameter(p.detach().to(self.dtype), requires_grad=False) for p in block.parameters()}
                 twin = copy.deepcopy(block, weights)
-                full = stack.enter_context(walking(twin, sites, self._passes(twin, streams, streams.before), streams.replay))
+                full = stack.enter_context(walking(twin, sites, self._passes(twin, streams, streams.before), streams.replay, self.workers))
             self._collect(block)
-            walk = stack.enter_context(walking(block, sites, self._passes(block, streams, streams.quant), streams.replay))
+            walk = stack.enter_context(walking(block, sites, self._passes(block, streams, streams.quant), streams.replay, self.workers))
             for parameter in block.parameters():
                 parameter.data = parameter.data.to(self.stored).to(self.dtype)
             widest = max(readers.width for readers in self.readers.values())  # where most is held while the solver works

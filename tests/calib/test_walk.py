@@ -253,8 +253,9 @@ def test_replaced_restores_even_after_an_error() -> None:
 def test_site_inputs() -> None:
     block = Toy()
     (x,) = batches(1)
-    with site_inputs(block, SITES) as seen:
+    with site_inputs(block, SITES) as inputs:
         block(x)
+        seen = inputs.take()
     assert torch.equal(seen["in"], x.flatten(0, 1))
     assert torch.equal(seen["out"], (torch.tanh(block.a(x)) * block.get_submodule("deep.b")(x)).flatten(0, 1))
     with pytest.raises(ValueError, match="stop"), site_inputs(block, SITES):

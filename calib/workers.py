@@ -1,0 +1,93 @@
+"""Dealing batches to threads of one core each: small matrices and elementwise work keep two cores busy better as two passes than as one.
+
+A pass is then computed by `passes_threads` threads, however many workers there are at the moment, so the bits are the same whoever runs it.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+
+MOST = 8  # workers: each holds the values of a pass on its way; what threads there are besides are shared out among them
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def workers_for(batches: int, device: torch.device) -> int:
+    """How many workers share so many batches: one a core, where the arithmetic is the processor's."""
+    return max(1, min(torch.get_num_threads(), batches, MOST)) if device.type == "cpu" else 1
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """While the `with` lasts, torch computes with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Workers:
+    """`count` workers, of which the first is the caller's own thread; a lone one does its items there one by one, as `map` does. Use in a `with`.
+
+    each: threads that torch uses in each of them while several are at work.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.each = count, max(1, torch.get_num_threads() // count)
+        self._helpers = [ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(self.each,)) for _ in range(count - 1)]
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for helper in self._helpers:
+            helper.shutdown()
+
+    def map(self, work: Callable[[T], R], items: Sequence[T], *, ahead: bool = True) -> Iterator[R]:
+        """work(item) for each item, in order; item i is always worker i modulo count's, in its thread.
+
+        ahead: several workers do all items before the first result comes; else one item each at a time.
+        After an error the others end the item that they are at, then it is raised here.
+        """
+        size = len(items) if ahead and self.count > 1 else self.count
+        for start in range(0, len(items), size):
+            if self.count == 1:
+                yield work(items[start])
+            else:
+                yield from self._deal(work, items[start : start + size])
+
+    def _deal(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        stop, gradients = threading.Event(), torch.is_grad_enabled()
+
+        def share(worker: int) -> list[R]:
+            done: list[R] = []
+            with torch.set_grad_enabled(gradients):  # each thread has its own
+                try:
+                    for item in items[worker :: self.count]:
+                        if stop.is_set():
+                            break
+                        done.append(work(item))
+                except BaseException:
+                    stop.set()
+                    raise
+            return done
+
+        futures: list[Future[list[R]]] = []
+        with threads(self.each):
+            try:
+                futures += [helper.submit(share, worker) for worker, helper in enumerate(self._helpers, 1)]
+                done = [share(0)]
+                wait(futures)
+            finally:
+                stop.set()
+                wait(futures)
+        done += [future.result() for future in futures]
+        return [done[i % self.count][i // self.count] for i in range(len(items))]
