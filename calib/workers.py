@@ -1,6 +1,6 @@
 """Dealing batches to threads of one core each: small matrices and elementwise work keep two cores busy better as two passes than as one.
 
-A pass is then computed by `passes_threads` threads, however many workers there are at the moment, so the bits are the same whoever runs it.
+How many threads compute a batch may decide its last bits, so what must agree bit for bit is computed with the same share of threads.
 """
 
 import threading
@@ -23,10 +23,18 @@ def workers_for(batches: int, device: torch.device) -> int:
     return max(1, min(torch.get_num_threads(), batches, MOST)) if device.type == "cpu" else 1
 
 
+def share_of_threads(workers: int) -> int:
+    """Threads with which torch works on a batch where so many workers share them."""
+    return max(1, torch.get_num_threads() // workers)
+
+
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def _threads(count: int) -> Iterator[None]:
     """While the `with` lasts, torch computes with so many threads."""
     before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
     torch.set_num_threads(count)
     try:
         yield
@@ -37,11 +45,11 @@ def threads(count: int) -> Iterator[None]:
 class Workers:
     """`count` workers, of which the first is the caller's own thread; a lone one does its items there one by one, as `map` does. Use in a `with`.
 
-    each: threads that torch uses in each of them while several are at work.
+    each: threads with which torch works on an item, None: an equal share of those there are.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count, self.each = count, max(1, torch.get_num_threads() // count)
+    def __init__(self, count: int, each: int | None = None) -> None:
+        self.count, self.each = count, each or share_of_threads(count)
         self._helpers = [ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(self.each,)) for _ in range(count - 1)]
 
     def __enter__(self) -> "Workers":
@@ -57,12 +65,9 @@ class Workers:
         ahead: several workers do all items before the first result comes; else one item each at a time.
         After an error the others end the item that they are at, then it is raised here.
         """
-        size = len(items) if ahead and self.count > 1 else self.count
+        size = max(len(items), 1) if ahead and self.count > 1 else self.count
         for start in range(0, len(items), size):
-            if self.count == 1:
-                yield work(items[start])
-            else:
-                yield from self._deal(work, items[start : start + size])
+            yield from self._deal(work, items[start : start + size])
 
     def _deal(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         stop, gradients = threading.Event(), torch.is_grad_enabled()
@@ -81,7 +86,7 @@ class Workers:
             return done
 
         futures: list[Future[list[R]]] = []
-        with threads(self.each):
+        with _threads(self.each):
             try:
                 futures += [helper.submit(share, worker) for worker, helper in enumerate(self._helpers, 1)]
                 done = [share(0)]
