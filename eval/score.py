@@ -6,7 +6,6 @@ Shapes: ids (N, L) windows of token numbers; hidden (B, L, D) of B windows at on
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,7 +137,7 @@ def final_hidden(
     with Workers(workers_for(len(batches), runner.device), each) as workers:
         for index in range(count):
             block = runner.load_block(index)
-            deque(workers.map(move, range(len(batches))), maxlen=0)
+            list(workers.map(move, range(len(batches))))
             runner.release_block(index)
             if report is not None:
                 report(index + 1, count)
