@@ -163,7 +163,7 @@ class _Walk:
                         out = call.run(block, index, hidden)
                 else:
                     out = call.run(block, index, hidden)
-            look.update(hidden, out, inputs)
+            look.update(hidden, out, inputs.take())
             self.stream[i] = out
             done += len(hidden)
         return look

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..calib.checkpoint import Checkpoint
 from ..calib.precision import bfloat16_products
-from ..calib.runner import BlockRunner, Call, Head
+from ..calib.runner import BlockRunner, Head
+from ..calib.workers import Workers, workers_for
 from ..quant.errors import PlanishError
 
 BATCH_TOKENS = 2048  # tokens that run through a block at a time
@@ -114,23 +115,32 @@ def arithmetic(dtype: torch.dtype, *, as_walked: bool = False) -> Iterator[None]
 
 
 def final_hidden(
-    runner: BlockRunner, batches: list[Tensor], report: Report | None = None, disturb: Callable[[Tensor], Tensor] | None = None
+    runner: BlockRunner,
+    batches: list[Tensor],
+    report: Report | None = None,
+    disturb: Callable[[Tensor], Tensor] | None = None,
+    each: int | None = None,
 ) -> list[Tensor]:
-    """The hidden states after the last block for each batch of ids. Call inside `arithmetic`. disturb: applied to what every block gives out."""
+    """The hidden states after the last block for each batch of ids. Call inside `arithmetic`.
+
+    disturb: applied to what every block gives out. each: threads with which torch works on a batch, None: an equal share of those there are.
+    """
     count = runner.topology.block_count
-    hidden: list[Tensor] = []
-    calls: list[Call] = []
-    for first, call in runner.start(batches):
-        hidden.append(first)
-        calls.append(call)
-    for index in range(count):
-        block = runner.load_block(index)
-        for i, call in enumerate(calls):
-            out = call.run(block, index, hidden[i])
-            hidden[i] = out if disturb is None else disturb(out)
-        runner.release_block(index)
-        if report is not None:
-            report(index + 1, count)
+    started = list(runner.start(batches))
+    hidden, calls = [first for first, _ in started], [call for _, call in started]
+    del started
+
+    def move(batch: int) -> None:
+        out = calls[batch].run(block, index, hidden[batch])
+        hidden[batch] = out if disturb is None else disturb(out)
+
+    with Workers(workers_for(len(batches), runner.device), each) as workers:
+        for index in range(count):
+            block = runner.load_block(index)
+            list(workers.map(move, range(len(batches))))
+            runner.release_block(index)
+            if report is not None:
+                report(index + 1, count)
     return hidden
 
 

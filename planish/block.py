@@ -22,6 +22,7 @@ from .calib.quantized import load_rest, quantized_readers
 from .calib.runner import BlockRunner, Call
 from .calib.stream import Stream
 from .calib.walk import Pass, SiteWalk, replaced, walking
+from .calib.workers import Workers, workers_for
 from .flatten import flatten
 from .quant.formats import ActivationFormat, Scheme
 from .quant.linear import StaticGrid
@@ -126,6 +127,7 @@ class BlockCompressor:
     ) -> None:
         self.runner, self.solver, self.steps, self.packed, self.streams = runner, solver, tuple(steps), packed, streams
         self.sites = {site.name: site for site in runner.topology.sites}
+        self.workers = 1 if streams is None else workers_for(len(streams.calls), runner.device)
 
     @torch.no_grad()
     def compress(self, index: int) -> BlockResult:
@@ -176,8 +178,13 @@ class BlockCompressor:
 
     def _forward(self, block: nn.Module, index: int, stream: Stream) -> None:
         assert self.streams is not None
-        for i, call in enumerate(self.streams.calls):
-            stream[i] = call.run(block, index, stream[i])
+        streams = self.streams
+
+        def move(batch: int) -> None:
+            stream[batch] = streams.calls[batch].run(block, index, stream[batch])
+
+        with Workers(self.workers) as crew:
+            list(crew.map(move, range(len(streams.calls))))
 
 
 class _Turn:
@@ -185,6 +192,7 @@ class _Turn:
 
     def __init__(self, owner: BlockCompressor, index: int) -> None:
         self.runner, self.solver, self.sites, self.index = owner.runner, owner.solver, owner.sites, index
+        self.workers = owner.workers
         self.smooth = next((step for step in owner.steps if isinstance(step, Smooth)), None)
         self.clips = [step for step in owner.steps if isinstance(step, ClipSearch)]
         self.inputs: list[InputStep] = [step for step in owner.steps if not isinstance(step, (Smooth, ClipSearch, Prefix))]
@@ -201,7 +209,7 @@ class _Turn:
             streams.prefix.advance(block, self.index)
         hidden = streams.probe_hidden()
         sites = list(self.sites.values())
-        self.observation = observe(block, self.index, sites, streams.calls, streams.full, streams.before)
+        self.observation = observe(block, self.index, sites, streams.calls, streams.full, streams.before, self.workers)
         self.record.sink_tokens = self.observation.sink_tokens
         probe = Probe(streams.probe, self.index, hidden, ~sinks(hidden.flatten(0, 1), streams.probe.run(block, self.index, hidden).flatten(0, 1)))
         schemes = {name: None if packed is None else packed.scheme for name, packed in self.packed.items()}
@@ -248,9 +256,9 @@ class _Turn:
             if streams.before is not None:
                 weights = {id(p): nn.Parameter(p.detach().to(self.dtype), requires_grad=False) for p in block.parameters()}
                 twin = copy.deepcopy(block, weights)
-                full = stack.enter_context(walking(twin, sites, self._passes(twin, streams, streams.before), streams.replay))
+                full = stack.enter_context(walking(twin, sites, self._passes(twin, streams, streams.before), streams.replay, self.workers))
             self._collect(block)
-            walk = stack.enter_context(walking(block, sites, self._passes(block, streams, streams.quant), streams.replay))
+            walk = stack.enter_context(walking(block, sites, self._passes(block, streams, streams.quant), streams.replay, self.workers))
             for parameter in block.parameters():
                 parameter.data = parameter.data.to(self.stored).to(self.dtype)
             widest = max(readers.width for readers in self.readers.values())  # where most is held while the solver works

@@ -21,6 +21,7 @@ from .calib.runner import BlockRunner
 from .calib.shards import read_header, read_tensor
 from .calib.stored import open_stored
 from .calib.stream import Stream
+from .calib.workers import share_of_threads, workers_for
 from .eval.probe import check_probe, read_probe, record_probe
 from .export import publish, write_checkpoint
 from .journal import Journal
@@ -235,7 +236,7 @@ def _probe(plan: Plan, runner: BlockRunner, streams: Streams) -> dict[str, Tenso
     assert plan.ids is not None
     ids = plan.ids[: plan.recipe.calibration.batch_size]
     with bfloat16_products(plan.dtype is torch.bfloat16):
-        return record_probe(runner, streams.quant[0], ids)
+        return record_probe(runner, streams.quant[0], ids, share_of_threads(workers_for(len(streams.calls), plan.device)))
 
 
 def _check(folder: Path, plan: Plan) -> None:

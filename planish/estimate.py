@@ -13,6 +13,7 @@ import torch
 from .calib.packing import Packed
 from .calib.runner import HEAD_TOKENS, BlockRunner
 from .calib.sites import reader_weight
+from .calib.workers import workers_for
 from .quant.solvers.gptq import PIECE
 from .recipe import Recipe
 from .resolve import Address
@@ -31,8 +32,8 @@ class Memory:
     """Resident memory in bytes at one moment, by part.
 
     program: interpreter, libraries, tokenizer and text, as measured. weights: of the block, or of the heads. streams: hidden states between blocks
-    that are in memory. waiting: what batches hold while they stand inside a block (one batch when replayed). passing: what one batch makes and lets
-    go on its way. solver: Hessians, their factors, the rows at work. holes: what the heap loses between all these.
+    that are in memory. waiting: what batches hold while they stand inside a block (one of each worker when replayed). passing: what a batch of each
+    worker makes and lets go on its way. solver: Hessians, their factors, the rows at work. holes: what the heap loses between all these.
     """
 
     program: int
@@ -76,6 +77,7 @@ class Sizes:
         self.runner, self.recipe, self.packed, self.dtype = runner, recipe, packed, runner.dtype
         samples, self.length, self.batch = (0, 0, 0) if text is None else (text.samples, text.length, min(text.batch_size, text.samples))
         self.tokens = samples * self.length
+        self.workers = workers_for(-(-samples // self.batch), runner.device) if samples else 1
         self.width: int = config.hidden_size
         self.vocabulary: int = config.vocab_size
         self.block_count, self.block_parameters = runner.topology.block_count, sum(p.numel() for p in block.parameters())
@@ -122,8 +124,8 @@ class Sizes:
     def _at_site(self, at: int, program: int, streams: int, replay: bool, offload: bool) -> Memory:
         """All batches wait at this site, and it is being solved."""
         cross = self.recipe.solver.needs_cross and self.tokens > 0
-        waiting = (self.batch * self.length if replay else self.tokens) * self._held(self.sites[at], cross)
-        passing = self._passing(self.batch, self.length, self.dtype.itemsize)
+        waiting = (self.workers * self.batch * self.length if replay else self.tokens) * self._held(self.sites[at], cross)
+        passing = self.workers * self._passing(self.batch, self.length, self.dtype.itemsize)
         return Memory(
             program=program + LATER,
             weights=self._weights(at, cross),
@@ -172,7 +174,7 @@ class Sizes:
         """The evaluation at its highest: both heads in float32, and the hidden states that both models end in."""
         weights = 2 * 4 * self.embedding + self._as_stored(torch.float32)
         hidden = 2 * 4 * WINDOWS * self.longest * self.width
-        passing = max(self._logits(LOGITS), self._passing(1, self.longest, 4))
+        passing = max(self._logits(LOGITS), workers_for(WINDOWS, self.runner.device) * self._passing(1, self.longest, 4))
         holes = 0 if offload else int(HOLES * (hidden + passing))
         return Memory(program=program + LATER, weights=weights, streams=hidden, passing=passing, holes=holes)
 

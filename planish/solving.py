@@ -104,15 +104,14 @@ def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWal
     cross_II = None if full is None else torch.zeros(width, width, device=device)
     full_arrivals = None if full is None else full.arrivals(name)
     sink_trace = 0.0
-    for pass_, keep in zip(walk.arrivals(name), keep_T, strict=True):
+
+    def prepare(pass_: Pass) -> None:
         assert pass_.x is not None
-        if act is None:
-            x_TC = on_input(readers.chain, pass_.x).float()
-        else:
-            quantized = readers.quantize(pass_.x)
-            if not walk.replay:
-                pass_.prepared = Prepared(name, quantized)
-            x_TC = quantized.dequantize()
+        pass_.prepared = None if act is None else Prepared(name, readers.quantize(pass_.x))
+
+    for pass_, keep in zip(walk.arrivals(name, prepare), keep_T, strict=True):
+        assert pass_.x is not None
+        x_TC = on_input(readers.chain, pass_.x).float() if pass_.prepared is None else pass_.prepared.quantized.dequantize()
         for start in range(0, width, STRIP):  # the upper triangle, strip by strip
             second_II[start : start + STRIP, start:].addmm_(x_TC[:, start : start + STRIP].T, x_TC[:, start:])
         sink_trace += x_TC[~keep].double().square().sum().item()
