@@ -24,7 +24,7 @@ from .calib.stored import open_stored
 from .compression import carry_out
 from .decode import decode
 from .eval.reference import Reference, compare_with
-from .export import stored_bytes
+from .export import bits_per_weight, stored_bytes
 from .journal import write_text
 from .options import Dtype, torch_dtype
 from .preflight import make_plan
@@ -149,7 +149,8 @@ def work(task: Task, channel: Channel) -> Mapping[str, Any]:
         trim()
 
     found = compare_with(Reference.load(Path(task.reference)), plan.checkpoint, stored, device=plan.device, report=step)
-    return {**took, "bytes": stored_bytes(stored.tensors), "texts": [plain(comparison) for comparison in found]}
+    sizes = {"bytes": stored_bytes(stored.tensors), "bits_per_weight": bits_per_weight(plan, stored.tensors)}
+    return {**took, **sizes, "texts": [plain(comparison) for comparison in found]}
 
 
 def main() -> None:

@@ -204,7 +204,7 @@ class CompareJob:
             description=one.recipe.description,
             sha256=sha,
             calibration_sha256=ids_sha,
-            bits_per_weight=one.bits_per_weight,
+            bits_per_weight=found["bits_per_weight"],
             bytes=found["bytes"],
             seconds=found["seconds"],
             peak_bytes=found["peak_bytes"],

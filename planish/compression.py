@@ -61,13 +61,17 @@ class Silent:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Result:
-    """A finished compression. seconds: of this call; a resumed run's earlier part is not in it. stored_bytes: size of the weight files."""
+    """A finished compression. seconds: of this call; a resumed run's earlier part is not in it. stored_bytes: size of the weight files.
+
+    bits_per_weight: of the quantized weights, with scales and transforms.
+    """
 
     out: Path
     plan: Plan
     blocks: tuple[BlockRecord, ...]
     seconds: float
     stored_bytes: int
+    bits_per_weight: float
 
 
 def compress(
@@ -126,13 +130,13 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
         progress.stage("writing and reloading", 2)
         folder = journal.folder / "checkpoint"
         linears = {name: how for block in journal.blocks for name, how in packed_linears(plan, block).items()}
-        write_checkpoint(plan, journal, linears, probe, folder)
+        bits = write_checkpoint(plan, journal, linears, probe, folder)
         progress.step(1)
         _check(folder, plan)
         progress.step(2)
         stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         publish(folder, out)
-    return Result(out, plan, tuple(journal.blocks), time.monotonic() - start, stored)
+    return Result(out, plan, tuple(journal.blocks), time.monotonic() - start, stored, bits)
 
 
 @contextmanager

@@ -91,10 +91,10 @@ class Sizes:
             how = next((packed[address] for address in packed if address[1] == site.name and packed[address] is not None), None)
             self.sites.append(_Site(readers[0].shape[1], sum(weight.numel() for weight in readers), how))
         self.widest = max(site.width for site in self.sites)
-        self.out_bytes, self.bits = self._stored()
+        self.out_bytes, self.bits, self.quantized = self._stored()
 
-    def _stored(self) -> tuple[int, float]:
-        """Bytes of the new checkpoint's weights, and bits per quantized weight with its share of scales and zero points."""
+    def _stored(self) -> tuple[int, float, int]:
+        """Bytes of the new checkpoint's weights, bits per quantized weight with its share of scales and zero points, and how many these are."""
         quantized, code_bits = 0, 0.0
         readers = {site.name: site.readers for site in self.runner.topology.sites}
         for (index, name), how in self.packed.items():
@@ -108,7 +108,7 @@ class Sizes:
                 stored = 8 if how.layout == "int-quantized" else fmt.bits
                 code_bits += out_channels * in_channels * stored + scales * (16 + (0 if fmt.symmetric else stored))
         kept = self.runner.checkpoint.nbytes - quantized * self.runner.checkpoint.dtype.itemsize
-        return kept + int(code_bits / 8), code_bits / quantized if quantized else 16.0
+        return kept + int(code_bits / 8), code_bits / quantized if quantized else 16.0, quantized
 
     @property
     def streams(self) -> int:

@@ -60,7 +60,7 @@ def flatten(
         chain, _ = chain_of(steps, view)
         chain = rounded(chain, stored)
         before = _outputs(readers, view.sample_TC)
-        readers.transform(chain, stored)
+        readers.transform(chain)
         sample_SC = on_input(chain, view.sample_TC)
         error = relative_error(before, _outputs(readers, sample_SC))
         if not error <= TOLERANCE:

@@ -40,6 +40,7 @@ class Plan:
     """What a run would do, and what it takes.
 
     offload: the streams lie on disk, in offload_dir or (None) beside the output; replay: blocks are run anew for each site instead of waiting inside.
+    quantized: how many weights become codes; bits_per_weight: of these, transforms that come yet aside.
     memory: of the compression at its highest; evaluation: of measuring the result afterwards. out_bytes: of the new checkpoint's weights;
     disk: bytes needed while the run lasts.
     """
@@ -54,6 +55,7 @@ class Plan:
     prefix: tuple[int, ...]
     notes: tuple[str, ...]
     servers: tuple[str, ...]
+    quantized: int
     bits_per_weight: float
     offload: bool
     offload_dir: Path | None
@@ -115,6 +117,7 @@ def make_plan(
         prefix=_prefix(recipe, checkpoint),
         notes=resolved.notes + _warnings(packed, topology, recipe.extended),
         servers=("planish",) if recipe.extended else servers(packed, topology),
+        quantized=sizes.quantized,
         bits_per_weight=sizes.bits,
         offload=offload,
         offload_dir=elsewhere,

@@ -138,7 +138,7 @@ def run_report(result: Result, model: str, peak: int, evaluation: Evaluation | N
         "model": model,
         "checkpoint": str(result.out.absolute()),
         "bytes": {"before": result.plan.checkpoint.nbytes, "after": result.stored_bytes},
-        "bits_per_weight": result.plan.bits_per_weight,
+        "bits_per_weight": result.bits_per_weight,
         "evaluation": None if evaluation is None else evaluation.to_dict(),
         "seconds": result.seconds,
         "peak_bytes": peak,

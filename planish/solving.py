@@ -48,13 +48,13 @@ class Readers:
             for path in self.weights:
                 block.get_submodule(path)._parameters["weight"] = nn.Parameter(self.weights[path].to("meta"), requires_grad=False)
 
-    def transform(self, chain: Chain, stored: torch.dtype) -> None:
-        """Let the input go through the chain: weights and biases become those that go with it, biases as they will be stored."""
+    def transform(self, chain: Chain) -> None:
+        """Let the input go through the chain: weights and biases become those that go with it. A bias that a shift made stays in float32."""
         for path, w_OI in self.weights.items():
             self.weights[path], offset_O = on_weight(chain, w_OI)
             bias_O = self.biases[path]
             if offset_O is not None:
-                self.biases[path] = (offset_O if bias_O is None else bias_O.float() + offset_O).to(stored)
+                self.biases[path] = offset_O if bias_O is None else bias_O.float() + offset_O
         self.chain = chain
 
     def quantize(self, x_TC: Tensor) -> QuantizedInput:
