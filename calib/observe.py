@@ -3,7 +3,7 @@
 Shape suffixes: B samples, L tokens of a sample, D width, T = B * L tokens of a batch, C channels of a site.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,12 +22,13 @@ class Observation:
     """What the full-precision pass showed.
 
     seen: statistics of each site without the sink tokens. sinks_C: the sink tokens' absolute maxima by site. keep_T: for each batch,
-    which tokens are no sinks.
+    which tokens are no sinks. square_C: sums of the squares, of the sites where they were asked for.
     """
 
     seen: dict[str, Extremes] = field(default_factory=dict)
     sinks_C: dict[str, Tensor] = field(default_factory=dict)
     keep_T: list[Tensor] = field(default_factory=list)
+    square_C: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def sink_tokens(self) -> int:
@@ -48,17 +49,21 @@ def observe(
     calls: Sequence[Call],
     stream: Stream,
     before: Stream | None = None,
+    *,
+    original: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+    squares: Collection[str] = (),
 ) -> Observation:
     """Move `stream` past the block and look at its sites on the way.
 
-    before: takes what entered the block, for a second pass.
+    before: takes what entered the block, for a second pass. original: the hidden states in the basis in which massive activations stand out.
+    squares: sites whose sums of squares are wanted.
     """
     observation = Observation()
     for i, call in enumerate(calls):
         hidden = stream[i]
         with site_inputs(block, sites) as inputs:
             out = call.run(block, index, hidden)
-        keep_T = ~sinks(hidden.flatten(0, 1), out.flatten(0, 1), *inputs.values())
+        keep_T = ~sinks(original(hidden).flatten(0, 1), original(out).flatten(0, 1), *inputs.values())
         observation.keep_T.append(keep_T)
         for name, x_TC in inputs.items():
             if name not in observation.seen:
@@ -67,6 +72,9 @@ def observe(
             observation.seen[name].update(x_TC, keep_T)
             if not keep_T.all():
                 observation.sinks_C[name] = torch.maximum(observation.sinks_C[name], x_TC[~keep_T].float().abs().amax(0))
+            if name in squares:
+                square_C = x_TC[keep_T].float().square().sum(0)
+                observation.square_C[name] = square_C + observation.square_C.get(name, 0)
         if before is not None:
             before[i] = hidden
         stream[i] = out
