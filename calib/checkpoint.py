@@ -97,6 +97,10 @@ class Checkpoint:
         """What stands before every text; None, for only planish's own checkpoints have it."""
         return None
 
+    def original_stream(self, hidden: Tensor) -> Tensor:
+        """The residual stream in the basis in which the model was trained: massive activations stand out in it. (..., D)."""
+        return hidden
+
     @staticmethod
     def release(module: nn.Module) -> None:
         """Put all parameters of a loaded module back on the meta device, in place; their memory is free when nobody else holds them."""

@@ -71,7 +71,7 @@ class Family:
 
     architecture: the class that is opened. wrappers: classes around the same blocks, whose checkpoints are opened as `architecture` too (an image
     classifier as its encoder). options: what the class is made with besides its config.
-    embeddings, norm, head, input, call, lead, writers, stream_readers, norm_kind, norm_offset: as in sites.Topology.
+    embeddings, norm, head, input, call, lead, writers, stream_readers, norm_kind, norm_offset: as in sites.Topology; last_reader too, None: the head.
     qkv, up: readers of those sites (up with the gate, if gated). qkv_norm, up_norm: the norm that makes their input, None if no norm stands
     between the residual stream and them, or one without weights. v, v_rows: the module and its rows that make o's input. up_host, up_rows:
     those that make down's input, if the MLP is gated or its activation homogeneous. width: the MLP's inner size. activation: the config's name for
@@ -85,6 +85,7 @@ class Family:
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     norm: str | None = "model.norm"
     head: str | None = "lm_head"
+    last_reader: str | None = None
     input: Literal["input_ids", "pixel_values"] = "input_ids"
     call: tuple[tuple[str, bool], ...] = (("use_cache", False),)
     lead: Callable[[PreTrainedConfig], int] = lambda config: 0
@@ -185,7 +186,7 @@ OPT = Family(
     variants=(
         Variant(
             when=lambda config: config.word_embed_proj_dim != config.hidden_size,
-            changes={"embeddings": ("model.decoder.project_in", "model.decoder.embed_positions")},
+            changes={"embeddings": ("model.decoder.project_in", "model.decoder.embed_positions"), "last_reader": "model.decoder.project_out"},
         ),
         Variant(when=lambda config: not config.layer_norm_elementwise_affine, changes={"qkv_norm": None, "up_norm": None}),
         Variant(when=lambda config: config._remove_final_layer_norm, changes={"norm": None}),

@@ -3,7 +3,7 @@
 Shape suffixes: B samples, L tokens of a sample, D width, T = B * L tokens of a batch, C channels of a site.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,12 +23,13 @@ class Observation:
     """What the full-precision pass showed.
 
     seen: statistics of each site without the sink tokens. sinks_C: the sink tokens' absolute maxima by site. keep_T: for each batch,
-    which tokens are no sinks.
+    which tokens are no sinks. square_C: sums of the squares, of the sites where they were asked for.
     """
 
     seen: dict[str, Extremes] = field(default_factory=dict)
     sinks_C: dict[str, Tensor] = field(default_factory=dict)
     keep_T: list[Tensor] = field(default_factory=list)
+    square_C: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def sink_tokens(self) -> int:
@@ -42,6 +43,8 @@ class Observation:
             self.seen.setdefault(name, Extremes(len(found.minimum_C), f"{index}.{name}")).widen(found.tokens, found.minimum_C, found.maximum_C)
             sinks_C = batch.sinks_C[name]
             self.sinks_C[name] = torch.maximum(self.sinks_C[name], sinks_C) if name in self.sinks_C else sinks_C
+        for name, square_C in batch.square_C.items():
+            self.square_C[name] = square_C + self.square_C.get(name, 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,9 +54,10 @@ class _Look:
     keep_T: Tensor
     seen: dict[str, Extremes]
     sinks_C: dict[str, Tensor]
+    square_C: dict[str, Tensor]
 
     @classmethod
-    def of(cls, inputs: Mapping[str, Tensor], hidden: Tensor, out: Tensor) -> "_Look":
+    def of(cls, inputs: Mapping[str, Tensor], hidden: Tensor, out: Tensor, squares: Collection[str]) -> "_Look":
         """From what the sites, the block and the next block are given."""
         keep_T = ~sinks(hidden.flatten(0, 1), out.flatten(0, 1), *inputs.values())
         seen = {name: Extremes(x_TC.shape[1]) for name, x_TC in inputs.items()}
@@ -61,7 +65,8 @@ class _Look:
             seen[name].update(x_TC, keep_T)
         left_out = not keep_T.all()
         sinks_C = {name: x_TC[~keep_T].float().abs().amax(0) if left_out else torch.zeros_like(x_TC[0]).float() for name, x_TC in inputs.items()}
-        return cls(keep_T, seen, sinks_C)
+        square_C = {name: inputs[name][keep_T].float().square().sum(0) for name in inputs if name in squares}
+        return cls(keep_T, seen, sinks_C, square_C)
 
 
 def sinks(*views_TC: Tensor) -> Tensor:
@@ -78,16 +83,20 @@ def observe(
     stream: Stream,
     before: Stream | None = None,
     workers: int = 1,
+    *,
+    original: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+    squares: Collection[str] = (),
 ) -> Observation:
     """Move `stream` past the block and look at its sites on the way.
 
     before: takes what entered the block, for a second pass. workers: how many share the batches; the result does not depend on it.
+    original: the hidden states in the basis in which massive activations stand out. squares: sites whose sums of squares are wanted.
     """
 
     def look(batch: int) -> _Look:
         hidden = stream[batch]
         out = calls[batch].run(block, index, hidden)
-        found = _Look.of(inputs.take(), hidden, out)
+        found = _Look.of(inputs.take(), original(hidden), original(out), squares)
         if before is not None:
             before[batch] = hidden
         stream[batch] = out

@@ -26,12 +26,26 @@ class Host:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """Rows of a linear layer's output: row index[c] for channel c of a site."""
+
+    module: str
+    index: tuple[int, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
-    """An activation (tokens, C) that one or more linear layers read. Paths are from the block. host None: nothing takes a scale for free."""
+    """An activation (tokens, C) that one or more linear layers read. Paths are from the block. host None: nothing takes a scale for free.
+
+    stream: whether it is the residual stream, normed or not. makers: the rows that make channel c, all alike for every c: in another order they make
+    the channels in that order. Empty where a norm makes them.
+    """
 
     name: str
     readers: tuple[str, ...]
     host: Host | None = None
+    stream: bool = False
+    makers: tuple[Rows, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +55,8 @@ class Topology:
     blocks, embeddings, norm and head are paths from the model, writers and stream_readers from the block. The embeddings' outputs, summed,
     are the first block's input; a block adds its writers' outputs to the stream, and its stream_readers see the stream. Both tuples are empty
     where the stream itself is normalised (OPT with do_layer_norm_before false). norm: the last norm, None if there is none. A norm on the
-    stream multiplies by norm_offset + weight. head: what makes logits, None for a vision encoder.
+    stream multiplies by norm_offset + weight. head: what makes logits, None for a vision encoder. last_reader: the linear layer that reads the
+    last norm's output. heads: of queries; they share the channels of o's input evenly.
     The model is run as model(**{input: batch}, **dict(call)). lead: how many tokens stand before those of the input (a vision model's class and
     register tokens, before its patches).
     """
@@ -57,6 +72,8 @@ class Topology:
     stream_readers: tuple[str, ...]
     norm_kind: Literal["rms", "layer"]
     norm_offset: float
+    heads: int
+    last_reader: str | None = None
     input: Literal["input_ids", "pixel_values"] = "input_ids"
     call: tuple[tuple[str, bool], ...] = (("use_cache", False),)
     lead: int = 0

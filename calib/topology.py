@@ -8,10 +8,11 @@ from dataclasses import replace
 from transformers import PreTrainedConfig
 
 from ..quant.errors import PlanishError
-from .families import FAMILIES, Family, Sizes
+from .families import FAMILIES, Family, Sizes, separate_up
 from .proof import check_structure as check_structure
 from .proof import prove as prove
 from .sites import Host as Host
+from .sites import Rows as Rows
 from .sites import Site as Site
 from .sites import Topology as Topology
 from .sites import absorb as absorb
@@ -38,6 +39,8 @@ def topology(config: PreTrainedConfig) -> Topology:
         stream_readers=family.stream_readers,
         norm_kind=family.norm_kind,
         norm_offset=family.norm_offset,
+        heads=config.num_attention_heads,
+        last_reader=family.last_reader or family.head,
         input=family.input,
         call=family.call,
         lead=family.lead(config),
@@ -89,12 +92,19 @@ def _sizes(family: Family, config: PreTrainedConfig) -> Sizes:
 def _sites(family: Family, config: PreTrainedConfig) -> tuple[Site, ...]:
     sizes = _sizes(family, config)
     linear_up = family.gated or getattr(config, family.activation) in HOMOGENEOUS
+    value = Rows(module=family.v, index=family.v_rows(sizes))
+    up = Rows(module=family.up_host, index=family.up_rows(sizes))
+    gate = Rows(module=family.up[0], index=separate_up(sizes))  # the first rows also where gate and up are one layer
     return (
-        Site(name="qkv", readers=family.qkv, host=_norm_host(family.qkv_norm, family)),
-        Site(name="o", readers=(family.o,), host=Host(kind="rows", module=family.v, index=family.v_rows(sizes))),
-        Site(name="gate_up" if family.gated else "up", readers=family.up, host=_norm_host(family.up_norm, family)),
-        Site(name="down", readers=(family.down,), host=Host(kind="rows", module=family.up_host, index=family.up_rows(sizes)) if linear_up else None),
+        Site(name="qkv", readers=family.qkv, host=_norm_host(family.qkv_norm, family), stream=True),
+        Site(name="o", readers=(family.o,), host=_row_host(value), makers=(value,)),
+        Site(name="gate_up" if family.gated else "up", readers=family.up, host=_norm_host(family.up_norm, family), stream=True),
+        Site(name="down", readers=(family.down,), host=_row_host(up) if linear_up else None, makers=(gate, up) if family.gated else (up,)),
     )
+
+
+def _row_host(rows: Rows) -> Host:
+    return Host(kind="rows", module=rows.module, index=rows.index)
 
 
 def _norm_host(module: str | None, family: Family) -> Host | None:

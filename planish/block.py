@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .blocksteps import BlockSteps
 from .calib.extension import SiteInput, chain_prefix, restored
 from .calib.heap import WORTH_TRIMMING, trim
 from .calib.observe import Observation, observe, sinks
@@ -27,11 +28,10 @@ from .flatten import flatten
 from .quant.formats import ActivationFormat, Scheme
 from .quant.linear import StaticGrid
 from .quant.solvers import Solver
-from .quant.transforms import ClipSearch, Prefix, Smooth, Step
+from .quant.transforms import Smooth, Step
 from .quant.transforms.factors import Chain, store
-from .quant.transforms.inputs import InputStep
 from .resolve import matches
-from .smoothing import Probe, apply, choose, static_grid
+from .smoothing import Probe, Scaling, static_grid
 from .solving import Readers, gather, output_error, settle, solve
 
 STATIC_SINK_RATIO = 4.0  # a static range that sink tokens exceed by this would clip what makes them sinks
@@ -71,8 +71,8 @@ class Streams:
 class SiteRecord:
     """What happened at one site.
 
-    error: of the readers' output, relative; None where nothing was quantized or no data was seen. strength: of smoothing, None if not smoothed;
-    tried: the block's error with each strength tried. made_dynamic: a static range was given up, note says why.
+    error: of the readers' output, relative; None where nothing was quantized or no data was seen. strength: of smoothing, exponent: of scale_rms;
+    None if not scaled so. tried: the block's error with each one tried. made_dynamic: a static range was given up, note says why.
     clip: of its dynamic activations; chain: what its input goes through at run time, as factors.store describes it.
     """
 
@@ -80,11 +80,20 @@ class SiteRecord:
     damping: float = 0.0
     repairs: int = 0
     strength: float | None = None
+    exponent: float | None = None
     tried: Mapping[str, float] = field(default_factory=dict)
     made_dynamic: bool = False
     note: str = ""
     clip: float = 1.0
     chain: list[dict[str, Any]] = field(default_factory=list)
+
+    def note_scale(self, scaling: Scaling) -> None:
+        """What was decided of the site's scale."""
+        if isinstance(scaling.step, Smooth):
+            self.strength = scaling.setting
+        else:
+            self.exponent = scaling.setting
+        self.tried = scaling.tried
 
 
 @dataclass(slots=True)
@@ -125,7 +134,8 @@ class BlockCompressor:
     def __init__(
         self, runner: BlockRunner, solver: Solver, steps: Sequence[Step], packed: Mapping[tuple[int, str], Packed | None], streams: Streams | None
     ) -> None:
-        self.runner, self.solver, self.steps, self.packed, self.streams = runner, solver, tuple(steps), packed, streams
+        self.runner, self.solver, self.packed, self.streams = runner, solver, packed, streams
+        self.steps = BlockSteps.of(steps, runner.topology)
         self.sites = {site.name: site for site in runner.topology.sites}
         self.workers = 1 if streams is None else workers_for(len(streams.calls), runner.device)
 
@@ -192,10 +202,7 @@ class _Turn:
 
     def __init__(self, owner: BlockCompressor, index: int) -> None:
         self.runner, self.solver, self.sites, self.index = owner.runner, owner.solver, owner.sites, index
-        self.workers = owner.workers
-        self.smooth = next((step for step in owner.steps if isinstance(step, Smooth)), None)
-        self.clips = [step for step in owner.steps if isinstance(step, ClipSearch)]
-        self.inputs: list[InputStep] = [step for step in owner.steps if not isinstance(step, (Smooth, ClipSearch, Prefix))]
+        self.workers, self.steps = owner.workers, owner.steps
         self.dtype, self.stored = owner.runner.dtype, owner.runner.checkpoint.dtype
         self.packed = {name: owner.packed[index, name] for name in self.sites}
         self.static: dict[str, StaticGrid | None] = dict.fromkeys(self.sites)
@@ -208,18 +215,22 @@ class _Turn:
         if streams.prefix is not None:
             streams.prefix.advance(block, self.index)
         hidden = streams.probe_hidden()
-        sites = list(self.sites.values())
-        self.observation = observe(block, self.index, sites, streams.calls, streams.full, streams.before, self.workers)
+        known, original = self.runner.topology, self.runner.checkpoint.original_stream
+        squares = self.steps.squares(self.index, known)
+        self.observation = observe(
+            block, self.index, known.sites, streams.calls, streams.full, streams.before, self.workers, original=original, squares=squares
+        )
         self.record.sink_tokens = self.observation.sink_tokens
-        probe = Probe(streams.probe, self.index, hidden, ~sinks(hidden.flatten(0, 1), streams.probe.run(block, self.index, hidden).flatten(0, 1)))
+        passed = streams.probe.run(block, self.index, hidden)
+        probe = Probe(streams.probe, self.index, hidden, ~sinks(original(hidden).flatten(0, 1), original(passed).flatten(0, 1)))
         schemes = {name: None if packed is None else packed.scheme for name, packed in self.packed.items()}
         block.float()
-        chosen = {} if self.smooth is None else choose(block, self.sites, schemes, self.observation, self.smooth, probe)
-        self.record.equivalence, scales = apply(block, self.sites, chosen, probe, self.stored)
+        absorbed = self.steps.absorb(block, known, schemes, self.observation, probe, self.stored)
+        self.record.equivalence = absorbed.error
         for name in self.sites:
-            if name in chosen:
-                self.record.sites[name].strength, self.record.sites[name].tried = chosen[name].strength, chosen[name].tried
-            self._fix_range(name, scales.get(name))
+            if name in absorbed.chosen:
+                self.record.sites[name].note_scale(absorbed.chosen[name])
+            self._fix_range(name, absorbed.scales.get(name))
 
     def _fix_range(self, name: str, scale_C: Tensor | None) -> None:
         """The static grid of a site; where sink tokens lie far outside it, the site's activations become dynamic instead."""
@@ -286,8 +297,8 @@ class _Turn:
     def _flatten(self, readers: Readers, walk: SiteWalk) -> None:
         """Transform the site's input as the recipe's steps say, and note it."""
         name = readers.site.name
-        steps = [step for step in self.inputs if matches(step.sites, self.index, name)]
-        clip = next((step for step in self.clips if matches(step.sites, self.index, name)), None)
+        steps = [step for step in self.steps.inputs if matches(step.sites, self.index, name)]
+        clip = next((step for step in self.steps.clips if matches(step.sites, self.index, name)), None)
         if readers.packed is None or not (steps or clip):
             return
         done = flatten(readers, steps, clip, walk, self.observation.keep_T, self.stored, f"{self.index}.{name}")

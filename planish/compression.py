@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +24,7 @@ from .calib.stream import Stream
 from .calib.workers import share_of_threads, workers_for
 from .eval.probe import check_probe, read_probe, record_probe
 from .export import publish, write_checkpoint
+from .fused import settled
 from .journal import Journal
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
@@ -112,7 +113,8 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
     with _working_folder(out, plan) as journal, _stream_folder(out, plan, journal.folder) as folder_of_streams:
         if journal.blocks:
             progress.say(f"going on: {len(journal.blocks)} of {plan.topology.block_count} blocks are done")
-        runner = BlockRunner(plan.checkpoint, plan.dtype, plan.device)
+        plan = _settled(plan, progress)
+        runner = BlockRunner(plan.source, plan.dtype, plan.device)
         streams = _streams(plan, runner, folder_of_streams)
         compressor = BlockCompressor(runner, plan.recipe.solver, plan.recipe.steps, plan.packed, streams)
         progress.stage("blocks", plan.topology.block_count)
@@ -188,6 +190,17 @@ def fingerprint(plan: Plan) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def _settled(plan: Plan, progress: Progress) -> Plan:
+    """With the rewritten weights as they will be, and checked."""
+    if plan.fused is None:
+        return plan
+    progress.stage("rewriting", 1)
+    found = settled(plan.recipe.steps, BlockRunner(plan.checkpoint, plan.dtype, plan.device), plan.ids)
+    trim()
+    progress.step(1, f"off by {max(found.errors.values()):.2g}")
+    return replace(plan, fused=found)
+
+
 def _streams(plan: Plan, runner: BlockRunner, folder: Path | None) -> Streams | None:
     calibration = plan.recipe.calibration
     if calibration is None or plan.ids is None:
@@ -230,6 +243,8 @@ def _describe(record: BlockRecord) -> str:
     parts = [] if record.error is None else [f"error {record.error:.4f}"]
     strengths = [f"{name} {site.strength}" for name, site in record.sites.items() if site.strength is not None]
     parts += [f"smoothing {', '.join(strengths)}"] if strengths else []
+    exponents = [f"{name} {site.exponent}" for name, site in record.sites.items() if site.exponent is not None]
+    parts += [f"scaling {', '.join(exponents)}"] if exponents else []
     parts += [f"{name}: {site.note}" for name, site in record.sites.items() if site.note]
     return ", ".join(parts)
 

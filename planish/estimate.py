@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from .calib.packing import Packed
+from .calib.rewritten import Rewritten
 from .calib.runner import HEAD_TOKENS, BlockRunner
 from .calib.sites import reader_weight
 from .calib.workers import workers_for
@@ -159,8 +160,9 @@ class Sizes:
         return 4 * matrices * site.width**2 + 4 * COPIES * min(site.weights, PIECE) + site.weights
 
     def _at_head(self, program: int, streams: int) -> Memory:
-        """Embeddings or the head: as stored, and in the arithmetic where that is another."""
-        weights = self.embedding * self.dtype.itemsize + self._as_stored(self.dtype)
+        """Embeddings or the head: as stored, and in the arithmetic where that is another; rewritten ones are checked in float32."""
+        dtype = torch.float32 if isinstance(self.runner.checkpoint, Rewritten) else self.dtype
+        weights = self.embedding * dtype.itemsize + self._as_stored(dtype)
         return Memory(program=program + LATER, weights=weights, streams=streams, passing=self._logits(4))
 
     def _as_stored(self, dtype: torch.dtype) -> int:

@@ -18,7 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from .block import BlockRecord
 from .calib.extension import KEY, Extension, SiteInput
 from .calib.packing import Packed, quantization_config
+from .calib.rewritten import Rewritten, changed
 from .calib.shards import TensorInfo, read_header, read_json
+from .calib.topology import Topology
 from .eval.probe import PROBE_FILE
 from .eval.structure import MARK
 from .journal import Journal, sync, write_text
@@ -71,11 +73,27 @@ def stored_bytes(tensors: Mapping[str, TensorInfo]) -> int:
 
 
 def _tensors(plan: Plan, journal: Journal) -> dict[str, TensorInfo]:
-    """Every tensor of the checkpoint and where its bytes lie now: blocks in the working folder, all else in the original model."""
+    """Every tensor of the checkpoint, and where its bytes are: blocks and what was rewritten in the working folder, all else in the original."""
     blocks = plan.topology.blocks + "."
-    tensors = {name: info for name, info in plan.checkpoint.tensors.items() if not name.startswith(blocks)}
+    tensors = {name: info for name, info in plan.source.tensors.items() if not name.startswith(blocks)}
+    if plan.fused is not None:
+        tensors |= _rewritten(plan.fused.source, plan.topology, journal.folder)
     for record in journal.blocks:
         tensors.update(sorted(read_header(journal.block_file(record.index)).items()))
+    return tensors
+
+
+def _rewritten(source: Rewritten, topology: Topology, folder: Path) -> dict[str, TensorInfo]:
+    """Write what has changed outside the blocks, one file for each module, and say where the tensors lie. One module is in memory at a time."""
+    model = source.skeleton()
+    tensors: dict[str, TensorInfo] = {}
+    for name in changed(topology, source.rewriting):
+        module, file = model.get_submodule(name), folder / f"{name}.safetensors"
+        source.load_module(module, name)
+        save_file({f"{name}.{local}": value.detach().contiguous() for local, value in module.named_parameters()}, file)
+        source.release(module)
+        sync(file)
+        tensors |= read_header(file)
     return tensors
 
 
@@ -84,8 +102,8 @@ def _config(plan: Plan, packed: Mapping[str, Packed], blocks: list[BlockRecord])
     config: dict[str, Any] = dict(read_json(plan.checkpoint.path / "config.json"))
     config.pop("torch_dtype", None)
     config["dtype"] = str(plan.checkpoint.dtype).removeprefix("torch.")
-    config["tie_word_embeddings"] = plan.checkpoint.tied
-    linears = {name: module for name, module in plan.checkpoint.skeleton().named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    config["tie_word_embeddings"] = plan.source.tied
+    linears = {name: module for name, module in plan.source.skeleton().named_modules() if isinstance(module, nn.Linear | Conv1D)}
     transposed = any(isinstance(linears[name], Conv1D) for name in packed)
     extension = _extension(plan, blocks)
     if extension:
@@ -109,6 +127,7 @@ def manifest(plan: Plan, blocks: list[BlockRecord], tensors: Mapping[str, Tensor
         "versions": {name: version(name) for name in VERSIONS},
         "arithmetic": {"dtype": str(plan.dtype).removeprefix("torch."), "device": plan.device.type},
         "calibration": None if calibration is None else asdict(calibration),
+        "fused": None if plan.fused is None else plan.fused.to_dict(),
         "bytes": stored_bytes(tensors),
         "bits_per_weight": bits,
         "notes": list(plan.notes),

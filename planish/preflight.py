@@ -23,6 +23,7 @@ from .calib.proof import check_structure, prove
 from .calib.runner import BlockRunner
 from .calib.sites import Topology, reader_weight
 from .estimate import Memory, Sizes, resident
+from .fused import Fused, fused
 from .quant.errors import PlanishError
 from .quant.formats import Scheme
 from .quant.transforms import Prefix
@@ -39,7 +40,8 @@ PLAIN_LINEARS = ("gpt2",)  # families whose linear layers are transposed Conv1D 
 class Plan:
     """What a run would do, and what it takes.
 
-    offload: the streams lie on disk, in offload_dir or (None) beside the output; replay: blocks are run anew for each site instead of waiting inside.
+    fused: what the steps absorb into the weights before the walk, if anything. offload: the streams lie on disk, in offload_dir or (None) beside the
+    output; replay: blocks are run anew for each site instead of waiting inside.
     quantized: how many weights become codes; bits_per_weight: of these, transforms that come yet aside.
     memory: of the compression at its highest; evaluation: of measuring the result afterwards. out_bytes: of the new checkpoint's weights;
     disk: bytes needed while the run lasts.
@@ -47,6 +49,7 @@ class Plan:
 
     recipe: Recipe
     checkpoint: Checkpoint
+    fused: Fused | None
     topology: Topology
     device: torch.device
     dtype: torch.dtype
@@ -65,6 +68,11 @@ class Plan:
     out_bytes: int
     disk: int
     seconds: float
+
+    @property
+    def source(self) -> Checkpoint:
+        """What the walk sees: the checkpoint, or what the steps made of it."""
+        return self.checkpoint if self.fused is None else self.fused.source
 
 
 def make_plan(
@@ -99,6 +107,8 @@ def make_plan(
     ids = None if recipe.calibration is None else _ids(recipe.calibration, runner, ids_NL)
     _prove(runner)
     trim()
+    found, notes = fused(recipe.steps, runner, resolved.schemes)
+    runner = runner if found is None else BlockRunner(found.source, working, where)
     sizes, program = Sizes(runner, recipe, packed), resident()
     room = program + int(psutil.virtual_memory().available * AVAILABLE_SHARE)
     offload = offload_dir is not None or sizes.compressing(program, offload=False, replay=True).total > room
@@ -109,13 +119,14 @@ def make_plan(
     return Plan(
         recipe=recipe,
         checkpoint=checkpoint,
+        fused=found,
         topology=topology,
         device=where,
         dtype=working,
         packed=packed,
         ids=ids,
         prefix=_prefix(recipe, checkpoint),
-        notes=resolved.notes + _warnings(packed, topology, recipe.extended),
+        notes=resolved.notes + notes + _warnings(packed, topology, recipe.extended),
         servers=("planish",) if recipe.extended else servers(packed, topology),
         quantized=sizes.quantized,
         bits_per_weight=sizes.bits,

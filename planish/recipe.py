@@ -17,10 +17,11 @@ from .decode import Named, decode, encode
 from .quant.errors import PlanishError, nearest
 from .quant.formats import Scheme
 from .quant.solvers import SOLVERS, Solver
-from .quant.transforms import STEPS, Smooth, Step
+from .quant.transforms import STEPS, ScaleRms, Smooth, Step
 from .shipped import shipped as shipped
 from .shipped import shipped_text as shipped_text
 from .shipped import shipped_texts
+from .steporder import check_order, needs_text, portable, step_name
 from .yamltext import dump_yaml, parse_yaml
 
 NamedStep: TypeAlias = Annotated[Step, Named(STEPS)]
@@ -90,11 +91,14 @@ class Recipe:
         if all(scheme.weights is None for scheme in self.schemes()):
             raise PlanishError("scheme quantizes nothing. Give scheme.weights, such as {bits: 8}.")
         activations = [scheme.activations for scheme in self.schemes() if scheme.activations]
-        smooths = any(isinstance(step, Smooth) for step in self.steps)
-        if smooths and not activations:
-            raise PlanishError("steps: smooth makes activations easier to quantize, but none are quantized. Remove it, or add scheme.activations.")
+        check_order(self.steps)
+        scalers = [step_name(step) for step in self.steps if isinstance(step, (Smooth, ScaleRms))]
+        if scalers and not activations:
+            raise PlanishError(
+                f"steps: {scalers[0]} makes activations easier to quantize, but none are quantized. Remove it, or add scheme.activations."
+            )
         users = {
-            "the step smooth": smooths,
+            **{f"the step {step_name(step)}": needs_text(step) for step in self.steps},
             f"the solver {_name(self.solver)}": self.solver.needs_moments,
             "a static activation scale": any(not activation.dynamic for activation in activations),
         }
@@ -106,7 +110,7 @@ class Recipe:
     def extended(self) -> bool:
         """Whether the checkpoint says more than compressed-tensors can: inputs are transformed or clipped, or have a prefix."""
         clips = any(scheme.activations is not None and scheme.activations.clip != 1 for scheme in self.schemes())
-        return clips or any(not isinstance(step, Smooth) for step in self.steps)
+        return clips or not all(portable(step) for step in self.steps)
 
     def schemes(self) -> tuple[Scheme, ...]:
         """All that occur: the recipe's, then its overrides'."""

@@ -1,9 +1,9 @@
-"""Smoothing one block: the strength is tried on the block itself, the scales are absorbed by their hosts, the result is checked.
+"""Scaling one block (smooth, scale_rms): the strength is tried on the block itself, the scales are absorbed by their hosts, the result is checked.
 
 Shape suffixes: P probe samples, L tokens, D width; T = P * L; C channels of a site.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,16 +15,18 @@ from .calib.runner import Call
 from .calib.sites import Site, absorb, exact_scale, reader_bias, reader_weight, tie
 from .calib.statistics import Extremes
 from .calib.stream import relative_error
-from .calib.walk import replaced
+from .calib.walk import replaced, site_inputs
 from .quant.errors import PlanishError
 from .quant.formats import Scheme, scale_and_zero
 from .quant.linear import QuantizedLinear, StaticGrid
 from .quant.solvers import Rtn
-from .quant.transforms.factors import Scale
+from .quant.transforms.factors import Chain, Scale, on_weight
+from .quant.transforms.scale_rms import ScaleRms, rms_scale
 from .quant.transforms.smooth import Smooth, smoothing_scale
 from .resolve import matches
 
 STRENGTHS = (0.45, 0.6, 0.75, 0.9)  # alphas tried by strength auto, besides none
+EXPONENTS = (0.25, 0.5, 0.75, 1.0)  # likewise by exponent auto
 TOLERANCE = 1e-3  # relative error of a transformed block in float32; right mappings reach 1e-6
 
 
@@ -44,12 +46,17 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Smoothing:
-    """What was decided for one site: its scale (C,), the strength (None: not smoothed), and the block's error with every strength tried."""
+class Scaling:
+    """What was decided for one site: its scale (C,), the step's strength or exponent (None: not scaled), and the block's error with each tried."""
 
+    step: Smooth | ScaleRms
     scale_C: Tensor | None
-    strength: float | None
+    setting: float | None
     tried: Mapping[str, float]
+
+
+Behind = Callable[[str, Tensor], Chain]
+"""behind(site, x): what the site's input x (T, C) goes through behind the scale, as far as that does not hang on the scale."""
 
 
 def static_grid(seen: Extremes, scheme: Scheme, divisor_C: Tensor | None = None) -> StaticGrid | None:
@@ -64,73 +71,103 @@ def static_grid(seen: Extremes, scheme: Scheme, divisor_C: Tensor | None = None)
     return StaticGrid(scale, zero)
 
 
-def choose(
-    block: nn.Module, sites: Mapping[str, Site], schemes: Mapping[str, Scheme | None], observed: Observation, step: Smooth, probe: Probe
-) -> dict[str, Smoothing]:
-    """The scales of the sites that have a free host, match the step and have quantized activations.
+def scaler(steps: Sequence[Smooth | ScaleRms], block: int, site: str) -> Smooth | ScaleRms | None:
+    """The step that scales the site, if any."""
+    return next((step for step in steps if matches(step.sites, block, site)), None)
 
-    block: float32, untouched on return. strength auto: for each site the one with which the block errs least on the probe when this site alone is
-    quantized, its weights rounded to nearest.
+
+def choose(
+    block: nn.Module,
+    sites: Mapping[str, Site],
+    schemes: Mapping[str, Scheme | None],
+    observed: Observation,
+    steps: Sequence[Smooth | ScaleRms],
+    probe: Probe,
+    behind: Behind,
+) -> dict[str, Scaling]:
+    """The scales of the sites that have a free host, match a step and have quantized activations.
+
+    block: float32, untouched on return. strength or exponent auto: for each site the one with which the block errs least on the probe when this site
+    alone is quantized, its weights rounded to nearest.
     """
-    reference = probe.run(block) if step.strength == "auto" else None
-    chosen: dict[str, Smoothing] = {}
+    chosen: dict[str, Scaling] = {}
+    reference: Tensor | None = None
     for name, site in sites.items():
-        scheme = schemes[name]
-        if site.host is None or scheme is None or scheme.activations is None or not matches(step.sites, probe.index, name):
+        scheme, step = schemes[name], scaler(steps, probe.index, name)
+        if site.host is None or scheme is None or scheme.activations is None or step is None:
             continue
-        seen, absmax_C = observed.seen[name], observed.seen[name].absmax_C
-        driven_C = observed.sinks_C[name] > absmax_C  # by sink tokens alone: such a column is not to be made small beside its row
-        weight_C = torch.stack([reader_weight(block.get_submodule(path)).abs().amax(0) for path in site.readers]).amax(0)
-        strengths = STRENGTHS if step.strength == "auto" else (step.strength,)
-        scales: dict[float | None, Tensor | None] = {}
-        for strength in strengths:
-            scale_C = smoothing_scale(absmax_C, weight_C, strength)
-            scales[strength] = tie(site, torch.where(driven_C, scale_C.clamp(min=1), scale_C))
+        scales = _scales(block, site, observed, step)
         errors: dict[float | None, float] = {}
-        if reference is not None:
+        if _auto(step):
+            if reference is None:
+                with site_inputs(block, list(sites.values())) as inputs:
+                    reference = probe.run(block)
+                seen_TC = {at: x_TC[probe.keep_T] for at, x_TC in inputs.take().items()}
             scales = {None: None, **scales}
+            chain = behind(name, seen_TC[name])
             for tried, on_trial_C in scales.items():
-                with replaced(block, _rounded(block, site, scheme, seen, on_trial_C)):
+                with replaced(block, _rounded(block, site, scheme, observed.seen[name], on_trial_C, chain)):
                     errors[tried] = relative_error(reference, probe.run(block))
-        best = min(scales, key=lambda strength: errors.get(strength, 0.0))
-        chosen[name] = Smoothing(scales[best], best, {str(strength): error for strength, error in errors.items()})
+        best = min(scales, key=lambda setting: errors.get(setting, 0.0))
+        chosen[name] = Scaling(step, scales[best], best, {str(setting): error for setting, error in errors.items()})
     return chosen
 
 
-def _rounded(block: nn.Module, site: Site, scheme: Scheme, seen: Extremes, scale_C: Tensor | None) -> dict[str, nn.Module]:
-    """Stand-ins for the site's readers: rounded to nearest, with the scale on trial."""
+def _auto(step: Smooth | ScaleRms) -> bool:
+    return (step.strength if isinstance(step, Smooth) else step.exponent) == "auto"
+
+
+def _scales(block: nn.Module, site: Site, observed: Observation, step: Smooth | ScaleRms) -> dict[float | None, Tensor | None]:
+    """The scales to choose from, by strength or exponent."""
+    absmax_C = observed.seen[site.name].absmax_C
+    driven_C = observed.sinks_C[site.name] > absmax_C  # by sink tokens alone: such a column is not to be made small beside its row
+    weights = [reader_weight(block.get_submodule(path)) for path in site.readers]
+    made: dict[float, Tensor] = {}
+    if isinstance(step, Smooth):
+        weight_C = torch.stack([w_OC.abs().amax(0) for w_OC in weights]).amax(0)
+        for strength in STRENGTHS if step.strength == "auto" else (step.strength,):
+            made[strength] = smoothing_scale(absmax_C, weight_C, strength)
+    else:
+        square_C = torch.stack([w_OC.square().sum(0) for w_OC in weights]).sum(0)
+        for exponent in EXPONENTS if step.exponent == "auto" else (step.exponent,):
+            made[exponent] = rms_scale(observed.square_C[site.name], square_C, exponent)
+    return {setting: tie(site, torch.where(driven_C, scale_C.clamp(min=1), scale_C)) for setting, scale_C in made.items()}
+
+
+def _rounded(block: nn.Module, site: Site, scheme: Scheme, seen: Extremes, scale_C: Tensor | None, behind: Chain) -> dict[str, nn.Module]:
+    """Stand-ins for the site's readers: rounded to nearest, with the scale on trial and what is behind it."""
     layers: dict[str, nn.Module] = {}
     assert scheme.weights is not None
     static = static_grid(seen, scheme, scale_C)
+    chain = behind if scale_C is None else (Scale(scale_C), *behind)
     for path in site.readers:
         module = block.get_submodule(path)
-        w_OI, bias = reader_weight(module), reader_bias(module)
-        weight = Rtn().solve(w_OI if scale_C is None else w_OI * scale_C, scheme.weights, None, torch.float32).weight
-        layers[path] = QuantizedLinear(weight, bias, scheme.activations, static, () if scale_C is None else (Scale(scale_C),))
+        w_OI, _ = on_weight(chain, reader_weight(module))
+        weight = Rtn().solve(w_OI, scheme.weights, None, torch.float32).weight
+        layers[path] = QuantizedLinear(weight, reader_bias(module), scheme.activations, static, chain)
     return layers
 
 
-def apply(
-    block: nn.Module, sites: Mapping[str, Site], chosen: Mapping[str, Smoothing], probe: Probe, stored: torch.dtype
-) -> tuple[float, dict[str, Tensor]]:
-    """Absorb the scales into a float32 block and check that it computes what it did before.
+def absorb_scales(block: nn.Module, sites: Mapping[str, Site], chosen: Mapping[str, Scaling], stored: torch.dtype) -> dict[str, Tensor]:
+    """Let the hosts take the scales, and return them as they became: a norm's new weight is rounded to the stored dtype first, and the readers take
+    the exact ratio. block: float32."""
+    exact: dict[str, Tensor] = {}
+    for name, scaling in chosen.items():
+        if scaling.scale_C is not None:
+            exact[name] = exact_scale(block, sites[name], scaling.scale_C, stored)
+            absorb(block, sites[name], exact[name])
+    return exact
 
-    Returns the relative error of that check and the scales as they became: a norm's new weight is rounded to the stored dtype first,
-    and the readers take the exact ratio.
-    """
-    scales = {name: smoothing.scale_C for name, smoothing in chosen.items() if smoothing.scale_C is not None}
-    if not scales:
-        return 0.0, {}
-    exact = {}
+
+def checked(block: nn.Module, probe: Probe, what: str, change: Callable[[], None]) -> float:
+    """Change a float32 block and return by how much, relative, it computes something else. PlanishError if that is more than rounding."""
     with bfloat16_products(False):
         before = probe.run(block)
-        for name, scale_C in scales.items():
-            exact[name] = exact_scale(block, sites[name], scale_C, stored)
-            absorb(block, sites[name], exact[name])
+        change()
         off = relative_error(before, probe.run(block))
     if not off <= TOLERANCE:
         raise PlanishError(
-            f"smooth at block {probe.index} ({', '.join(exact)}): the transformed block is off by {off:.2g} (at most {TOLERANCE:g}). "
+            f"{what}: the transformed block is off by {off:.2g} (at most {TOLERANCE:g}). "
             "The topology's hosts or readers do not fit this model; leave the step out and report the model."
         )
-    return off, exact
+    return off

@@ -1,20 +1,30 @@
 """Transforms that flatten outliers: one algorithm a file, named in one dict."""
 
+from .fold import FoldNorms as FoldNorms
+from .fold import Untie as Untie
 from .inputs import Cat as Cat
 from .inputs import Center as Center
 from .inputs import ClipSearch as ClipSearch
 from .inputs import Duquant as Duquant
 from .inputs import Hadamard as Hadamard
 from .inputs import Wush as Wush
+from .permute import Permute as Permute
 from .prefix import Prefix as Prefix
+from .rotate import Rotate as Rotate
+from .scale_rms import ScaleRms as ScaleRms
 from .smooth import Smooth as Smooth
 
-Step = Prefix | Smooth | Center | Hadamard | Duquant | Cat | Wush | ClipSearch
+Step = Prefix | FoldNorms | Untie | Rotate | Smooth | ScaleRms | Permute | Center | Hadamard | Duquant | Cat | Wush | ClipSearch
 """Any step of a recipe."""
 
 STEPS: dict[str, type[Step]] = {
     "prefix": Prefix,
+    "fold_norms": FoldNorms,
+    "untie": Untie,
+    "rotate": Rotate,
     "smooth": Smooth,
+    "scale_rms": ScaleRms,
+    "permute": Permute,
     "shift": Center,
     "hadamard": Hadamard,
     "duquant": Duquant,

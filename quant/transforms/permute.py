@@ -3,10 +3,27 @@
 Shape suffixes: C channels, K blocks of B channels, Q query heads of D channels, G key-value heads.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..errors import PlanishError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Permute:
+    """Deal the channels of the inputs of down, and within each head of o, to blocks of equal peak; the layers before take the order for free.
+
+    block: channels of a block at most, as of the block rotation that the step is meant for; the largest divisor of the width is taken.
+    """
+
+    block: int = 128
+    sites: tuple[str, ...] = ("*.o", "*.down")
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise PlanishError(f"permute.block is {self.block}, but a block has at least 1 channel. Usual: 128, as the rotation behind it has.")
 
 
 def zigzag(magnitude_C: Tensor, blocks: int) -> Tensor:

@@ -6,10 +6,27 @@ Of x / s and W * s with s = sqrt(rms_x / rms_w), every channel has the same root
 Shape suffixes: C channels of a site.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from ..errors import PlanishError
 from .smooth import LARGEST
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleRms:
+    """Scale every matching site that has a free host. exponent: as of `rms_scale`, or auto: searched for each site
+    by the error of the block's output when that site is quantized, rotated as the steps behind say."""
+
+    exponent: float | Literal["auto"] = "auto"
+    sites: tuple[str, ...] = ("*",)
+
+    def __post_init__(self) -> None:
+        if self.exponent != "auto" and not 0 <= self.exponent <= 1:
+            raise PlanishError(f"scale_rms.exponent is {self.exponent}, but it lies in [0, 1]. Use 0.5, or auto.")
 
 
 def rms_scale(second_x_C: Tensor, second_w_C: Tensor, exponent: float) -> Tensor:

@@ -31,6 +31,7 @@ TOPOLOGY = Topology(
     stream_readers=("qkv", "gate_up"),
     norm_kind="rms",
     norm_offset=0.0,
+    heads=9,
 )
 
 

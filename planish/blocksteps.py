@@ -1,0 +1,115 @@
+"""The steps of a recipe that are carried out in a block's turn: what is absorbed by the block's own weights, and what is left for its inputs.
+
+Shape suffixes: T tokens, C channels of a site, E channels of a head.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .calib.fusing import permute, placed, rotate_values
+from .calib.observe import Observation
+from .calib.sites import Site, Topology
+from .quant.formats import Scheme
+from .quant.transforms import ClipSearch, FoldNorms, Hadamard, Permute, Prefix, Rotate, ScaleRms, Smooth, Step, Untie
+from .quant.transforms.factors import Blocks, Chain, on_input
+from .quant.transforms.inputs import InputStep, SiteView, divisor
+from .quant.transforms.permute import zigzag, zigzag_in_heads
+from .quant.transforms.rotate import AcrossHeads, across_heads
+from .resolve import matches
+from .smoothing import Probe, Scaling, absorb_scales, checked, choose, scaler
+from .steporder import late_value, step_name
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Absorbed:
+    """What a block's weights have taken in. error: relative, of the block afterwards; scales: by site, as they became."""
+
+    error: float
+    chosen: Mapping[str, Scaling]
+    scales: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockSteps:
+    """Sorted by what they do. value: what the heads' values are turned by, if that is left for the turn; inputs: at run time."""
+
+    scalers: tuple[Smooth | ScaleRms, ...]
+    permutes: tuple[Permute, ...]
+    value: Chain
+    inputs: tuple[InputStep, ...]
+    clips: tuple[ClipSearch, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, steps: Sequence[Step], known: Topology) -> "BlockSteps":
+        """Of a recipe's steps, for a model of this topology."""
+        inputs: list[InputStep] = []
+        for step in steps:
+            if isinstance(step, Rotate):
+                inputs += [across_heads(step, known.heads)] if step.at == "heads" else []
+            elif not isinstance(step, (Prefix, FoldNorms, Untie, Smooth, ScaleRms, Permute, ClipSearch)):
+                inputs.append(step)
+        value = late_value(steps, known)
+        late = [step for step in steps if isinstance(step, Rotate) and step.at == "value" and value]
+        absorbed = [step for step in steps if isinstance(step, (Smooth, ScaleRms, Permute)) or step in late]
+        return cls(
+            tuple(step for step in steps if isinstance(step, (Smooth, ScaleRms))),
+            tuple(step for step in steps if isinstance(step, Permute)),
+            value,
+            tuple(inputs),
+            tuple(step for step in steps if isinstance(step, ClipSearch)),
+            tuple(dict.fromkeys(map(step_name, absorbed))),
+        )
+
+    def squares(self, index: int, known: Topology) -> set[str]:
+        """The sites of block `index` whose sums of squares are needed."""
+        return {site.name for site in known.sites if isinstance(scaler(self.scalers, index, site.name), ScaleRms)}
+
+    def absorb(
+        self, block: nn.Module, known: Topology, schemes: Mapping[str, Scheme | None], observed: Observation, probe: Probe, stored: torch.dtype
+    ) -> Absorbed:
+        """Choose what the float32 block absorbs, and let it. PlanishError if it then computes something else."""
+        sites = {site.name: site for site in known.sites}
+        chosen = choose(block, sites, schemes, observed, self.scalers, probe, partial(self._behind, known, probe.index))
+        scales: dict[str, Tensor] = {}
+        orders = [(step, site) for step in self.permutes for site in known.sites if matches(step.sites, probe.index, site.name)]
+
+        def change() -> None:
+            scales.update(absorb_scales(block, sites, chosen, stored))
+            for step, site in orders:
+                magnitude_C = observed.seen[site.name].absmax_C / scales.get(site.name, 1)
+                permute(block, site, _order(step, site, known, magnitude_C))
+            if self.value:
+                rotate_values(block, known, self.value)
+
+        if not (orders or self.value or any(scaling.scale_C is not None for scaling in chosen.values())):
+            return Absorbed(0.0, chosen, scales)
+        touched = dict.fromkeys([*(name for name, scaling in chosen.items() if scaling.scale_C is not None), *(site.name for _, site in orders)])
+        what = f"{', '.join(self.names)} at block {probe.index} ({', '.join(touched)})"
+        return Absorbed(checked(block, probe, what, change), chosen, scales)
+
+    def _behind(self, known: Topology, index: int, name: str, x_TC: Tensor) -> Chain:
+        """What the site's input goes through whatever its scale: rotations."""
+        chain: Chain = ()
+        width = x_TC.shape[1]
+        if self.value and name == "o":
+            eye_EE = torch.eye(width // known.heads, dtype=torch.float64)
+            chain = (Blocks(on_input(self.value, eye_EE)[None].to(x_TC)),)
+        view = SiteView(x_TC, torch.empty(width, width, device="meta"), torch.empty(width, device="meta"), ())
+        for step in self.inputs:
+            if isinstance(step, (Hadamard, AcrossHeads)) and matches(step.sites, index, name):
+                chain += placed(step.chain(view), x_TC.device)
+        return chain
+
+
+def _order(step: Permute, site: Site, known: Topology, magnitude_C: Tensor) -> Tensor:
+    width = len(magnitude_C)
+    if site.name != "o":
+        return zigzag(magnitude_C, width // divisor(width, step.block))
+    size = width // known.heads
+    kv_heads = len(set(site.makers[0].index)) // size
+    return zigzag_in_heads(magnitude_C, kv_heads, size, size // divisor(size, step.block))
