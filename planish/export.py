@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .block import BlockRecord
-from .calib.extension import KEY, Extension, SiteInput
+from .calib.extension import KEY, Extension
 from .calib.packing import Packed, quantization_config
 from .calib.shards import TensorInfo, read_header, read_json
 from .eval.probe import PROBE_FILE
@@ -87,8 +87,8 @@ def _config(plan: Plan, packed: Mapping[str, Packed], blocks: list[BlockRecord])
 
 
 def _extension(plan: Plan, blocks: list[BlockRecord]) -> Extension:
-    sites = {f"{block.index}.{name}": SiteInput(site.clip, tuple(site.chain)) for block in blocks for name, site in block.sites.items()}
-    return Extension(plan.prefix, sites)
+    sites = {f"{block.index}.{name}": site.site_input for block in blocks for name, site in block.sites.items()}
+    return Extension(plan.prefix, sites, declared=plan.recipe.extended)
 
 
 def manifest(plan: Plan, blocks: list[BlockRecord], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:

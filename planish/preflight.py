@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from .beside import check_beside
 from .calib.checkpoint import Checkpoint, check_language, open_checkpoint
 from .calib.data import Calibration
 from .calib.heap import trim
@@ -95,6 +96,7 @@ def make_plan(
     packed = {
         a: None if s is None else Packed(s, default_layout(s, extended=extended) if layout == "auto" else layout) for a, s in resolved.schemes.items()
     }
+    check_beside(recipe.steps, packed, runner)
     ids = None if recipe.calibration is None else _ids(recipe.calibration, runner)
     _prove(runner)
     trim()
@@ -214,7 +216,7 @@ def _in_vllm(how: Packed) -> bool:
 
 def _warnings(packed: dict[Address, Packed | None], topology: Topology, extended: bool) -> tuple[str, ...]:
     if extended:
-        return ("transforms at run time, clips or a prefix: planish.load runs the checkpoint, others refuse it.",)
+        return ("transforms at run time, clips, side paths or a prefix: planish.load runs the checkpoint, others refuse it.",)
     if topology.family in PLAIN_LINEARS:
         return (f"{topology.family}: its linear layers are Conv1D modules; vLLM and transformers refuse the checkpoint, planish.load runs it.",)
     if any(how and how.scheme.activations is not None and how.scheme.activations.bits != 8 for how in packed.values()):

@@ -7,7 +7,7 @@ Which sites a pattern means: see resolve.py.
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -17,7 +17,7 @@ from .decode import Named, decode, encode
 from .quant.errors import PlanishError, nearest
 from .quant.formats import Scheme
 from .quant.solvers import SOLVERS, Solver
-from .quant.transforms import STEPS, Smooth, Step
+from .quant.transforms import STEPS, SideStep, Smooth, Step, SuperWeights
 from .shipped import shipped as shipped
 from .shipped import shipped_text as shipped_text
 from .shipped import shipped_texts
@@ -94,8 +94,8 @@ class Recipe:
         if smooths and not activations:
             raise PlanishError("steps: smooth makes activations easier to quantize, but none are quantized. Remove it, or add scheme.activations.")
         users = {
-            "the step smooth": smooths,
-            f"the solver {_name(self.solver)}": self.solver.needs_moments,
+            **{f"the step {_name(step, STEPS)}": _needs_text(step) for step in self.steps},
+            f"the solver {_name(self.solver, SOLVERS)}": self.solver.needs_moments,
             "a static activation scale": any(not activation.dynamic for activation in activations),
         }
         if self.calibration is None and any(users.values()):
@@ -112,8 +112,13 @@ class Recipe:
         return self.scheme, *(override.scheme for override in self.overrides if override.scheme)
 
 
-def _name(solver: object) -> str:
-    return next(name for name, kind in SOLVERS.items() if kind is type(solver))
+def _name(chosen: object, classes: Mapping[str, type]) -> str:
+    return next(name for name, kind in classes.items() if kind is type(chosen))
+
+
+def _needs_text(step: Step) -> bool:
+    """All do, but for side paths that look at weights alone."""
+    return not isinstance(step, SideStep) or step.needs_moments or (isinstance(step, SuperWeights) and step.places == "auto")
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

@@ -7,9 +7,18 @@ from .inputs import Duquant as Duquant
 from .inputs import Hadamard as Hadamard
 from .inputs import Wush as Wush
 from .prefix import Prefix as Prefix
+from .side import Lorc as Lorc
+from .side import Quad as Quad
+from .side import Resq as Resq
+from .side import SuperWeights as SuperWeights
+from .side import Svdquant as Svdquant
 from .smooth import Smooth as Smooth
 
-Step = Prefix | Smooth | Center | Hadamard | Duquant | Cat | Wush | ClipSearch
+SideStep = Lorc | Svdquant | SuperWeights
+"""A step that runs something beside the codes and leaves the input as it is."""
+Keeping = Quad | Resq
+"""A step that transforms the input and keeps its first channels out of the codes."""
+Step = Prefix | Smooth | Center | Hadamard | Duquant | Cat | Wush | ClipSearch | Keeping | SideStep
 """Any step of a recipe."""
 
 STEPS: dict[str, type[Step]] = {
@@ -20,5 +29,10 @@ STEPS: dict[str, type[Step]] = {
     "duquant": Duquant,
     "cat": Cat,
     "wush": Wush,
+    "quad": Quad,
+    "resq": Resq,
     "clip": ClipSearch,
+    "low_rank": Lorc,
+    "svdquant": Svdquant,
+    "super_weight": SuperWeights,
 }
