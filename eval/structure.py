@@ -96,7 +96,7 @@ def check_structure(layout: Layout) -> Check:
 
 
 def bits(layout: Layout) -> dict[str, float | int]:
-    """Stored bits per weight, a code's as declared, and with scales, zero points, transforms and side paths: of the quantized linears, of the model."""
+    """Bits per weight: a code's as declared; stored ones, all that goes with weights included, of the quantized linears and of the model."""
     weights = sum(math.prod(layout.linears[name]) for name in layout.packed)
     codes = sum(math.prod(layout.linears[name]) * _format(how).bits for name, how in layout.packed.items())
     stored = sum(_nbytes(layout, f"{name}.{local}") for name, how in layout.packed.items() for local in stored_names(how))
