@@ -42,11 +42,14 @@ class Pass:
 
 @dataclass(slots=True, eq=False)
 class Prepared:
-    """The quantized input of a site, made once for all its readers. left: the left factor of their products, when the first of them has made it."""
+    """The quantized input of a site, made once for all its readers. left: the left factor of their products, when the first of them has made it.
+
+    whole: the transformed input before it is quantized, likewise, where anything runs beside the codes."""
 
     site: str
     quantized: QuantizedInput
     left: Tensor | None = None
+    whole: Tensor | None = None
 
 
 _current: ContextVar[Pass] = ContextVar("current")  # the pass whose code runs: coroutines and threads have each their own

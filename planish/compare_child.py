@@ -149,7 +149,7 @@ def work(task: Task, channel: Channel) -> Mapping[str, Any]:
         trim()
 
     found = compare_with(Reference.load(Path(task.reference)), plan.checkpoint, stored, device=plan.device, report=step)
-    sizes = {"bytes": stored_bytes(stored.tensors), "bits_per_weight": bits_per_weight(plan, stored.tensors)}
+    sizes = {"bytes": stored_bytes(stored.tensors), "bits_per_weight": bits_per_weight(stored.packed, stored.tensors, plan.quantized)}
     return {**took, **sizes, "texts": [plain(comparison) for comparison in found]}
 
 

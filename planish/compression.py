@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .beside import located
 from .block import BlockCompressor, BlockRecord, Streams, made_dynamic
 from .calib.heap import separate_large, trim
 from .calib.packing import Packed, clipped
@@ -28,6 +29,7 @@ from .fused import settled
 from .journal import Journal
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
+from .quant.transforms import Step, SuperWeights
 from .recipe import Recipe, digest
 
 JOURNAL, NEW_JOURNAL = "journal.json", "journal.json.new"  # the second is all there is where a run was killed as it began
@@ -115,8 +117,9 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
             progress.say(f"going on: {len(journal.blocks)} of {plan.topology.block_count} blocks are done")
         plan = _settled(plan, progress)
         runner = BlockRunner(plan.source, plan.dtype, plan.device)
+        steps = _located(plan, runner, progress)
         streams = _streams(plan, runner, folder_of_streams)
-        compressor = BlockCompressor(runner, plan.recipe.solver, plan.recipe.steps, plan.packed, streams)
+        compressor = BlockCompressor(runner, plan.recipe.solver, steps, plan.packed, streams)
         progress.stage("blocks", plan.topology.block_count)
         for index in range(plan.topology.block_count):
             if index < len(journal.blocks):
@@ -199,6 +202,17 @@ def _settled(plan: Plan, progress: Progress) -> Plan:
     trim()
     progress.step(1, f"off by {max(found.errors.values()):.2g}")
     return replace(plan, fused=found)
+
+
+def _located(plan: Plan, runner: BlockRunner, progress: Progress) -> tuple[Step, ...]:
+    """The recipe's steps with the places of super weights, which take a stage of its own to find."""
+    if not any(isinstance(step, SuperWeights) and step.places == "auto" for step in plan.recipe.steps):
+        return plan.recipe.steps
+    progress.stage("super weights", plan.topology.block_count)
+    steps = located(plan.recipe.steps, runner, plan.ids, progress.step)
+    if not any(isinstance(step, SuperWeights) and step.places for step in steps):
+        progress.say("no super weights: no single weight makes a spike of the residual stream at the step's sites.")
+    return steps
 
 
 def _streams(plan: Plan, runner: BlockRunner, folder: Path | None) -> Streams | None:

@@ -16,14 +16,16 @@ from .calib.runner import HEAD_TOKENS, BlockRunner
 from .calib.sites import reader_weight
 from .calib.workers import workers_for
 from .quant.solvers.gptq import PIECE
+from .quant.transforms import Keeping, SideStep
 from .recipe import Recipe
-from .resolve import Address
+from .resolve import Address, matches
 
 WINDOWS = 4  # of the built-in evaluation text, at most
 LENGTH = 2048  # tokens a window, or as many as the model takes
 LATER = 35_000_000  # what the program grows by after it is measured: text to evaluate on, what torch sets up for itself when it first works
 HOLES = 0.35  # of all that waits and passes: lost at most in the heap between tensors that stay and tensors that went
 COPIES = 6  # of the rows that a solver rounds at a time, in float32: original, ordered, current, deviations, scales, zero points
+DOUBLES = 4  # square matrices in float64 with which a side path is found: the Hessian, flipped, its factor, and that flipped back
 PASSING = 24  # bytes for each token of a batch and channel of the widest site, made and let go on the way
 LOGITS = 10  # of a piece of tokens, in float32: of both models, their logarithms, probabilities and differences
 
@@ -95,7 +97,7 @@ class Sizes:
         self.out_bytes, self.bits, self.quantized = self._stored()
 
     def _stored(self) -> tuple[int, float, int]:
-        """Bytes of the new checkpoint's weights, bits per quantized weight with its share of scales and zero points, and how many these are."""
+        """Bytes of the new checkpoint's weights; bits per quantized weight with scales, zero points and side paths; how many weights these are."""
         quantized, code_bits = 0, 0.0
         readers = {site.name: site.readers for site in self.runner.topology.sites}
         for (index, name), how in self.packed.items():
@@ -108,6 +110,8 @@ class Sizes:
                 quantized += out_channels * in_channels
                 stored = 8 if how.layout == "int-quantized" else fmt.bits
                 code_bits += out_channels * in_channels * stored + scales * (16 + (0 if fmt.symmetric else stored))
+                beside = [step for step in self.recipe.steps if isinstance(step, Keeping | SideStep) and matches(step.sites, index, name)]
+                code_bits += sum(step.side_bits(out_channels, in_channels, 8 * self.runner.checkpoint.dtype.itemsize) for step in beside)
         kept = self.runner.checkpoint.nbytes - quantized * self.runner.checkpoint.dtype.itemsize
         return kept + int(code_bits / 8), code_bits / quantized if quantized else 16.0, quantized
 
@@ -153,11 +157,13 @@ class Sizes:
         return batch * length * self.widest * PASSING + batch * self.heads * length * length * (2 * itemsize + 4)
 
     def _solver(self, site: _Site) -> int:
-        """Matrices: the Hessian, ordered, flipped, factored; with GPTAQ also what is missing and what follows from it."""
+        """Matrices: the Hessian, ordered, flipped, factored; with GPTAQ also what is missing and what follows; for side paths in float64."""
         if site.packed is None:
             return 0
         matrices = 0 if not self.recipe.solver.needs_moments else 6 if self.recipe.solver.needs_cross else 4
-        return 4 * matrices * site.width**2 + 4 * COPIES * min(site.weights, PIECE) + site.weights
+        beside = any(isinstance(step, SideStep) and step.needs_moments for step in self.recipe.steps)
+        wide = 8 * (DOUBLES * site.width**2 + 3 * site.weights) if beside else 0
+        return wide + 4 * matrices * site.width**2 + 4 * COPIES * min(site.weights, PIECE) + site.weights
 
     def _at_head(self, program: int, streams: int) -> Memory:
         """Embeddings or the head: as stored, and in the arithmetic where that is another; rewritten ones are checked in float32."""

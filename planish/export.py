@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .block import BlockRecord
-from .calib.extension import KEY, Extension, SiteInput
-from .calib.packing import Packed, quantization_config
+from .calib.extension import KEY, Extension
+from .calib.packing import Packed, quantization_config, stored_names
 from .calib.rewritten import Rewritten, changed
 from .calib.shards import TensorInfo, read_header, read_json
 from .calib.topology import Topology
@@ -39,7 +39,7 @@ def write_checkpoint(plan: Plan, journal: Journal, packed: Mapping[str, Packed],
     shutil.rmtree(folder, ignore_errors=True)
     (folder / FOLDER).mkdir(parents=True)
     tensors = _tensors(plan, journal)
-    bits = bits_per_weight(plan, tensors)
+    bits = bits_per_weight(packed, tensors, plan.quantized)
     write_shards(folder, tensors, plan.recipe.export.shard_bytes)
     for file in plan.checkpoint.carry_over():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -55,10 +55,10 @@ def write_checkpoint(plan: Plan, journal: Journal, packed: Mapping[str, Packed],
     return bits
 
 
-def bits_per_weight(plan: Plan, tensors: Mapping[str, TensorInfo]) -> float:
-    """Of the quantized weights, with their scales and zero points and what else planish needs to run them."""
-    extras = sum(info.nbytes for name, info in tensors.items() if MARK in name)
-    return plan.bits_per_weight + 8 * extras / max(1, plan.quantized)
+def bits_per_weight(packed: Mapping[str, Packed], tensors: Mapping[str, TensorInfo], weights: int) -> float:
+    """Of so many quantized weights, with their scales and zero points and what else planish needs to run them."""
+    codes = sum(tensors[f"{name}.{local}"].nbytes for name, how in packed.items() for local in stored_names(how))
+    return 8 * (codes + sum(info.nbytes for name, info in tensors.items() if MARK in name)) / max(1, weights)
 
 
 def publish(folder: Path, out: Path) -> None:
@@ -114,8 +114,8 @@ def _config(plan: Plan, packed: Mapping[str, Packed], blocks: list[BlockRecord])
 
 
 def _extension(plan: Plan, blocks: list[BlockRecord]) -> Extension:
-    sites = {f"{block.index}.{name}": SiteInput(site.clip, tuple(site.chain)) for block in blocks for name, site in block.sites.items()}
-    return Extension(plan.prefix, sites)
+    sites = {f"{block.index}.{name}": site.site_input for block in blocks for name, site in block.sites.items()}
+    return Extension(plan.prefix, sites, declared=plan.recipe.extended)
 
 
 def manifest(plan: Plan, blocks: list[BlockRecord], tensors: Mapping[str, TensorInfo], bits: float) -> dict[str, Any]:

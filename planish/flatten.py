@@ -14,7 +14,9 @@ from .calib.precision import bfloat16_products
 from .calib.stream import relative_error
 from .calib.walk import SiteWalk
 from .quant.errors import PlanishError
+from .quant.linear import without_first
 from .quant.solvers.clip_activation import best_clip
+from .quant.transforms import Keeping
 from .quant.transforms.factors import Chain, on_input, rounded
 from .quant.transforms.inputs import ClipSearch, InputStep, SiteView, chain_of
 from .solving import Readers
@@ -60,7 +62,7 @@ def flatten(
         chain, _ = chain_of(steps, view)
         chain = rounded(chain, stored)
         before = _outputs(readers, view.sample_TC)
-        readers.transform(chain)
+        readers.transform(chain, stored)
         sample_SC = on_input(chain, view.sample_TC)
         error = relative_error(before, _outputs(readers, sample_SC))
         if not error <= TOLERANCE:
@@ -68,6 +70,9 @@ def flatten(
             raise PlanishError(
                 f"{where} ({names}): the transformed layer is off by {error:.2g} (at most {TOLERANCE:g}): a transform nearly singular."
             )
+        for keeping in (step for step in steps if isinstance(step, Keeping)):
+            readers.keep(keeping.kept(readers.width), keeping.bits, stored)
+        sample_SC = without_first(sample_SC, readers.kept_channels)
         if clip is not None and readers.activations is not None and readers.activations.dynamic:
             assert readers.packed is not None
             behind = SiteView(sample_SC, view.second_CC, view.mean_C, tuple(readers.weights.values()))
@@ -78,7 +83,7 @@ def flatten(
 
 def _outputs(readers: Readers, x_SC: Tensor) -> Tensor:
     """(S, O) of all readers side by side."""
-    outputs = [torch.nn.functional.linear(x_SC, w_OC, _float(readers.biases[path])) for path, w_OC in readers.weights.items()]
+    outputs = [torch.nn.functional.linear(x_SC, readers.whole(path), _float(readers.biases[path])) for path in readers.weights]
     return torch.cat(outputs, dim=1)
 
 

@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from .beside import check_beside
 from .calib.checkpoint import Checkpoint, check_language, open_checkpoint
 from .calib.data import Calibration
 from .calib.heap import trim
@@ -104,6 +105,7 @@ def make_plan(
     widths = {site.name: reader_weight(runner.blocks[0].get_submodule(site.readers[0])).shape[1] for site in topology.sites}
     resolved = resolve(recipe, topology, lambda _block, site: widths[site])
     packed = {address: None if scheme is None else Packed(scheme, _layout(recipe, scheme)) for address, scheme in resolved.schemes.items()}
+    check_beside(recipe.steps, packed, runner)
     ids = None if recipe.calibration is None else _ids(recipe.calibration, runner, ids_NL)
     _prove(runner)
     trim()
@@ -235,7 +237,7 @@ def _in_vllm(how: Packed) -> bool:
 
 def _warnings(packed: dict[Address, Packed | None], topology: Topology, extended: bool) -> tuple[str, ...]:
     if extended:
-        return ("transforms at run time, clips or a prefix: planish.load runs the checkpoint, others refuse it.",)
+        return ("transforms at run time, clips, side paths or a prefix: planish.load runs the checkpoint, others refuse it.",)
     if topology.family in PLAIN_LINEARS:
         return (f"{topology.family}: its linear layers are Conv1D modules; vLLM and transformers refuse the checkpoint, planish.load runs it.",)
     if any(how and how.scheme.activations is not None and how.scheme.activations.bits != 8 for how in packed.values()):

@@ -7,7 +7,7 @@ Which sites a pattern means: see resolve.py.
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -99,7 +99,7 @@ class Recipe:
             )
         users = {
             **{f"the step {step_name(step)}": needs_text(step) for step in self.steps},
-            f"the solver {_name(self.solver)}": self.solver.needs_moments,
+            f"the solver {_name(self.solver, SOLVERS)}": self.solver.needs_moments,
             "a static activation scale": any(not activation.dynamic for activation in activations),
         }
         if self.calibration is None and any(users.values()):
@@ -117,8 +117,8 @@ class Recipe:
         return self.scheme, *(override.scheme for override in self.overrides if override.scheme)
 
 
-def _name(solver: object) -> str:
-    return next(name for name, kind in SOLVERS.items() if kind is type(solver))
+def _name(chosen: object, classes: Mapping[str, type]) -> str:
+    return next(name for name, kind in classes.items() if kind is type(chosen))
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
