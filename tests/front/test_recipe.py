@@ -29,6 +29,7 @@ NAMES = (
     "w4a4-best",
     "w4a4-fast",
     "w4a8",
+    "w4a8-best",
     "w8a8",
     "w8a8-static",
 )
