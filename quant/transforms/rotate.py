@@ -50,7 +50,7 @@ def mixing(n: int, kind: Kind, seed: int) -> Chain:
         return (Blocks(random_orthogonal(n, seed)[None]),)
     block = hadamard_block(n)
     blocks = Hadamard(block, random_signs(n, seed))
-    return (blocks,) if block == n else (blocks, Kronecker(random_orthogonal(n // block, seed), torch.eye(block, dtype=torch.float64)))
+    return (blocks,) if block == n else (blocks, Kronecker(random_orthogonal(n // block, seed).contiguous(), torch.eye(block, dtype=torch.float64)))
 
 
 def mean_keeping(n: int, kind: Kind, seed: int) -> Chain:
@@ -65,7 +65,7 @@ def mean_keeping(n: int, kind: Kind, seed: int) -> Chain:
     else:
         block = hadamard_block(n)
         H_bb = hadamard(block)
-        A_nn = torch.kron(_constant_first(n // block, generator).contiguous(), H_bb * H_bb[:, :1].sign())
+        A_nn = torch.kron(_constant_first(n // block, generator), H_bb * H_bb[:, :1].sign())
         signs_n = random_signs(n, seed).double()
         signs_n[0] = 1
         B_nn = A_nn * signs_n
@@ -74,7 +74,9 @@ def mean_keeping(n: int, kind: Kind, seed: int) -> Chain:
 
 def _constant_first(n: int, generator: torch.Generator) -> Tensor:
     """A random orthogonal matrix whose first column is 1 / sqrt(n): (n, n) float64."""
-    return orthonormal(torch.cat([torch.ones(n, 1, dtype=torch.float64), torch.randn(n, n - 1, generator=generator, dtype=torch.float64)], 1))
+    return orthonormal(
+        torch.cat([torch.ones(n, 1, dtype=torch.float64), torch.randn(n, n - 1, generator=generator, dtype=torch.float64)], 1)
+    ).contiguous()
 
 
 def turned_back(chain: Chain, x: Tensor) -> Tensor:
