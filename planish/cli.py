@@ -188,8 +188,9 @@ def recipes(context: typer.Context, traceback: Traceback = False) -> None:
     if context.invoked_subcommand is None:
         from .shipped import shipped
 
+        width = 2 + max(map(len, shipped()))
         for name, description in shipped().items():
-            out_console().print(f"{name:<16}{description}", soft_wrap=True, markup=False)
+            out_console().print(f"{name:<{width}}{description}", soft_wrap=True, markup=False)
 
 
 @recipes_app.command()

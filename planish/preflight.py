@@ -29,7 +29,7 @@ from .quant.errors import PlanishError
 from .quant.formats import Scheme
 from .quant.transforms import Prefix
 from .recipe import Recipe, load_recipe
-from .resolve import SERVED_GROUPS, Address, resolve
+from .resolve import SERVED_GROUPS, Address, Resolved, resolve
 from .units import size
 
 AVAILABLE_SHARE = 0.6  # of the memory that is free, what a run may take before its streams move to disk
@@ -95,27 +95,21 @@ def make_plan(
     if out is not None:
         _check_free(out)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
-    check_language(checkpoint, "compress it")
-    where = pick_device(device)
-    working = dtype or working_dtype(checkpoint.dtype, where)
-    runner = BlockRunner(checkpoint, working, where)
-    topology = runner.topology
-    _check_structure(runner)
+    original = runner = _opened(model, device, dtype, allow_pickle)
+    checkpoint, topology = runner.checkpoint, runner.topology
     widths = {site.name: reader_weight(runner.blocks[0].get_submodule(site.readers[0])).shape[1] for site in topology.sites}
     resolved = resolve(recipe, topology, lambda _block, site: widths[site])
-    packed = {address: None if scheme is None else Packed(scheme, _layout(recipe, scheme)) for address, scheme in resolved.schemes.items()}
+    packed = _packed(recipe, resolved)
     check_beside(recipe.steps, packed, runner)
     ids = None if recipe.calibration is None else _ids(recipe.calibration, runner, ids_NL)
     _prove(runner)
     trim()
     found, notes = fused(recipe.steps, runner, resolved.schemes)
-    runner = runner if found is None else BlockRunner(found.source, working, where)
+    runner = runner if found is None else BlockRunner(found.source, original.dtype, original.device)
     sizes, program = Sizes(runner, recipe, packed), resident()
-    room = program + int(psutil.virtual_memory().available * AVAILABLE_SHARE)
-    offload = offload_dir is not None or sizes.compressing(program, offload=False, replay=True).total > room
-    replay = offload or sizes.compressing(program, offload=False, replay=False).total > room
-    moved, elsewhere = sizes.streams if offload else 0, None if offload_dir is None else Path(offload_dir)
+    elsewhere = None if offload_dir is None else Path(offload_dir)
+    offload, replay = _saving(sizes, program, elsewhere is not None)
+    moved = sizes.streams if offload else 0
     needs = {} if out is None else {out: 2 * sizes.out_bytes + (moved if elsewhere is None else 0)}
     check_room(needs if elsewhere is None else {**needs, elsewhere: moved})
     return Plan(
@@ -123,8 +117,8 @@ def make_plan(
         checkpoint=checkpoint,
         fused=found,
         topology=topology,
-        device=where,
-        dtype=working,
+        device=original.device,
+        dtype=original.dtype,
         packed=packed,
         ids=ids,
         prefix=_prefix(recipe, checkpoint),
@@ -141,6 +135,28 @@ def make_plan(
         disk=2 * sizes.out_bytes + moved,
         seconds=sizes.seconds(replay),
     )
+
+
+def _opened(model: str | Path, device: str | None, dtype: torch.dtype | None, allow_pickle: bool) -> BlockRunner:
+    """The model, checked as far as names and shapes go, and how it will be computed."""
+    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
+    check_language(checkpoint, "compress it")
+    where = pick_device(device)
+    runner = BlockRunner(checkpoint, dtype or working_dtype(checkpoint.dtype, where), where)
+    _check_structure(runner)
+    return runner
+
+
+def _packed(recipe: Recipe, resolved: Resolved) -> dict[Address, Packed | None]:
+    """How the linears of each site are stored; None: in full precision."""
+    return {address: None if scheme is None else Packed(scheme, _layout(recipe, scheme)) for address, scheme in resolved.schemes.items()}
+
+
+def _saving(sizes: Sizes, program: int, asked: bool) -> tuple[bool, bool]:
+    """Whether the streams go to disk, asked for or not, and whether blocks are run anew for each site."""
+    room = program + int(psutil.virtual_memory().available * AVAILABLE_SHARE)
+    offload = asked or sizes.compressing(program, offload=False, replay=True).total > room
+    return offload, offload or sizes.compressing(program, offload=False, replay=False).total > room
 
 
 def _layout(recipe: Recipe, scheme: Scheme) -> Layout:

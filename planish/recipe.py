@@ -102,6 +102,10 @@ class Recipe:
             f"the solver {_name(self.solver, SOLVERS)}": self.solver.needs_moments,
             "a static activation scale": any(not activation.dynamic for activation in activations),
         }
+        if any(not activation.dynamic for activation in activations) and not all(portable(step) for step in self.steps):
+            raise PlanishError(
+                "scheme: static scales do not know inputs that are transformed at run time. Set dynamic: true, or use steps that weights absorb."
+            )
         if self.calibration is None and any(users.values()):
             needing = " and ".join(user for user, needs in users.items() if needs)
             raise PlanishError(f"calibration is null, but {needing} cannot do without. Remove the line to use the built-in text.")

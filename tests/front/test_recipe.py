@@ -19,9 +19,15 @@ W8 = WeightFormat(bits=8)
 A8 = ActivationFormat(bits=8)
 STATIC = ActivationFormat(bits=8, granularity="tensor", dynamic=False)
 NAMES = (
+    "paper-duquant",
+    "paper-gptaq",
     "paper-lorc",
+    "paper-prefixquant",
     "paper-quad",
+    "paper-quarot",
     "paper-resq",
+    "paper-smoothquant",
+    "paper-smoothrot",
     "paper-superweight",
     "paper-svdquant",
     "w4a16-channel",
