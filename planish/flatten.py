@@ -21,8 +21,8 @@ from .quant.transforms.factors import Chain, on_input, rounded
 from .quant.transforms.inputs import ClipSearch, InputStep, SiteView, chain_of
 from .solving import Readers
 
-MOMENT_TOKENS = 8192  # tokens that a site's moments are taken from, at most
-SAMPLE_TOKENS = 1024  # tokens that clips, seeds and choices are tried on, at most
+MOMENT_TOKENS = 4096  # tokens that a site's moments are taken from, at most
+SAMPLE_TOKENS = 512  # tokens that clips, seeds and choices are tried on, at most
 TOLERANCE = 1e-3  # relative error of the readers' outputs in float32; right factors reach 1e-6
 
 
@@ -73,11 +73,11 @@ def flatten(
         for keeping in (step for step in steps if isinstance(step, Keeping)):
             readers.keep(keeping.kept(readers.width), keeping.bits, stored)
         sample_SC = without_first(sample_SC, readers.kept_channels)
-        if clip is not None and readers.activations is not None and readers.activations.dynamic:
-            assert readers.packed is not None
-            behind = SiteView(sample_SC, view.second_CC, view.mean_C, tuple(readers.weights.values()))
-            found = best_clip(sample_SC, behind.readers_CC, readers.activations, clip.ratios())
-            readers.packed = clipped(readers.packed, found.clip)
+    if clip is not None and readers.activations is not None and readers.activations.dynamic:
+        assert readers.packed is not None
+        behind = SiteView(sample_SC, view.second_CC, view.mean_C, tuple(readers.weights.values()))
+        found = best_clip(sample_SC, behind.readers_CC, readers.activations, clip.ratios())
+        readers.packed = clipped(readers.packed, found.clip)
     return Flattened(chain, error)
 
 
