@@ -77,6 +77,7 @@ def test_torch_has_its_share_of_threads_and_no_gradients(count: int, each: int |
 def test_an_error_comes_out_and_stops_the_others(count: int, bad: int, error: type[BaseException]) -> None:
     before = threading.active_count()
     done: list[int] = []
+    before = threading.active_count()
 
     def work(item: int) -> None:
         if item == bad:
