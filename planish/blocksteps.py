@@ -14,7 +14,22 @@ from .calib.fusing import permute, placed, rotate_values
 from .calib.observe import Observation
 from .calib.sites import Site, Topology
 from .quant.formats import Scheme
-from .quant.transforms import ClipSearch, FoldNorms, Hadamard, Permute, Prefix, Rotate, ScaleRms, SideStep, Smooth, Step, Untie
+from .quant.transforms import (
+    ClipSearch,
+    FoldNorms,
+    Hadamard,
+    Lorc,
+    Permute,
+    Prefix,
+    Rotate,
+    ScaleRms,
+    SideStep,
+    Smooth,
+    Step,
+    SuperWeights,
+    Svdquant,
+    Untie,
+)
 from .quant.transforms.factors import Blocks, Chain, on_input
 from .quant.transforms.inputs import InputStep, SiteView, divisor
 from .quant.transforms.permute import zigzag, zigzag_in_heads
@@ -52,7 +67,7 @@ class BlockSteps:
         for step in steps:
             if isinstance(step, Rotate):
                 inputs += [across_heads(step, known.heads)] if step.at == "heads" else []
-            elif not isinstance(step, (Prefix, FoldNorms, Untie, Smooth, ScaleRms, Permute, ClipSearch, SideStep)):
+            elif not isinstance(step, (Prefix, FoldNorms, Untie, Smooth, ScaleRms, Permute, ClipSearch, Lorc, Svdquant, SuperWeights)):
                 inputs.append(step)
         value = late_value(steps, known)
         late = [step for step in steps if isinstance(step, Rotate) and step.at == "value" and value]

@@ -93,7 +93,7 @@ def svdquant(
     """
     w_OC = w_OC.double()
     L_CC = factor(second_CC.double(), damping).lower_II
-    low, least, best = lorc(w_OC, rank), math.inf, None
+    low, error, least, best = lorc(w_OC, rank), math.inf, math.inf, None
     for _ in range(rounds + 1):
         residual_OC = (w_OC - low.product()).float()
         left_OC = w_OC - quantize(residual_OC).double()
