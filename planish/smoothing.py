@@ -92,6 +92,7 @@ def choose(
     """
     chosen: dict[str, Scaling] = {}
     reference: Tensor | None = None
+    seen_TC: dict[str, Tensor] = {}
     for name, site in sites.items():
         scheme, step = schemes[name], scaler(steps, probe.index, name)
         if site.host is None or scheme is None or scheme.activations is None or step is None:

@@ -28,8 +28,8 @@ class Rotate:
     """at residual: the whole stream, one rotation for all blocks (R1; needs fold_norms before it). at value: each head's values, absorbed by the rows
     of v and the columns of o (R2). at heads: across the heads at the input of o, at run time (with at value: a rotation of all its channels).
 
-    kind: hadamard, with random signs, or a random orthogonal matrix. seeds, at residual: so many draws are compared, and the one is kept with which
-    the tokens of the normed stream have the least range.
+    kind: hadamard, with random signs but across heads, or a random orthogonal matrix. seeds, at residual: so many draws are compared, and the one is
+    kept with which the tokens of the normed stream have the least range.
     """
 
     at: Literal["residual", "value", "heads"]
