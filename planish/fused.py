@@ -6,8 +6,8 @@ figures (smooth, scale_rms, permute), and rotate at value behind it, is done in 
 Shape suffixes: T tokens, C channels.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -23,7 +23,8 @@ from .calib.walk import site_inputs
 from .quant.errors import PlanishError
 from .quant.formats import Scheme
 from .quant.transforms import FoldNorms, Permute, Rotate, ScaleRms, Smooth, Step, Untie
-from .quant.transforms.factors import Chain, on_input
+from .quant.transforms.factors import Blocks, Chain, on_input
+from .quant.transforms.learned import learn_rotation
 from .quant.transforms.rotate import across_heads, mean_keeping, mixing, rotation_at
 from .resolve import Address, matches
 from .steporder import late_value, of_the_whole, step_name, touches, value_rotation
@@ -31,6 +32,7 @@ from .units import size
 
 TOLERANCE = 1e-3  # relative error of the rewritten model in float32; right mappings reach 1e-6
 CHECK_TOKENS = 8  # evenly from the whole vocabulary
+LEARNED_TOKENS, LEARNING_STEPS, LEARNING_BATCH, LEARNING_ANGLE = 8192, 200, 1024, 0.1  # for a rotation that is learned
 DRAW_TOKENS, KEPT_TOKENS = 256, 32  # that flow through the blocks once for the choice of a draw, and of them those compared at each site
 
 
@@ -67,8 +69,12 @@ def rewriting(steps: Sequence[Step], runner: BlockRunner, draw: int) -> Rewritin
     known, residual, value = runner.topology, rotation_at(steps, "residual"), rotation_at(steps, "value")
     rotation: Chain = ()
     if residual is not None:
+        if residual.kind == "learned" and known.norm_kind == "layer":
+            raise PlanishError(
+                "rotate.kind is learned, but a LayerNorm stays one only under rotations that keep the mean. Use hadamard or orthogonal."
+            )
         make = mean_keeping if known.norm_kind == "layer" else mixing
-        rotation = make(runner.model.config.get_text_config().hidden_size, residual.kind, draw)
+        rotation = make(runner.model.config.get_text_config().hidden_size, "hadamard" if residual.kind == "learned" else residual.kind, draw)
     return Rewriting(
         fold=any(isinstance(step, FoldNorms) for step in steps),
         untie=any(isinstance(step, Untie) for step in steps),
@@ -141,6 +147,11 @@ def settled(steps: Sequence[Step], original: BlockRunner, ids: Tensor | None) ->
     """With the best draw of the rotation, and held against the original. Raises PlanishError where that computes something else."""
     rotate, draw = rotation_at(steps, "residual"), 0
     ranges: tuple[float, ...] = ()
+    if rotate is not None and rotate.kind == "learned":
+        assert ids is not None
+        plan, ranges = _learned(steps, original, ids)
+        with bfloat16_products(False):
+            return Fused(Rewritten.of(original.checkpoint, plan), draw, ranges, _checked(original, plan))
     with bfloat16_products(False):
         if rotate is not None and rotate.seeds > 1:
             assert ids is not None
@@ -150,13 +161,34 @@ def settled(steps: Sequence[Step], original: BlockRunner, ids: Tensor | None) ->
         return Fused(Rewritten.of(original.checkpoint, plan), draw, ranges, _checked(original, plan))
 
 
+def _learned(steps: Sequence[Step], original: BlockRunner, ids: Tensor) -> tuple[Rewriting, tuple[float, float]]:
+    """With a rotation learned from the tokens of all blocks; and the mean squared range before and after."""
+    samples = max(1, LEARNED_TOKENS // (ids.shape[1] * 2))
+    x_TC = torch.cat(list(_stream_tokens(original, ids[:samples], LEARNED_TOKENS // (2 * len(original.blocks)))))
+    plan = rewriting(steps, original, 0)
+    start_CC = on_input(plan.residual, torch.eye(x_TC.shape[1], dtype=torch.float64))
+    with torch.enable_grad():
+        learned = (Blocks(learn_rotation(x_TC, start_CC, "range", LEARNING_STEPS, LEARNING_ANGLE, batch=LEARNING_BATCH)[None]),)
+    ranges = tuple(_squared_ranges(on_input(rotation, x_TC)) / len(x_TC) for rotation in (plan.residual, learned))
+    return replace(plan, residual=learned), (ranges[0], ranges[1])
+
+
 def _ranges(steps: Sequence[Step], original: BlockRunner, ids: Tensor, seeds: int) -> tuple[float, ...]:
     """The mean squared range of tokens before the blocks' readers of the stream, with each draw; without sink tokens."""
-    folded = BlockRunner(Rewritten.of(original.checkpoint, Rewriting(fold=True)), original.dtype, original.device)
     rotations = [rewriting(steps, original, draw).residual for draw in range(seeds)]
-    sites = [site for site in folded.topology.sites if site.stream]
     totals, count = [0.0] * seeds, 0
-    ((hidden, call),) = folded.start([ids[:1, :DRAW_TOKENS]])
+    for some_TC in _stream_tokens(original, ids[:1, :DRAW_TOKENS], KEPT_TOKENS):
+        count += len(some_TC)
+        for draw, rotation in enumerate(rotations):
+            totals[draw] += _squared_ranges(on_input(rotation, some_TC))
+    return tuple(total / max(1, count) for total in totals)
+
+
+def _stream_tokens(original: BlockRunner, ids: Tensor, kept: int) -> Iterator[Tensor]:
+    """About so many tokens before each of the blocks' readers of the stream, norms folded, without sinks: float32 (T, C)."""
+    folded = BlockRunner(Rewritten.of(original.checkpoint, Rewriting(fold=True)), original.dtype, original.device)
+    sites = [site for site in folded.topology.sites if site.stream]
+    ((hidden, call),) = folded.start([ids])
     for index in range(len(folded.blocks)):
         block = folded.load_block(index)
         with site_inputs(block, sites) as inputs:
@@ -166,11 +198,7 @@ def _ranges(steps: Sequence[Step], original: BlockRunner, ids: Tensor, seeds: in
         hidden = out
         for x_TC in inputs.take().values():
             kept_TC = x_TC[keep_T].float().cpu()
-            some_TC = kept_TC[:: max(1, len(kept_TC) // KEPT_TOKENS)]
-            count += len(some_TC)
-            for draw, rotation in enumerate(rotations):
-                totals[draw] += _squared_ranges(on_input(rotation, some_TC))
-    return tuple(total / max(1, count) for total in totals)
+            yield kept_TC[:: max(1, len(kept_TC) // kept)]
 
 
 def _squared_ranges(x_TC: Tensor) -> float:

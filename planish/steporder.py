@@ -33,7 +33,9 @@ def needs_text(step: Step) -> bool:
     """Whether the step chooses by what the calibration's text shows, or acts on what flows with it."""
     if isinstance(step, SideStep):
         return step.needs_moments or (isinstance(step, SuperWeights) and step.places == "auto")
-    return not (of_the_whole(step) or (isinstance(step, Rotate) and step.at == "value")) or (isinstance(step, Rotate) and step.seeds > 1)
+    if isinstance(step, Rotate):
+        return step.seeds > 1 or step.kind == "learned" or step.at == "heads"
+    return not of_the_whole(step)
 
 
 def check_order(steps: Sequence[Step]) -> None:

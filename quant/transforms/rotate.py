@@ -20,7 +20,7 @@ from .hadamard import rotate as times_hadamard
 from .inputs import SiteView
 from .rotation import orthonormal, random_orthogonal, random_signs
 
-Kind = Literal["hadamard", "orthogonal"]
+Kind = Literal["hadamard", "orthogonal", "learned"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +28,9 @@ class Rotate:
     """at residual: the whole stream, one rotation for all blocks (R1; needs fold_norms before it). at value: each head's values, absorbed by the rows
     of v and the columns of o (R2). at heads: across the heads at the input of o, at run time (with at value: a rotation of all its channels).
 
-    kind: hadamard, with random signs, or a random orthogonal matrix. seeds, at residual: so many draws are compared, and the one is kept with which
-    the tokens of the normed stream have the least range.
+    kind: hadamard, with random signs but across heads; a random orthogonal matrix; or at residual learned: from the hadamard on, tokens of the normed
+    stream are given the least range (learned.py), a quarter of a minute for 576 channels.
+    seeds, at residual: so many draws are compared, and the one is kept with which the tokens of the normed stream have the least range.
     """
 
     at: Literal["residual", "value", "heads"]
@@ -39,6 +40,10 @@ class Rotate:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise PlanishError(f"rotate.seeds is {self.seeds}, but it counts draws: 1, or more for a choice.")
+        if self.kind == "learned" and (self.at != "residual" or self.seeds > 1):
+            raise PlanishError(
+                "rotate.kind is learned, which is for one draw at residual. Use hadamard or orthogonal elsewhere, and leave seeds out."
+            )
         if self.seeds > 1 and self.at != "residual":
             raise PlanishError(f"rotate.seeds is {self.seeds}, but only at residual are draws compared. Leave it out at {self.at}.")
 
