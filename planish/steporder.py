@@ -54,6 +54,12 @@ def check_order(steps: Sequence[Step]) -> None:
                 "steps: rotate at residual needs norms that multiply by 1, for their weights do not rotate along. Put fold_norms before it."
             )
         seen.append(name)
+    mixed = next((step_name(step) for step in steps if isinstance(step, Permute) or (isinstance(step, Rotate) and step.at != "heads")), None)
+    if mixed is not None and any(isinstance(step, SuperWeights) and step.places for step in steps):
+        raise PlanishError(
+            f"steps: {mixed} moves weights before super_weight can hold any out: their places are the original model's. Remove one of both, or rotate "
+            "inputs instead, with hadamard."
+        )
 
 
 def touches(step: Smooth | ScaleRms | Permute, site: str, known: Topology) -> bool:

@@ -209,6 +209,8 @@ def test_damaged_side_paths_are_named(tmp_path: Path) -> None:
         ("[resq: {share: 1}]", "resq.share is 1"),
         ("[resq: {bits: 16}]", "resq.bits is 16"),
         ("[super_weight: {z: 0}]", "super_weight.z is 0"),
+        ("[fold_norms, rotate: {at: residual}, super_weight]", "rotate at residual moves weights"),
+        ("[super_weight, permute]", "permute moves weights"),
         ("[super_weight: {places: []}]", "nothing would be done"),
         ("[super_weight: {places: [[3, mlp.down_proj, 0, 0]]}]", "no quantized layer"),
         ("[super_weight: {places: [[0, mlp.down, 0, 0]]}]", "no quantized layer"),
