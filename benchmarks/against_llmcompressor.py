@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-CASE = "w8a8_sq_gptq"
+CASES = {"w8a8": "w8a8_sq_gptq", "w4a4-fast": "w4a4_rotate_gptq", "w4a4-best": "w4a4_rotate_gptq"}  # the peer's best at the same bits
 
 
 def worker(a: argparse.Namespace) -> dict[str, object]:
@@ -63,7 +63,7 @@ def main() -> None:
     """Measure every tool `--repeat` times in turn and print the medians and ratios."""
     p = argparse.ArgumentParser()
     p.add_argument("--model", default="demo:smollm2")
-    p.add_argument("--recipe", default="w8a8")
+    p.add_argument("--recipe", default="w8a8", choices=CASES)
     p.add_argument("--set", action="append", default=[], help="a recipe setting, path=value")
     p.add_argument("--text", required=True)
     p.add_argument("--evaluation", required=True)
@@ -86,7 +86,19 @@ def main() -> None:
     own += [part for setting in a.set for part in ("--set", setting)]
     commands = {"planish": own}
     if a.peer_python:
-        peer = [a.peer_python, a.peer_script, "--model", folder, "--case", CASE, "--calibration", a.text, "--evaluation", a.evaluation, *sizes]
+        peer = [
+            a.peer_python,
+            a.peer_script,
+            "--model",
+            folder,
+            "--case",
+            CASES[a.recipe],
+            "--calibration",
+            a.text,
+            "--evaluation",
+            a.evaluation,
+            *sizes,
+        ]
         commands |= {f"llm-compressor {dtype}": [*peer, "--dtype", dtype] for dtype in ("float32", "bfloat16")}
     runs: dict[str, list[dict[str, object]]] = {name: [] for name in commands}
     for _ in range(a.repeat):

@@ -1,8 +1,10 @@
-"""What a checkpoint says beyond compressed-tensors, under the key `planish` of config.json: transforms of sites' inputs, clips, the prefix.
+"""What a checkpoint says beyond compressed-tensors, under the key `planish` of config.json: transforms of sites' inputs, clips, side paths,
+the prefix.
 
 No other consumer executes any of it, so the checkpoint's format gets a name that no other library knows (packing.EXTENDED): they refuse it.
 
-{"version": 1, "prefix": [ids], "sites": {"0.qkv": {"clip": 0.9, "chain": [{"kind": "hadamard", "block": 576}]}}}
+{"version": 1, "prefix": [ids], "sites": {"0.qkv": {"clip": 0.9, "chain": [{"kind": "hadamard", "block": 576}], "kept": 64, "kept_bits": 8, "ranks":
+{"self_attn.q_proj": 32}}}}
 """
 
 from collections.abc import Mapping
@@ -20,33 +22,44 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class SiteInput:
-    """What happens to a site's input before it becomes codes. clip: as ActivationFormat.clip. chain: as factors.store describes it."""
+    """What happens to a site's input before it becomes codes, and beside them.
+
+    clip: as ActivationFormat.clip. chain: as factors.store describes it. kept: so many first channels are no codes, but as linear.Kept has them,
+    kept_bits: of these, None: full precision. ranks: of the low-rank paths beside readers, by path in the block.
+    """
 
     clip: float = 1.0
     chain: tuple[Mapping[str, object], ...] = ()
+    kept: int = 0
+    kept_bits: int | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return self.clip != 1 or bool(self.chain)
+        return self != SiteInput()
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> "SiteInput":
         """What `to_dict` made."""
-        return cls(float(data["clip"]), tuple(dict(factor) for factor in data["chain"]))
+        chain = tuple(dict(factor) for factor in data["chain"])
+        bits, ranks = data["kept_bits"], {str(path): int(rank) for path, rank in data["ranks"].items()}
+        return cls(float(data["clip"]), chain, int(data["kept"]), None if bits is None else int(bits), ranks)
 
     def to_dict(self) -> dict[str, object]:
         """As plain values, for JSON."""
-        return {"clip": self.clip, "chain": [dict(factor) for factor in self.chain]}
+        chain = [dict(factor) for factor in self.chain]
+        return {"clip": self.clip, "chain": chain, "kept": self.kept, "kept_bits": self.kept_bits, "ranks": dict(self.ranks)}
 
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """All of it. prefix: its tokens. sites: by address, such as 0.qkv; only those with something to say."""
+    """All of it. prefix: its tokens. sites: by address, such as 0.qkv; only those with something to say. declared: also where nothing is said."""
 
     prefix: tuple[int, ...] = ()
     sites: Mapping[str, SiteInput] = field(default_factory=dict)
+    declared: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.prefix) or any(self.sites.values())
+        return self.declared or bool(self.prefix) or any(self.sites.values())
 
     def to_dict(self) -> dict[str, object]:
         """As plain values, for JSON."""
@@ -63,7 +76,7 @@ class Extension:
             if data["version"] != VERSION:
                 raise PlanishError(f"config.json: {KEY}.version is {data['version']!r}, and this planish reads {VERSION}. Use the one that wrote it.")
             sites = {address: SiteInput.read(site) for address, site in data["sites"].items()}
-            return cls(tuple(int(token) for token in data["prefix"]), sites)
+            return cls(tuple(int(token) for token in data["prefix"]), sites, declared=True)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanishError(f"config.json: {KEY} is damaged ({error!r}). Compress the model again.") from error
 

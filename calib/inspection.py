@@ -26,11 +26,10 @@ from .sink_heads import AttentionMeter, sink_heads
 from .site_look import SiteLook
 from .stored import StoredCheckpoint
 from .stream import Stream
-from .super_weights import SuperWeightSearch, published
+from .super_weights import PROBE, SuperWeightSearch, published
 from .walk import site_inputs
 
 BATCH_TOKENS = 1024  # tokens that run through a block at a time
-PROBE = (4, 64)  # samples and tokens in which super weights are sought
 ATTENTION_SAMPLES = 4  # samples in which the heads' attention is measured
 
 Quality = Callable[[BlockRunner, Sequence[Tensor], Sequence[Stream]], list[float]]
@@ -163,7 +162,7 @@ class _Walk:
                         out = call.run(block, index, hidden)
                 else:
                     out = call.run(block, index, hidden)
-            look.update(hidden, out, inputs)
+            look.update(hidden, out, inputs.take())
             self.stream[i] = out
             done += len(hidden)
         return look

@@ -7,20 +7,33 @@ from torch import Tensor, nn
 
 from ..quant.linear import QuantizedLinear
 from ..quant.transforms.factors import Chain
+from .extension import SiteInput
 from .packing import Packed, stored_names, unpack
+from .side import restored_side, side_names
 
 
 def quantized_readers(
-    prefix: str, tensors: Mapping[str, Tensor], packed: Mapping[str, Packed], chains: Mapping[str, Chain], dtype: torch.dtype
+    prefix: str,
+    tensors: Mapping[str, Tensor],
+    packed: Mapping[str, Packed],
+    chains: Mapping[str, Chain],
+    inputs: Mapping[str, SiteInput],
+    dtype: torch.dtype,
 ) -> dict[str, nn.Module]:
-    """The quantized linears under `prefix` (a block's full name), by their path inside it. chains: what inputs go through, by full name."""
+    """The quantized linears under `prefix` (a block's full name), by their path inside it.
+
+    chains: what inputs go through, inputs: what is said of them, both by full name.
+    """
     layers: dict[str, nn.Module] = {}
     for name, how in packed.items():
         if not name.startswith(prefix + "."):
             continue
         weight, static = unpack({local: tensors[f"{name}.{local}"] for local in stored_names(how)}, how)
         bias, chain = tensors.get(f"{name}.bias"), chains.get(name, ())
-        layers[name.removeprefix(prefix + ".")] = QuantizedLinear(weight, bias, how.scheme.activations, static, chain, dtype)
+        what = inputs.get(name, SiteInput())
+        beside = {local: tensors[full] for local, full in side_names(name, tensors).items()} if what else {}
+        side = restored_side(beside, what, how.scheme)
+        layers[name.removeprefix(prefix + ".")] = QuantizedLinear(weight, bias, how.scheme.activations, static, chain, dtype, side)
     return layers
 
 

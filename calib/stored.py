@@ -1,7 +1,7 @@
 """A compressed checkpoint on disk, opened like any other: its quantized linears come to life as QuantizedLinear."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,12 +14,13 @@ from ..quant.errors import PlanishError
 from ..quant.linear import QuantizedLinear
 from ..quant.transforms.factors import Chain
 from .checkpoint import Checkpoint, build_skeleton, open_checkpoint
-from .extension import Extension, chain_prefix, restored
+from .extension import Extension, SiteInput, chain_prefix, restored
 from .locate import weight_files
 from .packing import Packed, clipped, read_config, stored_names
 from .prefix import PrefixCache, from_tensors, tensor_names
 from .quantized import quantized_readers
 from .shards import read_json, read_shards
+from .side import expected_tensors, side_name, side_names
 from .topology import Topology, topology
 from .walk import put
 
@@ -41,12 +42,13 @@ class StoredCheckpoint(Checkpoint):
         """As of any checkpoint; the quantized linears inside are replaced by QuantizedLinear modules that compute in dtype."""
         root = f"{prefix}." if prefix else ""
         names = [name for name in self.packed if name.startswith(root)]
-        chains = self._chains(names, device)
+        chains, inputs = self._chains(names, device), self._inputs(names)
         for name in names:
             local = [f"{name}.{part}" for part in stored_names(self.packed[name])]
             local += [f"{name}.bias"] if f"{name}.bias" in self.tensors else []
+            local += side_names(name, self.tensors).values()
             tensors = {key: tensor.to(device) for key, tensor in self.read(local).items()}
-            layer = quantized_readers(name.rpartition(".")[0], tensors, {name: self.packed[name]}, chains, dtype or self.dtype)
+            layer = quantized_readers(name.rpartition(".")[0], tensors, {name: self.packed[name]}, chains, inputs, dtype or self.dtype)
             put(module, name.removeprefix(root), next(iter(layer.values())))
         Checkpoint.load_module(self, module, prefix, dtype=dtype, device=device)
 
@@ -63,6 +65,12 @@ class StoredCheckpoint(Checkpoint):
                 chain = restored(site_input, known.block_name(block), site.name, tensors)
                 chains |= dict.fromkeys((f"{known.block_name(block)}.{path}" for path in site.readers), chain)
         return chains
+
+    def _inputs(self, linears: Iterable[str]) -> dict[str, SiteInput]:
+        """What is said of these linears' inputs."""
+        known = topology(self.config) if self.extension.sites else None
+        found = {name: _site_input(name, self.extension, known) for name in linears} if known else {}
+        return {name: site_input for name, site_input in found.items() if site_input is not None}
 
     def prefix_cache(self, dtype: torch.dtype, device: torch.device | str) -> PrefixCache | None:
         """The prefix that stands before every text; None if there is none."""
@@ -115,6 +123,7 @@ def open_stored(folder: str | Path) -> StoredCheckpoint:
     needed = {name for name, _ in skeleton.named_parameters()} - aliases.keys() - {f"{name}.weight" for name in packed}
     needed |= {f"{name}.{part}" for name, how in packed.items() for part in stored_names(how)}
     needed |= {name for index in range(known.block_count) for name in tensor_names(known.block_name(index))} if known and extension.prefix else set()
+    needed |= {side for name in packed for side in _side_needed(name, extension, known)} if known else set()
     missing = sorted(needed - tensors.keys())
     if missing:
         raise PlanishError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}. The checkpoint is incomplete: compress again.")
@@ -123,9 +132,22 @@ def open_stored(folder: str | Path) -> StoredCheckpoint:
 
 
 def _with_clip(packed: Packed, name: str, extension: Extension, known: Topology) -> Packed:
-    address = known.address(name)
-    site_input = None if address is None else extension.sites.get(f"{address[0]}.{address[1].name}")
+    site_input = _site_input(name, extension, known)
     return packed if site_input is None or packed.scheme.activations is None else clipped(packed, site_input.clip)
+
+
+def _site_input(name: str, extension: Extension, known: Topology) -> SiteInput | None:
+    """What is said of the input of the linear of this full name."""
+    address = known.address(name)
+    return None if address is None else extension.sites.get(f"{address[0]}.{address[1].name}")
+
+
+def _side_needed(name: str, extension: Extension, known: Topology) -> Iterator[str]:
+    """The tensors of its side path."""
+    address, site_input = known.address(name), _site_input(name, extension, known)
+    if address is not None and site_input is not None:
+        path = name.removeprefix(f"{known.block_name(address[0])}.")
+        yield from (side_name(name, local) for local in expected_tensors(site_input, path, 0, 0))
 
 
 def open_any(model: str | Path) -> Checkpoint:

@@ -25,6 +25,7 @@ import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,8 +34,10 @@ from transformers import PreTrainedConfig
 
 from ..quant.linear import QuantizedLinear
 from .diagnosis import SuperWeight, Thresholds
+from .runner import BlockRunner
 from .sites import reader_bias, reader_weight
 
+PROBE = (4, 64)  # samples and tokens in which super weights are sought
 _MEDIAN_VALUES = 1 << 16
 _INDEX = Path(__file__).with_name("super_weights.json")
 
@@ -93,6 +96,24 @@ class SuperWeightSearch:
             handle.remove()
         ((u, v),) = seen
         return output, dict(_Rows.of(linear, u.flatten(0, -2), v.flatten(0, -2), self.thresholds))
+
+
+@torch.no_grad()
+def search(runner: BlockRunner, ids_NL: Tensor, report: Callable[[int], None]) -> tuple[SuperWeight, ...]:
+    """The super weights of a model, in a pass of its own over the first of these tokens (PROBE of them). report: told how many blocks are done."""
+    samples, length = PROBE
+    (path,) = next(site.readers for site in runner.topology.sites if site.name == "down")
+    ((hidden, call),) = runner.start([ids_NL[:samples, :length]])
+    found = SuperWeightSearch()
+    for index in range(runner.topology.block_count):
+        block = runner.load_block(index)
+        run = partial(call.run, block, index)
+        try:
+            hidden = found.step(block.get_submodule(path), run, hidden, layer=index, module=f"{runner.block_name(index)}.{path}")
+        finally:
+            runner.release_block(index)
+        report(index + 1)
+    return tuple(found.found)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ OUT/planish/probe.safetensors (B windows of L tokens, k = 8):
     top_ids           (B, L, k) int32      the k likeliest next tokens, likeliest first
     top_logits        (B, L, k) float32    and their logits
     last_hidden       (B, D)               hidden states of each window's last token after the last block; its dtype is the arithmetic's
+    threads           () int64             with how many threads the blocks were computed; a reload takes as many where it has them
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ from .score import Report, arithmetic, final_hidden, last_bits, next_log_probabi
 
 PROBE_FILE = Path("planish/probe.safetensors")
 TOP = 8
-_NAMES = ("input_ids", "next_logprobs", "top_ids", "top_logits", "last_hidden")
+_NAMES = ("input_ids", "next_logprobs", "top_ids", "top_logits", "last_hidden", "threads")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -94,8 +95,8 @@ class ProbeDifference:
         }
 
 
-def record_probe(runner: BlockRunner, hidden_BLD: Tensor, ids_BL: Tensor) -> dict[str, Tensor]:
-    """The probe's tensors, by their names in the file. hidden_BLD: after the last block, in the runner's dtype.
+def record_probe(runner: BlockRunner, hidden_BLD: Tensor, ids_BL: Tensor, threads: int) -> dict[str, Tensor]:
+    """The probe's tensors, by their names in the file. hidden_BLD: after the last block, in the runner's dtype, computed with so many threads.
 
     Call it with no gradients and within the bfloat16_products of the walk that made hidden_BLD.
     """
@@ -117,6 +118,7 @@ def record_probe(runner: BlockRunner, hidden_BLD: Tensor, ids_BL: Tensor) -> dic
         "top_ids": torch.cat(ids).view(count, length, -1),
         "top_logits": torch.cat(logits).view(count, length, -1),
         "last_hidden": hidden_BLD[:, -1].to(runner.dtype),
+        "threads": torch.tensor(threads),
     }
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
@@ -152,7 +154,8 @@ def _answer(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the next tokens (B, L - 1), and logits of the recorded top tokens (B, L, k)."""
     ids_BL, top_BLk = probe["input_ids"], probe["top_ids"]
-    (hidden_BLD,) = final_hidden(runner, [ids_BL], report, disturb)
+    each = min(int(probe["threads"]), torch.get_num_threads())
+    (hidden_BLD,) = final_hidden(runner, [ids_BL], report, disturb, each)
     logprobs, logits = [], []
     with runner.head() as head:
         for ids_L, top_Lk, hidden_LD in zip(ids_BL, top_BLk, hidden_BLD, strict=True):

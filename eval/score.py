@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..calib.checkpoint import Checkpoint
 from ..calib.precision import bfloat16_products
-from ..calib.runner import BlockRunner, Call, Head
+from ..calib.runner import BlockRunner, Head
+from ..calib.workers import Workers, workers_for
 from ..quant.errors import PlanishError
 
 BATCH_TOKENS = 2048  # tokens that run through a block at a time
@@ -114,23 +115,32 @@ def arithmetic(dtype: torch.dtype, *, as_walked: bool = False) -> Iterator[None]
 
 
 def final_hidden(
-    runner: BlockRunner, batches: list[Tensor], report: Report | None = None, disturb: Callable[[Tensor], Tensor] | None = None
+    runner: BlockRunner,
+    batches: list[Tensor],
+    report: Report | None = None,
+    disturb: Callable[[Tensor], Tensor] | None = None,
+    each: int | None = None,
 ) -> list[Tensor]:
-    """The hidden states after the last block for each batch of ids. Call inside `arithmetic`. disturb: applied to what every block gives out."""
+    """The hidden states after the last block for each batch of ids. Call inside `arithmetic`.
+
+    disturb: applied to what every block gives out. each: threads with which torch works on a batch, None: an equal share of those there are.
+    """
     count = runner.topology.block_count
-    hidden: list[Tensor] = []
-    calls: list[Call] = []
-    for first, call in runner.start(batches):
-        hidden.append(first)
-        calls.append(call)
-    for index in range(count):
-        block = runner.load_block(index)
-        for i, call in enumerate(calls):
-            out = call.run(block, index, hidden[i])
-            hidden[i] = out if disturb is None else disturb(out)
-        runner.release_block(index)
-        if report is not None:
-            report(index + 1, count)
+    started = list(runner.start(batches))
+    hidden, calls = [first for first, _ in started], [call for _, call in started]
+    del started
+
+    def move(batch: int) -> None:
+        out = calls[batch].run(block, index, hidden[batch])
+        hidden[batch] = out if disturb is None else disturb(out)
+
+    with Workers(workers_for(len(batches), runner.device), each) as workers:
+        for index in range(count):
+            block = runner.load_block(index)
+            list(workers.map(move, range(len(batches))))
+            runner.release_block(index)
+            if report is not None:
+                report(index + 1, count)
     return hidden
 
 
@@ -200,18 +210,39 @@ def compare(
 
     Errors: the models have different vocabularies.
     """
-    if base.config.vocab_size != quantized.config.vocab_size:
-        raise PlanishError(
-            f"{quantized.path} has a vocabulary of {quantized.config.vocab_size} and {base.path} one of {base.config.vocab_size}: "
-            "one is not made from the other. Give the model that was compressed."
-        )
-    batches, tallies, divergence = window_batches(ids_NL), (_Tally(), _Tally()), Divergence()
+    check_vocabularies(base, quantized)
+    batches = window_batches(ids_NL)
     with arithmetic(dtype):
         one, two = (BlockRunner(checkpoint, dtype, torch.device(device)) for checkpoint in (base, quantized))
         total = one.topology.block_count + two.topology.block_count + 1
         first = final_hidden(one, batches, _shifted(progress, 0, total))
         second = final_hidden(two, batches, _shifted(progress, one.topology.block_count, total))
-        with one.head() as head_one, two.head() as head_two:
+        (found,) = hidden_comparisons(one, two, [(batches, first, second)])
+    if progress is not None:
+        progress(total, total)
+    return found
+
+
+def check_vocabularies(base: Checkpoint, quantized: Checkpoint) -> None:
+    """PlanishError if the models have different vocabularies."""
+    if base.config.vocab_size != quantized.config.vocab_size:
+        raise PlanishError(
+            f"{quantized.path} has a vocabulary of {quantized.config.vocab_size} and {base.path} one of {base.config.vocab_size}: "
+            "one is not made from the other. Give the model that was compressed."
+        )
+
+
+def hidden_comparisons(
+    one: BlockRunner, two: BlockRunner, texts: Iterable[tuple[Sequence[Tensor], Iterable[Tensor], Iterable[Tensor]]]
+) -> list[Comparison]:
+    """The comparison on each text, given as batches of ids and, for each batch, the hidden states (B, L, D) that each model ends in.
+
+    Call inside `arithmetic`.
+    """
+    found: list[Comparison] = []
+    with one.head() as head_one, two.head() as head_two:
+        for batches, first, second in texts:
+            tallies, divergence = (_Tally(), _Tally()), Divergence()
             for (ids_L, p_LD), (_, q_LD) in zip(_windows(batches, first), _windows(batches, second), strict=True):
                 for tally in tallies:
                     tally.start(len(ids_L) - 1)
@@ -219,9 +250,8 @@ def compare(
                     for tally, logits_tV in zip(tallies, logits, strict=True):
                         tally.add(logits_tV, next_t)
                     divergence.add(*logits)
-    if progress is not None:
-        progress(total, total)
-    return Comparison(tallies[0].score(), tallies[1].score(), divergence.mean_kl, divergence.agreement)
+            found.append(Comparison(tallies[0].score(), tallies[1].score(), divergence.mean_kl, divergence.agreement))
+    return found
 
 
 def _shifted(report: Report | None, before: int, total: int) -> Report | None:

@@ -5,7 +5,7 @@ A linear has N outputs and K inputs.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ..calib.checkpoint import build_skeleton
 from ..calib.convert import REJECTED
-from ..calib.extension import KEY, Extension, chain_prefix, restored
+from ..calib.extension import KEY, Extension, SiteInput, chain_prefix, restored
 from ..calib.locate import weight_files
 from ..calib.naming import LEFTOVERS
 from ..calib.packing import Packed, read_config, stored_names
 from ..calib.prefix import tensor_names
 from ..calib.shards import CHUNK_BYTES, TensorInfo, read_chunks, read_json, read_shards, read_tensor
+from ..calib.side import FLOATS, expected_tensors, side_name
 from ..calib.topology import Topology, topology
 from ..quant.errors import PlanishError
 from ..quant.formats import WeightFormat, code_range
@@ -31,7 +32,6 @@ from ..quant.transforms.factors import on_input
 from .check import Check, listed
 
 MARK = ".planish."  # in the names of tensors that only planish knows
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def check_structure(layout: Layout) -> Check:
 
 
 def bits(layout: Layout) -> dict[str, float | int]:
-    """Stored bits per weight with scales, zero points and transforms: of the quantized linears, and of the whole model; and a code's as declared."""
+    """Bits per weight: a code's as declared; stored ones, all that goes with weights included, of the quantized linears and of the model."""
     weights = sum(math.prod(layout.linears[name]) for name in layout.packed)
     codes = sum(math.prod(layout.linears[name]) * _format(how).bits for name, how in layout.packed.items())
     stored = sum(_nbytes(layout, f"{name}.{local}") for name, how in layout.packed.items() for local in stored_names(how))
@@ -127,7 +127,7 @@ def check_values(layout: Layout) -> Check:
         low, high = extent(info, buffer)
         if not math.isfinite(low) or not math.isfinite(high):
             faults.append(f"{name} has NaN or infinite values")
-        elif local in ("weight_scale", "input_scale") and low <= 0:
+        elif local in ("weight_scale", "input_scale", "kept_scale") and low <= 0:
             faults.append(f"{name} has scales that are not positive, the smallest {low:g}")
         elif local in ("weight", "weight_zero_point") and name in formats and info.dtype is torch.int8:
             fmt = formats[name]
@@ -255,9 +255,24 @@ def _extension_faults(layout: Layout) -> Iterator[str]:
             yield f"{address}: {error}"
         except (RuntimeError, IndexError) as error:
             yield f"{address}: its transform does not fit {width} channels ({error})"
+        yield from _side_faults(layout, site_input, block, sites[name].readers)
     if layout.extension.prefix:
         names = [tensor for index in range(topology.block_count) for tensor in tensor_names(topology.block_name(index))]
         yield from (f"{tensor} is missing, but config.json declares a prefix" for tensor in names if tensor not in layout.tensors)
+
+
+def _side_faults(layout: Layout, site_input: SiteInput, block: str, readers: Sequence[str]) -> Iterator[str]:
+    """Of the side paths of a site's readers, paths in the block: missing tensors, wrong dtypes or shapes, ranks of readers that there are not."""
+    yield from (f"config.json: {KEY}.sites has a rank for {block}.{path}, which its site has not" for path in site_input.ranks if path not in readers)
+    for path in readers:
+        for local, (dtypes, shape) in expected_tensors(site_input, path, *layout.linears[f"{block}.{path}"]).items():
+            name = side_name(f"{block}.{path}", local)
+            info = layout.tensors.get(name)
+            if info is None:
+                yield f"{name} is missing, but config.json declares it"
+            elif info.dtype not in dtypes or info.shape != shape:
+                made = f"{' or '.join(map(_short, dtypes))} of shape {shape}"
+                yield f"{name} is {_short(info.dtype)} of shape {info.shape}, but config.json makes it {made}"
 
 
 def _topology(layout: Layout) -> Topology:
@@ -267,7 +282,7 @@ def _topology(layout: Layout) -> Topology:
 
 
 def _extra_names(layout: Layout) -> set[str]:
-    """Tensors that belong to the declared extension: of chains, of the prefix, and biases that shifts make."""
+    """Tensors that belong to the declared extension: of chains, of side paths, of the prefix, and biases that shifts make."""
     if not layout.extension:
         return set()
     known, names = _topology(layout), set[str]()
@@ -279,6 +294,7 @@ def _extra_names(layout: Layout) -> set[str]:
         block = known.block_name(int(index))
         names |= {tensor for tensor in layout.tensors if tensor.startswith(chain_prefix(block, name))}
         names |= {f"{block}.{path}.bias" for path in site.readers if any(factor.get("kind") == "shift" for factor in site_input.chain)}
+        names |= {side_name(f"{block}.{path}", local) for path in site.readers for local in expected_tensors(site_input, path, 0, 0)}
     if layout.extension.prefix:
         names |= {tensor for index in range(known.block_count) for tensor in tensor_names(known.block_name(index))}
     return names

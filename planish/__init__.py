@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .calib.data import Calibration
     from .calib.diagnosis import OutlierReport, Thresholds
+    from .compare_job import compare
+    from .comparison import ComparisonReport
     from .compression import Result, compress
     from .eval.verify import verify
     from .inspection import inspect
@@ -33,6 +35,7 @@ __all__ = [
     "ActivationFormat",
     "Calibration",
     "Clip",
+    "ComparisonReport",
     "Export",
     "Gptaq",
     "Gptq",
@@ -48,6 +51,7 @@ __all__ = [
     "Thresholds",
     "WeightFormat",
     "__version__",
+    "compare",
     "compress",
     "inspect",
     "load",
@@ -60,6 +64,8 @@ __all__ = [
 _HOMES = {
     "calib.data": ["Calibration"],
     "calib.diagnosis": ["OutlierReport", "Thresholds"],
+    "compare_job": ["compare"],
+    "comparison": ["ComparisonReport"],
     "compression": ["Result", "compress"],
     "eval.verify": ["verify"],
     "inspection": ["inspect"],

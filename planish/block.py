@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .beside import solve_beside, take_out
 from .blocksteps import BlockSteps
 from .calib.extension import SiteInput, chain_prefix, restored
 from .calib.heap import WORTH_TRIMMING, trim
@@ -21,17 +22,19 @@ from .calib.precision import bfloat16_products
 from .calib.prefix import PrefixStream, tensor_names
 from .calib.quantized import load_rest, quantized_readers
 from .calib.runner import BlockRunner, Call
+from .calib.side import side_name, side_tensors
 from .calib.stream import Stream
 from .calib.walk import Pass, SiteWalk, replaced, walking
+from .calib.workers import Workers, workers_for
 from .flatten import flatten
-from .quant.formats import ActivationFormat, Scheme
+from .quant.formats import ActivationFormat, QuantizedWeight, Scheme
 from .quant.linear import StaticGrid
 from .quant.solvers import Solver
 from .quant.transforms import Smooth, Step
 from .quant.transforms.factors import Chain, store
 from .resolve import matches
 from .smoothing import Probe, Scaling, static_grid
-from .solving import Readers, gather, output_error, settle, solve
+from .solving import Readers, gather, output_error, settle
 
 STATIC_SINK_RATIO = 4.0  # a static range that sink tokens exceed by this would clip what makes them sinks
 
@@ -72,7 +75,8 @@ class SiteRecord:
 
     error: of the readers' output, relative; None where nothing was quantized or no data was seen. strength: of smoothing, exponent: of scale_rms;
     None if not scaled so. tried: the block's error with each one tried. made_dynamic: a static range was given up, note says why.
-    clip: of its dynamic activations; chain: what its input goes through at run time, as factors.store describes it.
+    clip: of its dynamic activations; chain: what its input goes through at run time, as factors.store describes it. kept, kept_bits, ranks: as of
+    SiteInput.
     """
 
     error: float | None = None
@@ -85,6 +89,19 @@ class SiteRecord:
     note: str = ""
     clip: float = 1.0
     chain: list[dict[str, Any]] = field(default_factory=list)
+    kept: int = 0
+    kept_bits: int | None = None
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def site_input(self) -> SiteInput:
+        """What a checkpoint says of it."""
+        return SiteInput(self.clip, tuple(self.chain), self.kept, self.kept_bits, self.ranks)
+
+    def note_beside(self, readers: Readers) -> None:
+        """Take down what runs beside the codes."""
+        self.kept, self.ranks = readers.kept_channels, {path: low.rank for path, low in readers.low.items()}
+        self.kept_bits = next((kept.weight.format.bits for kept in readers.kept.values() if isinstance(kept.weight, QuantizedWeight)), None)
 
     def note_scale(self, scaling: Scaling) -> None:
         """What was decided of the site's scale."""
@@ -136,6 +153,7 @@ class BlockCompressor:
         self.runner, self.solver, self.packed, self.streams = runner, solver, packed, streams
         self.steps = BlockSteps.of(steps, runner.topology)
         self.sites = {site.name: site for site in runner.topology.sites}
+        self.workers = 1 if streams is None else workers_for(len(streams.calls), runner.device)
 
     @torch.no_grad()
     def compress(self, index: int) -> BlockResult:
@@ -148,12 +166,12 @@ class BlockCompressor:
                     turn.round(block)
                 else:
                     turn.look(block, self.streams)
-                    trim()
                     turn.walk(block, self.streams)
                 return turn.result(block)
             finally:
                 self.runner.release_block(index)
-                trim()
+                if self.streams is None or not self.solver.needs_moments:  # else the walk has done so where it held most; more often takes time
+                    trim()
 
     @torch.no_grad()
     def advance(self, record: BlockRecord, tensors: Mapping[str, Tensor], packed: Mapping[str, Packed]) -> None:
@@ -169,7 +187,8 @@ class BlockCompressor:
                     self.streams.prefix.advance(block, index)
                 self._forward(block, index, self.streams.full)
                 load_rest(block, name, tensors)
-                with replaced(block, quantized_readers(name, tensors, packed, self._chains(record, tensors), self.runner.dtype)):
+                chains, inputs = self._chains(record, tensors), self._inputs(record)
+                with replaced(block, quantized_readers(name, tensors, packed, chains, inputs, self.runner.dtype)):
                     self._forward(block, index, self.streams.quant)
             finally:
                 self.runner.release_block(index)
@@ -180,14 +199,24 @@ class BlockCompressor:
         chains: dict[str, Chain] = {}
         for site, done in record.sites.items():
             if done.chain:
-                chain = restored(SiteInput(done.clip, tuple(done.chain)), name, site, tensors)
+                chain = restored(done.site_input, name, site, tensors)
                 chains |= dict.fromkeys((f"{name}.{path}" for path in self.sites[site].readers), chain)
         return chains
 
+    def _inputs(self, record: BlockRecord) -> dict[str, SiteInput]:
+        """What a checkpoint says of the inputs of a finished block's linears, by full name."""
+        name = self.runner.block_name(record.index)
+        return {f"{name}.{path}": done.site_input for site, done in record.sites.items() for path in self.sites[site].readers}
+
     def _forward(self, block: nn.Module, index: int, stream: Stream) -> None:
         assert self.streams is not None
-        for i, call in enumerate(self.streams.calls):
-            stream[i] = call.run(block, index, stream[i])
+        streams = self.streams
+
+        def move(batch: int) -> None:
+            stream[batch] = streams.calls[batch].run(block, index, stream[batch])
+
+        with Workers(self.workers) as crew:
+            list(crew.map(move, range(len(streams.calls))))
 
 
 class _Turn:
@@ -195,7 +224,8 @@ class _Turn:
 
     def __init__(self, owner: BlockCompressor, index: int) -> None:
         self.runner, self.solver, self.sites, self.index = owner.runner, owner.solver, owner.sites, index
-        self.steps = owner.steps
+        self.workers, self.steps = owner.workers, owner.steps
+        self.beside = {name: [step for step in owner.steps.beside if matches(step.sites, index, name)] for name in self.sites}
         self.dtype, self.stored = owner.runner.dtype, owner.runner.checkpoint.dtype
         self.packed = {name: owner.packed[index, name] for name in self.sites}
         self.static: dict[str, StaticGrid | None] = dict.fromkeys(self.sites)
@@ -210,7 +240,9 @@ class _Turn:
         hidden = streams.probe_hidden()
         known, original = self.runner.topology, self.runner.checkpoint.original_stream
         squares = self.steps.squares(self.index, known)
-        self.observation = observe(block, self.index, known.sites, streams.calls, streams.full, streams.before, original=original, squares=squares)
+        self.observation = observe(
+            block, self.index, known.sites, streams.calls, streams.full, streams.before, self.workers, original=original, squares=squares
+        )
         self.record.sink_tokens = self.observation.sink_tokens
         passed = streams.probe.run(block, self.index, hidden)
         probe = Probe(streams.probe, self.index, hidden, ~sinks(original(hidden).flatten(0, 1), original(passed).flatten(0, 1)))
@@ -242,8 +274,9 @@ class _Turn:
     def round(self, block: nn.Module) -> None:
         """Quantize without data."""
         self._collect(block.float())
-        for readers in self.readers.values():
-            solve(readers, self.solver, None, self.stored)
+        for name, readers in self.readers.items():
+            self._take_out(readers)
+            solve_beside(readers, self.beside[name], self.solver, None, self.stored)
 
     def _collect(self, block: nn.Module) -> None:
         self.readers = {name: Readers.of(block, site, self.packed[name], self.static[name], self.stored) for name, site in self.sites.items()}
@@ -258,25 +291,26 @@ class _Turn:
             if streams.before is not None:
                 weights = {id(p): nn.Parameter(p.detach().to(self.dtype), requires_grad=False) for p in block.parameters()}
                 twin = copy.deepcopy(block, weights)
-                full = stack.enter_context(walking(twin, sites, self._passes(twin, streams, streams.before), streams.replay))
+                full = stack.enter_context(walking(twin, sites, self._passes(twin, streams, streams.before), streams.replay, self.workers))
             self._collect(block)
-            walk = stack.enter_context(walking(block, sites, self._passes(block, streams, streams.quant), streams.replay))
+            walk = stack.enter_context(walking(block, sites, self._passes(block, streams, streams.quant), streams.replay, self.workers))
             for parameter in block.parameters():
                 parameter.data = parameter.data.to(self.stored).to(self.dtype)
             widest = max(readers.width for readers in self.readers.values())  # where most is held while the solver works
             for name, readers in self.readers.items():
                 plain = Readers(readers.site, None, None, dict(readers.weights), dict(readers.biases), {})
+                self._take_out(readers)
                 self._flatten(readers, walk)
-                if readers.packed is not None and self.solver.needs_moments:
+                if readers.packed is not None and (self.solver.needs_moments or any(step.needs_moments for step in self.beside[name])):
                     moments = gather(readers, walk, self.observation.keep_T, full)
                     if len(moments.second_II) == widest:
                         trim()
-                    solution = solve(readers, self.solver, moments, self.stored)
+                    solution = solve_beside(readers, self.beside[name], self.solver, moments, self.stored)
                     assert solution is not None
                     record = self.record.sites[name]
                     record.error, record.damping, record.repairs = output_error(readers, moments), solution.damping, solution.repairs
                 else:
-                    solve(readers, self.solver, None, self.stored)
+                    solve_beside(readers, self.beside[name], self.solver, None, self.stored)
                 settle(readers, walk, self.dtype, self.stored)
                 if full is not None:
                     settle(plain, full, self.dtype, torch.float32)
@@ -284,6 +318,12 @@ class _Turn:
                 if readers.drop_solved() > WORTH_TRIMMING:
                     trim()
             self._finish(walk.outputs(), streams)
+
+    def _take_out(self, readers: Readers) -> None:
+        """Take super weights out, and note it."""
+        record = self.record.sites[readers.site.name]
+        taken = take_out(readers, self.beside[readers.site.name], self.index, self.stored)
+        record.note = "; ".join(filter(None, (record.note, taken)))
 
     def _flatten(self, readers: Readers, walk: SiteWalk) -> None:
         """Transform the site's input as the recipe's steps say, and note it."""
@@ -296,8 +336,6 @@ class _Turn:
         record = self.record.sites[name]
         record.chain = store(done.chain)[0]
         self.record.equivalence = max(self.record.equivalence, done.error)
-        if readers.activations is not None:
-            record.clip = readers.activations.clip
 
     def _passes(self, block: nn.Module, streams: Streams, stream: Stream) -> list[Pass]:
         def start(batch: int) -> Callable[[], Tensor]:
@@ -319,7 +357,8 @@ class _Turn:
         prefix = self.runner.block_name(self.index)
         tensors: dict[str, Tensor] = {}
         packed: dict[str, Packed] = {}
-        for readers in self.readers.values():
+        for name, readers in self.readers.items():
+            self.record.sites[name].clip = 1.0 if readers.activations is None else readers.activations.clip
             for path, solved in readers.solved.items():
                 assert readers.packed is not None
                 packed[f"{prefix}.{path}"] = readers.packed
@@ -333,10 +372,15 @@ class _Turn:
         return BlockResult({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, packed, self.record)
 
     def _extras(self, prefix: str) -> dict[str, Tensor]:
-        """What the checkpoint holds of the block besides weights: biases as they became, chains, the prefix's keys and values."""
+        """What the checkpoint holds of the block besides weights: biases as they became, chains, side paths, the prefix's keys and values."""
         tensors: dict[str, Tensor] = {}
         for readers in self.readers.values():
+            self.record.sites[readers.site.name].note_beside(readers)
             tensors |= {f"{prefix}.{path}.bias": bias for path, bias in readers.biases.items() if bias is not None}
+            for path in readers.solved:
+                side = readers.side(path)
+                beside = {} if side is None else side_tensors(side, self.stored)
+                tensors |= {side_name(f"{prefix}.{path}", local): tensor for local, tensor in beside.items()}
             for local, tensor in store(readers.chain)[1].items():
                 name = chain_prefix(prefix, readers.site.name) + local
                 tensors[name] = tensor.to(self.stored) if tensor.is_floating_point() else tensor

@@ -14,7 +14,22 @@ from .calib.fusing import permute, placed, rotate_values
 from .calib.observe import Observation
 from .calib.sites import Site, Topology
 from .quant.formats import Scheme
-from .quant.transforms import ClipSearch, FoldNorms, Hadamard, Permute, Prefix, Rotate, ScaleRms, Smooth, Step, Untie
+from .quant.transforms import (
+    ClipSearch,
+    FoldNorms,
+    Hadamard,
+    Lorc,
+    Permute,
+    Prefix,
+    Rotate,
+    ScaleRms,
+    SideStep,
+    Smooth,
+    Step,
+    SuperWeights,
+    Svdquant,
+    Untie,
+)
 from .quant.transforms.factors import Blocks, Chain, on_input
 from .quant.transforms.inputs import InputStep, SiteView, divisor
 from .quant.transforms.permute import zigzag, zigzag_in_heads
@@ -35,13 +50,14 @@ class Absorbed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockSteps:
-    """Sorted by what they do. value: what the heads' values are turned by, if that is left for the turn; inputs: at run time."""
+    """Sorted by what they do. value: what the heads' values are turned by, if that is left for the turn; inputs: at run time; beside: side paths."""
 
     scalers: tuple[Smooth | ScaleRms, ...]
     permutes: tuple[Permute, ...]
     value: Chain
     inputs: tuple[InputStep, ...]
     clips: tuple[ClipSearch, ...]
+    beside: tuple[SideStep, ...]
     names: tuple[str, ...]
 
     @classmethod
@@ -51,7 +67,7 @@ class BlockSteps:
         for step in steps:
             if isinstance(step, Rotate):
                 inputs += [across_heads(step, known.heads)] if step.at == "heads" else []
-            elif not isinstance(step, (Prefix, FoldNorms, Untie, Smooth, ScaleRms, Permute, ClipSearch)):
+            elif not isinstance(step, (Prefix, FoldNorms, Untie, Smooth, ScaleRms, Permute, ClipSearch, Lorc, Svdquant, SuperWeights)):
                 inputs.append(step)
         value = late_value(steps, known)
         late = [step for step in steps if isinstance(step, Rotate) and step.at == "value" and value]
@@ -62,6 +78,7 @@ class BlockSteps:
             value,
             tuple(inputs),
             tuple(step for step in steps if isinstance(step, ClipSearch)),
+            tuple(step for step in steps if isinstance(step, SideStep)),
             tuple(dict.fromkeys(map(step_name, absorbed))),
         )
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from .compare_command import compare
 from .inspect_command import inspect
-from .options import Arithmetic, AsJson, Device, Offload, Pickle, Quiet, starting, torch_dtype
+from .options import Arithmetic, AsJson, Device, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
 from .progress import showing, stages
 from .terminal import Front, Traceback, err_console, out_console
 
@@ -32,19 +33,10 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List the recipes that come with planish, or show one.")
 app.add_typer(recipes_app, name="recipes")
 app.command()(inspect)
+app.command()(compare)
 
 
-def _complete_recipe(incomplete: str) -> list[str]:
-    from .shipped import shipped_texts
-
-    return [name for name in shipped_texts() if name.startswith(incomplete)]
-
-
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a YAML or JSON file.", autocompletion=_complete_recipe)]
-Model = Annotated[str, typer.Option("--model", metavar="MODEL", help="A local folder, a Hub name (org/name), a .gguf file, or demo:smollm2.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe, such as calibration.samples=64. May be given repeatedly.")
-]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a YAML or JSON file.", autocompletion=complete_recipe)]
 Evaluate = Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Measure perplexity and divergence before and after, on built-in text.")]
 
 
@@ -196,12 +188,13 @@ def recipes(context: typer.Context, traceback: Traceback = False) -> None:
     if context.invoked_subcommand is None:
         from .shipped import shipped
 
+        width = 2 + max(map(len, shipped()))
         for name, description in shipped().items():
-            out_console().print(f"{name:<16}{description}", soft_wrap=True, markup=False)
+            out_console().print(f"{name:<{width}}{description}", soft_wrap=True, markup=False)
 
 
 @recipes_app.command()
-def show(name: Annotated[str, typer.Argument(autocompletion=_complete_recipe)], traceback: Traceback = False) -> None:
+def show(name: Annotated[str, typer.Argument(autocompletion=complete_recipe)], traceback: Traceback = False) -> None:
     """Print a shipped recipe, to read or as the start of one's own."""
     from .shipped import shipped_text
 

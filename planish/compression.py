@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .beside import located
 from .block import BlockCompressor, BlockRecord, Streams, made_dynamic
 from .calib.heap import separate_large, trim
 from .calib.packing import Packed, clipped
@@ -21,12 +22,14 @@ from .calib.runner import BlockRunner
 from .calib.shards import read_header, read_tensor
 from .calib.stored import open_stored
 from .calib.stream import Stream
+from .calib.workers import share_of_threads, workers_for
 from .eval.probe import check_probe, read_probe, record_probe
 from .export import publish, write_checkpoint
 from .fused import settled
 from .journal import Journal
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
+from .quant.transforms import Step, SuperWeights
 from .recipe import Recipe, digest
 
 JOURNAL, NEW_JOURNAL = "journal.json", "journal.json.new"  # the second is all there is where a run was killed as it began
@@ -61,13 +64,17 @@ class Silent:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Result:
-    """A finished compression. seconds: of this call; a resumed run's earlier part is not in it. stored_bytes: size of the weight files."""
+    """A finished compression. seconds: of this call; a resumed run's earlier part is not in it. stored_bytes: size of the weight files.
+
+    bits_per_weight: of the quantized weights, with scales and transforms.
+    """
 
     out: Path
     plan: Plan
     blocks: tuple[BlockRecord, ...]
     seconds: float
     stored_bytes: int
+    bits_per_weight: float
 
 
 def compress(
@@ -110,8 +117,9 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
             progress.say(f"going on: {len(journal.blocks)} of {plan.topology.block_count} blocks are done")
         plan = _settled(plan, progress)
         runner = BlockRunner(plan.source, plan.dtype, plan.device)
+        steps = _located(plan, runner, progress)
         streams = _streams(plan, runner, folder_of_streams)
-        compressor = BlockCompressor(runner, plan.recipe.solver, plan.recipe.steps, plan.packed, streams)
+        compressor = BlockCompressor(runner, plan.recipe.solver, steps, plan.packed, streams)
         progress.stage("blocks", plan.topology.block_count)
         for index in range(plan.topology.block_count):
             if index < len(journal.blocks):
@@ -127,13 +135,13 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
         progress.stage("writing and reloading", 2)
         folder = journal.folder / "checkpoint"
         linears = {name: how for block in journal.blocks for name, how in packed_linears(plan, block).items()}
-        write_checkpoint(plan, journal, linears, probe, folder)
+        bits = write_checkpoint(plan, journal, linears, probe, folder)
         progress.step(1)
         _check(folder, plan)
         progress.step(2)
         stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         publish(folder, out)
-    return Result(out, plan, tuple(journal.blocks), time.monotonic() - start, stored)
+    return Result(out, plan, tuple(journal.blocks), time.monotonic() - start, stored, bits)
 
 
 @contextmanager
@@ -196,6 +204,17 @@ def _settled(plan: Plan, progress: Progress) -> Plan:
     return replace(plan, fused=found)
 
 
+def _located(plan: Plan, runner: BlockRunner, progress: Progress) -> tuple[Step, ...]:
+    """The recipe's steps with the places of super weights, which take a stage of its own to find."""
+    if not any(isinstance(step, SuperWeights) and step.places == "auto" for step in plan.recipe.steps):
+        return plan.recipe.steps
+    progress.stage("super weights", plan.topology.block_count)
+    steps = located(plan.recipe.steps, runner, plan.ids, progress.step)
+    if not any(isinstance(step, SuperWeights) and step.places for step in steps):
+        progress.say("no super weights: no single weight makes a spike of the residual stream at the step's sites.")
+    return steps
+
+
 def _streams(plan: Plan, runner: BlockRunner, folder: Path | None) -> Streams | None:
     calibration = plan.recipe.calibration
     if calibration is None or plan.ids is None:
@@ -250,7 +269,7 @@ def _probe(plan: Plan, runner: BlockRunner, streams: Streams) -> dict[str, Tenso
     assert plan.ids is not None
     ids = plan.ids[: plan.recipe.calibration.batch_size]
     with bfloat16_products(plan.dtype is torch.bfloat16):
-        return record_probe(runner, streams.quant[0], ids)
+        return record_probe(runner, streams.quant[0], ids, share_of_threads(workers_for(len(streams.calls), plan.device)))
 
 
 def _check(folder: Path, plan: Plan) -> None:
@@ -258,7 +277,7 @@ def _check(folder: Path, plan: Plan) -> None:
     checkpoint, probe = open_stored(folder), read_probe(folder)
     if probe is None:
         return
-    found = check_probe(checkpoint, probe, device=plan.device, report=lambda _done, _all: trim())
+    found = check_probe(checkpoint, probe, device=plan.device)
     if not found.ok:
         raise PlanishError(
             f"{folder}: reloaded, the checkpoint differs from the model in memory by {found.logprob_mean:.3g} nats per token "

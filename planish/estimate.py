@@ -14,15 +14,18 @@ from .calib.packing import Packed
 from .calib.rewritten import Rewritten
 from .calib.runner import HEAD_TOKENS, BlockRunner
 from .calib.sites import reader_weight
+from .calib.workers import workers_for
 from .quant.solvers.gptq import PIECE
+from .quant.transforms import Keeping, SideStep
 from .recipe import Recipe
-from .resolve import Address
+from .resolve import Address, matches
 
 WINDOWS = 4  # of the built-in evaluation text, at most
 LENGTH = 2048  # tokens a window, or as many as the model takes
 LATER = 35_000_000  # what the program grows by after it is measured: text to evaluate on, what torch sets up for itself when it first works
 HOLES = 0.35  # of all that waits and passes: lost at most in the heap between tensors that stay and tensors that went
 COPIES = 6  # of the rows that a solver rounds at a time, in float32: original, ordered, current, deviations, scales, zero points
+DOUBLES = 4  # square matrices in float64 with which a side path is found: the Hessian, flipped, its factor, and that flipped back
 PASSING = 24  # bytes for each token of a batch and channel of the widest site, made and let go on the way
 LOGITS = 10  # of a piece of tokens, in float32: of both models, their logarithms, probabilities and differences
 
@@ -32,8 +35,8 @@ class Memory:
     """Resident memory in bytes at one moment, by part.
 
     program: interpreter, libraries, tokenizer and text, as measured. weights: of the block, or of the heads. streams: hidden states between blocks
-    that are in memory. waiting: what batches hold while they stand inside a block (one batch when replayed). passing: what one batch makes and lets
-    go on its way. solver: Hessians, their factors, the rows at work. holes: what the heap loses between all these.
+    that are in memory. waiting: what batches hold while they stand inside a block (one of each worker when replayed). passing: what a batch of each
+    worker makes and lets go on its way. solver: Hessians, their factors, the rows at work. holes: what the heap loses between all these.
     """
 
     program: int
@@ -77,6 +80,7 @@ class Sizes:
         self.runner, self.recipe, self.packed, self.dtype = runner, recipe, packed, runner.dtype
         samples, self.length, self.batch = (0, 0, 0) if text is None else (text.samples, text.length, min(text.batch_size, text.samples))
         self.tokens = samples * self.length
+        self.workers = workers_for(-(-samples // self.batch), runner.device) if samples else 1
         self.width: int = config.hidden_size
         self.vocabulary: int = config.vocab_size
         self.block_count, self.block_parameters = runner.topology.block_count, sum(p.numel() for p in block.parameters())
@@ -90,10 +94,10 @@ class Sizes:
             how = next((packed[address] for address in packed if address[1] == site.name and packed[address] is not None), None)
             self.sites.append(_Site(readers[0].shape[1], sum(weight.numel() for weight in readers), how))
         self.widest = max(site.width for site in self.sites)
-        self.out_bytes, self.bits = self._stored()
+        self.out_bytes, self.bits, self.quantized = self._stored()
 
-    def _stored(self) -> tuple[int, float]:
-        """Bytes of the new checkpoint's weights, and bits per quantized weight with its share of scales and zero points."""
+    def _stored(self) -> tuple[int, float, int]:
+        """Bytes of the new checkpoint's weights; bits per quantized weight with scales, zero points and side paths; how many weights these are."""
         quantized, code_bits = 0, 0.0
         readers = {site.name: site.readers for site in self.runner.topology.sites}
         for (index, name), how in self.packed.items():
@@ -106,8 +110,10 @@ class Sizes:
                 quantized += out_channels * in_channels
                 stored = 8 if how.layout == "int-quantized" else fmt.bits
                 code_bits += out_channels * in_channels * stored + scales * (16 + (0 if fmt.symmetric else stored))
+                beside = [step for step in self.recipe.steps if isinstance(step, Keeping | SideStep) and matches(step.sites, index, name)]
+                code_bits += sum(step.side_bits(out_channels, in_channels, 8 * self.runner.checkpoint.dtype.itemsize) for step in beside)
         kept = self.runner.checkpoint.nbytes - quantized * self.runner.checkpoint.dtype.itemsize
-        return kept + int(code_bits / 8), code_bits / quantized if quantized else 16.0
+        return kept + int(code_bits / 8), code_bits / quantized if quantized else 16.0, quantized
 
     @property
     def streams(self) -> int:
@@ -123,8 +129,8 @@ class Sizes:
     def _at_site(self, at: int, program: int, streams: int, replay: bool, offload: bool) -> Memory:
         """All batches wait at this site, and it is being solved."""
         cross = self.recipe.solver.needs_cross and self.tokens > 0
-        waiting = (self.batch * self.length if replay else self.tokens) * self._held(self.sites[at], cross)
-        passing = self._passing(self.batch, self.length, self.dtype.itemsize)
+        waiting = (self.workers * self.batch * self.length if replay else self.tokens) * self._held(self.sites[at], cross)
+        passing = self.workers * self._passing(self.batch, self.length, self.dtype.itemsize)
         return Memory(
             program=program + LATER,
             weights=self._weights(at, cross),
@@ -151,11 +157,13 @@ class Sizes:
         return batch * length * self.widest * PASSING + batch * self.heads * length * length * (2 * itemsize + 4)
 
     def _solver(self, site: _Site) -> int:
-        """Matrices: the Hessian, ordered, flipped, factored; with GPTAQ also what is missing and what follows from it."""
+        """Matrices: the Hessian, ordered, flipped, factored; with GPTAQ also what is missing and what follows; for side paths in float64."""
         if site.packed is None:
             return 0
         matrices = 0 if not self.recipe.solver.needs_moments else 6 if self.recipe.solver.needs_cross else 4
-        return 4 * matrices * site.width**2 + 4 * COPIES * min(site.weights, PIECE) + site.weights
+        beside = any(isinstance(step, SideStep) and step.needs_moments for step in self.recipe.steps)
+        wide = 8 * (DOUBLES * site.width**2 + 3 * site.weights) if beside else 0
+        return wide + 4 * matrices * site.width**2 + 4 * COPIES * min(site.weights, PIECE) + site.weights
 
     def _at_head(self, program: int, streams: int) -> Memory:
         """Embeddings or the head: as stored, and in the arithmetic where that is another; rewritten ones are checked in float32."""
@@ -174,14 +182,14 @@ class Sizes:
         """The evaluation at its highest: both heads in float32, and the hidden states that both models end in."""
         weights = 2 * 4 * self.embedding + self._as_stored(torch.float32)
         hidden = 2 * 4 * WINDOWS * self.longest * self.width
-        passing = max(self._logits(LOGITS), self._passing(1, self.longest, 4))
+        passing = max(self._logits(LOGITS), workers_for(WINDOWS, self.runner.device) * self._passing(1, self.longest, 4))
         holes = 0 if offload else int(HOLES * (hidden + passing))
         return Memory(program=program + LATER, weights=weights, streams=hidden, passing=passing, holes=holes)
 
     def seconds(self, replay: bool) -> float:
         """From the arithmetic of forward passes, Hessians and solver at the speed of one measured product; good to a factor of two or so."""
-        rate = _products_per_second(self.dtype, self.runner.device)
-        slow = _products_per_second(torch.float32, self.runner.device)
+        rate = products_per_second(self.dtype, self.runner.device)
+        slow = products_per_second(torch.float32, self.runner.device)
         widths = [site.width for site in self.sites]
         passes = (4 if replay else 2) * self.tokens * self.block_parameters
         hessians = self.tokens * sum(w * w for w in widths)
@@ -189,7 +197,8 @@ class Sizes:
         return self.block_count * (0.3 + passes / rate + hessians / slow + solver / slow)
 
 
-def _products_per_second(dtype: torch.dtype, device: torch.device) -> float:
+def products_per_second(dtype: torch.dtype, device: torch.device) -> float:
+    """Multiplications, each with its addition, that a matrix product makes in a second here: measured now, in a few milliseconds."""
     a = torch.ones(512, 512, dtype=dtype, device=device)
     (a @ a).sum().item()  # once before the clock runs
     start = time.perf_counter()

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .block import BlockRecord
-from .calib.extension import KEY, Extension, SiteInput
-from .calib.packing import Packed, quantization_config
+from .calib.extension import KEY, Extension
+from .calib.packing import Packed, quantization_config, stored_names
 from .calib.rewritten import Rewritten, changed
 from .calib.shards import TensorInfo, read_header, read_json
 from .calib.topology import Topology
 from .eval.probe import PROBE_FILE
+from .eval.structure import MARK
 from .journal import Journal, sync, write_text
 from .modelcard import model_card
 from .preflight import Plan
@@ -33,23 +34,31 @@ MANIFEST = "manifest.json"
 VERSIONS = ("planish", "torch", "transformers", "compressed-tensors", "safetensors")
 
 
-def write_checkpoint(plan: Plan, journal: Journal, packed: Mapping[str, Packed], probe: dict[str, Tensor] | None, folder: Path) -> None:
-    """Write the whole checkpoint into the new folder: weights, config, side files, and planish's own records of it."""
+def write_checkpoint(plan: Plan, journal: Journal, packed: Mapping[str, Packed], probe: dict[str, Tensor] | None, folder: Path) -> float:
+    """Write the whole checkpoint into the new folder: weights, config, side files, and planish's own records of it. Returns bits per weight."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / FOLDER).mkdir(parents=True)
     tensors = _tensors(plan, journal)
+    bits = bits_per_weight(packed, tensors, plan.quantized)
     write_shards(folder, tensors, plan.recipe.export.shard_bytes)
     for file in plan.checkpoint.carry_over():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.checkpoint.path / file, folder / file)
     write_text(folder / "config.json", json.dumps(_config(plan, packed, journal.blocks), indent=2, sort_keys=True) + "\n")
     write_text(folder / FOLDER / "recipe.yaml", to_yaml(plan.recipe))
-    write_text(folder / FOLDER / MANIFEST, json.dumps(manifest(plan, journal.blocks, tensors), indent=2) + "\n")
-    write_text(folder / "README.md", model_card(plan, journal.blocks, stored_bytes(tensors)))
+    write_text(folder / FOLDER / MANIFEST, json.dumps(manifest(plan, journal.blocks, tensors, bits), indent=2) + "\n")
+    write_text(folder / "README.md", model_card(plan, journal.blocks, stored_bytes(tensors), bits))
     if probe is not None:
         save_file(probe, folder / PROBE_FILE)
     for path in [*folder.rglob("*"), folder]:
         sync(path)
+    return bits
+
+
+def bits_per_weight(packed: Mapping[str, Packed], tensors: Mapping[str, TensorInfo], weights: int) -> float:
+    """Of so many quantized weights, with their scales and zero points and what else planish needs to run them."""
+    codes = sum(tensors[f"{name}.{local}"].nbytes for name, how in packed.items() for local in stored_names(how))
+    return 8 * (codes + sum(info.nbytes for name, info in tensors.items() if MARK in name)) / max(1, weights)
 
 
 def publish(folder: Path, out: Path) -> None:
@@ -105,11 +114,11 @@ def _config(plan: Plan, packed: Mapping[str, Packed], blocks: list[BlockRecord])
 
 
 def _extension(plan: Plan, blocks: list[BlockRecord]) -> Extension:
-    sites = {f"{block.index}.{name}": SiteInput(site.clip, tuple(site.chain)) for block in blocks for name, site in block.sites.items()}
-    return Extension(plan.prefix, sites)
+    sites = {f"{block.index}.{name}": site.site_input for block in blocks for name, site in block.sites.items()}
+    return Extension(plan.prefix, sites, declared=plan.recipe.extended)
 
 
-def manifest(plan: Plan, blocks: list[BlockRecord], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+def manifest(plan: Plan, blocks: list[BlockRecord], tensors: Mapping[str, TensorInfo], bits: float) -> dict[str, Any]:
     """What made this checkpoint and what it did: versions, digests, seed, arithmetic, sizes, every block's errors."""
     calibration = plan.recipe.calibration
     return {
@@ -120,7 +129,7 @@ def manifest(plan: Plan, blocks: list[BlockRecord], tensors: Mapping[str, Tensor
         "calibration": None if calibration is None else asdict(calibration),
         "fused": None if plan.fused is None else plan.fused.to_dict(),
         "bytes": stored_bytes(tensors),
-        "bits_per_weight": plan.bits_per_weight,
+        "bits_per_weight": bits,
         "notes": list(plan.notes),
         "servers": list(plan.servers),
         "blocks": [asdict(block) for block in blocks],

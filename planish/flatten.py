@@ -14,13 +14,15 @@ from .calib.precision import bfloat16_products
 from .calib.stream import relative_error
 from .calib.walk import SiteWalk
 from .quant.errors import PlanishError
+from .quant.linear import without_first
 from .quant.solvers.clip_activation import best_clip
+from .quant.transforms import Keeping
 from .quant.transforms.factors import Chain, on_input, rounded
 from .quant.transforms.inputs import ClipSearch, InputStep, SiteView, chain_of
 from .solving import Readers
 
-MOMENT_TOKENS = 8192  # tokens that a site's moments are taken from, at most
-SAMPLE_TOKENS = 1024  # tokens that clips, seeds and choices are tried on, at most
+MOMENT_TOKENS = 4096  # tokens that a site's moments are taken from, at most
+SAMPLE_TOKENS = 512  # tokens that clips, seeds and choices are tried on, at most
 TOLERANCE = 1e-3  # relative error of the readers' outputs in float32; right factors reach 1e-6
 
 
@@ -68,17 +70,20 @@ def flatten(
             raise PlanishError(
                 f"{where} ({names}): the transformed layer is off by {error:.2g} (at most {TOLERANCE:g}): a transform nearly singular."
             )
-        if clip is not None and readers.activations is not None and readers.activations.dynamic:
-            assert readers.packed is not None
-            behind = SiteView(sample_SC, view.second_CC, view.mean_C, tuple(readers.weights.values()))
-            found = best_clip(sample_SC, behind.readers_CC, readers.activations, clip.ratios())
-            readers.packed = clipped(readers.packed, found.clip)
+        for keeping in (step for step in steps if isinstance(step, Keeping)):
+            readers.keep(keeping.kept(readers.width), keeping.bits, stored)
+        sample_SC = without_first(sample_SC, readers.kept_channels)
+    if clip is not None and readers.activations is not None and readers.activations.dynamic:
+        assert readers.packed is not None
+        behind = SiteView(sample_SC, view.second_CC, view.mean_C, tuple(readers.weights.values()))
+        found = best_clip(sample_SC, behind.readers_CC, readers.activations, clip.ratios())
+        readers.packed = clipped(readers.packed, found.clip)
     return Flattened(chain, error)
 
 
 def _outputs(readers: Readers, x_SC: Tensor) -> Tensor:
     """(S, O) of all readers side by side."""
-    outputs = [torch.nn.functional.linear(x_SC, w_OC, _float(readers.biases[path])) for path, w_OC in readers.weights.items()]
+    outputs = [torch.nn.functional.linear(x_SC, readers.whole(path), _float(readers.biases[path])) for path in readers.weights]
     return torch.cat(outputs, dim=1)
 
 

@@ -164,7 +164,7 @@ def _ranges(steps: Sequence[Step], original: BlockRunner, ids: Tensor, seeds: in
         folded.release_block(index)
         keep_T = ~sinks(hidden.flatten(0, 1), out.flatten(0, 1))
         hidden = out
-        for x_TC in inputs.values():
+        for x_TC in inputs.take().values():
             kept_TC = x_TC[keep_T].float().cpu()
             some_TC = kept_TC[:: max(1, len(kept_TC) // KEPT_TOKENS)]
             count += len(some_TC)

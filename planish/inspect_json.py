@@ -1,31 +1,15 @@
-"""Reports of `planish inspect` as JSON: to it, from it, and the schema of it, all led by the report's own dataclasses.
+"""Reports of `planish inspect` as JSON: to it, from it, and the schema of it. How: schemas.py."""
 
-A number that JSON lacks is one of the texts NaN, Infinity and -Infinity.
-"""
-
-import inspect
-import math
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from .calib.diagnosis import OutlierReport
-from .decode import NONFINITE, decode, encode
-
-_SCALARS: dict[Any, dict[str, Any]] = {
-    str: {"type": "string"},
-    bool: {"type": "boolean"},
-    int: {"type": "integer"},
-    float: {"anyOf": [{"type": "number"}, {"enum": list(NONFINITE)}]},
-    NoneType: {"type": "null"},
-}
+from .decode import decode
+from .schemas import plain, schema_of
 
 
 def to_dict(report: OutlierReport) -> dict[str, Any]:
     """The report as plain values, for JSON: `from_dict(to_dict(report)) == report`, and `schema()` describes it."""
-    plain: dict[str, Any] = _spelled(encode(report))
-    return plain
+    return plain(report)
 
 
 def from_dict(data: object, root: str = "report") -> OutlierReport:
@@ -36,59 +20,6 @@ def from_dict(data: object, root: str = "report") -> OutlierReport:
     return decode(OutlierReport, data, root, nonfinite=True)
 
 
-def _spelled(value: Any) -> Any:
-    """The same with texts for the numbers that are not finite."""
-    if isinstance(value, dict):
-        return {key: _spelled(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_spelled(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return next(text for text, number in NONFINITE.items() if number == value or (math.isnan(number) and math.isnan(value)))
-    return value
-
-
 def schema() -> dict[str, Any]:
     """A JSON Schema (draft 2020-12) of what `to_dict` gives. Descriptions are the dataclasses' docstrings."""
-    definitions: dict[str, Any] = {}
-    reference = _schema(OutlierReport, definitions)
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "planish inspect",
-        **reference,
-        "$defs": dict(sorted(definitions.items())),
-    }
-
-
-def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    """The schema of one annotation. Dataclasses are added to the definitions, and referred to."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind in _SCALARS:
-        return _SCALARS[kind]
-    if origin in (Union, UnionType):
-        return {"anyOf": [_schema(arm, definitions) for arm in arguments]}
-    if origin is tuple and arguments[-1] is Ellipsis:
-        return {"type": "array", "items": _schema(arguments[0], definitions)}
-    if origin is tuple:
-        items = [_schema(item, definitions) for item in arguments]
-        return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
-    if origin is Mapping:
-        return {"type": "object", "additionalProperties": _schema(arguments[1], definitions)}
-    if not is_dataclass(kind):
-        raise TypeError(f"no schema for annotation {kind}")
-    name = getattr(kind, "__name__")  # noqa: B009 - mypy takes a dataclass found by is_dataclass for an object of it
-    if name not in definitions:
-        definitions[name] = {}  # named before its fields are looked at, so that a class may hold itself
-        definitions[name].update(_object(kind, definitions))
-    return {"$ref": f"#/$defs/{name}"}
-
-
-def _object(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    hints = get_type_hints(kind)
-    properties = {item.name: _schema(hints[item.name], definitions) for item in fields(kind)}
-    return {
-        "description": " ".join((inspect.getdoc(kind) or "").split()),
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
+    return schema_of(OutlierReport, "planish inspect")

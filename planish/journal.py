@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +43,17 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else works in this folder while the `with` lasts; BusyError if somebody does."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(f"{folder}: another planish is at work there. Wait for it, or choose another output folder.") from None
+        yield
+
+
 @dataclass(slots=True)
 class Journal:
     """The journal of one run. fingerprint: of recipe, model, versions and arithmetic; a folder with another one is not resumed."""
@@ -72,15 +83,9 @@ class Journal:
             )
         return cls(folder, fingerprint, blocks)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Nobody else works in this folder while the `with` lasts; PlanishError if somebody does."""
-        with (self.folder / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BusyError(f"{self.folder}: another planish is at work there. Wait for it, or choose another output folder.") from None
-            yield
+        return locked(self.folder)
 
     def block_file(self, index: int) -> Path:
         """Where the tensors of block `index` lie."""

@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from .calib.precision import pick_device
+from .calib.prefix import attach
 from .calib.stored import open_any
 
 
@@ -21,6 +22,8 @@ def load(model: str | Path, *, dtype: torch.dtype | None = None, device: str | t
     loaded = checkpoint.skeleton(dtype)
     checkpoint.load_module(loaded, "", dtype=dtype or checkpoint.dtype, device=where)
     loaded.tie_weights()
+    if (prefix := checkpoint.prefix_cache(dtype or checkpoint.dtype, where)) is not None:
+        attach(loaded, prefix)
     if (checkpoint.path / "generation_config.json").is_file():
         loaded.generation_config = GenerationConfig.from_pretrained(str(checkpoint.path), local_files_only=True)
     return loaded

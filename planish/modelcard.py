@@ -8,7 +8,7 @@ from .preflight import Plan
 from .recipe import to_yaml
 
 
-def model_card(plan: Plan, blocks: Sequence[BlockRecord], stored: int) -> str:
+def model_card(plan: Plan, blocks: Sequence[BlockRecord], stored: int, bits: float) -> str:
     """Markdown with the header that model hubs read."""
     before = plan.checkpoint.nbytes
     name = plan.checkpoint.path.name
@@ -16,7 +16,7 @@ def model_card(plan: Plan, blocks: Sequence[BlockRecord], stored: int) -> str:
     rows = [
         ("recipe", plan.recipe.name),
         ("size", f"{stored / 1e6:.1f} MB of {before / 1e6:.1f} MB ({stored / before:.0%})"),
-        ("bits per quantized weight", f"{plan.bits_per_weight:.2f}, scales included"),
+        ("bits per quantized weight", f"{bits:.2f}, scales and transforms included"),
         ("runs as measured in", ", ".join(plan.servers)),
         *([("relative error of the last block's output", f"{errors[-1]:.4f}")] if errors else []),
     ]

@@ -21,12 +21,23 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+Model = Annotated[str, typer.Option("--model", metavar="MODEL", help="A local folder, a Hub name (org/name), a .gguf file, or demo:smollm2.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe, such as calibration.samples=64. May be given repeatedly.")
+]
 Device = Annotated[str | None, typer.Option(help="Where to compute, such as cpu or cuda:0. Default: cuda where there is one.")]
 Arithmetic = Annotated[Dtype | None, typer.Option(help="Arithmetic of the walk. Default: bfloat16 where model and hardware have it.")]
 Offload = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the activations on disk, there. Default: only if memory is short.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights too. Pickles can run code: only from a source you trust.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No plan and no progress.")]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Shipped recipes that begin so, for the shell."""
+    from .shipped import shipped_texts
+
+    return [name for name in shipped_texts() if name.startswith(incomplete)]
 
 
 @contextmanager

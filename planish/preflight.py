@@ -13,10 +13,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from .beside import check_beside
 from .calib.checkpoint import Checkpoint, check_language, open_checkpoint
 from .calib.data import Calibration
 from .calib.heap import trim
-from .calib.packing import Packed, default_layout
+from .calib.packing import Layout, Packed, default_layout
 from .calib.precision import bfloat16_products, pick_device, working_dtype
 from .calib.prefix import prefix_ids
 from .calib.proof import check_structure, prove
@@ -25,9 +26,10 @@ from .calib.sites import Topology, reader_weight
 from .estimate import Memory, Sizes, resident
 from .fused import Fused, fused
 from .quant.errors import PlanishError
+from .quant.formats import Scheme
 from .quant.transforms import Prefix
 from .recipe import Recipe, load_recipe
-from .resolve import SERVED_GROUPS, Address, resolve
+from .resolve import SERVED_GROUPS, Address, Resolved, resolve
 from .units import size
 
 AVAILABLE_SHARE = 0.6  # of the memory that is free, what a run may take before its streams move to disk
@@ -41,6 +43,7 @@ class Plan:
 
     fused: what the steps absorb into the weights before the walk, if anything. offload: the streams lie on disk, in offload_dir or (None) beside the
     output; replay: blocks are run anew for each site instead of waiting inside.
+    quantized: how many weights become codes; bits_per_weight: of these, transforms that come yet aside.
     memory: of the compression at its highest; evaluation: of measuring the result afterwards. out_bytes: of the new checkpoint's weights;
     disk: bytes needed while the run lasts.
     """
@@ -56,6 +59,7 @@ class Plan:
     prefix: tuple[int, ...]
     notes: tuple[str, ...]
     servers: tuple[str, ...]
+    quantized: int
     bits_per_weight: float
     offload: bool
     offload_dir: Path | None
@@ -81,53 +85,46 @@ def make_plan(
     offload_dir: str | Path | None = None,
     out: Path | None = None,
     allow_pickle: bool = False,
+    ids_NL: Tensor | None = None,
 ) -> Plan:
     """Check that the recipe can be carried out on the model and say what it will take. Of the weights, reads embeddings, first and last block.
 
     Raises PlanishError: anything wrong with model or recipe, a topology that does not hold, groups that do not divide, patterns without a site,
-    too little text, disk or memory.
+    too little text, disk or memory. ids_NL: the calibration's tokens, where they are known already.
     """
     if out is not None:
         _check_free(out)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
-    check_language(checkpoint, "compress it")
-    where = pick_device(device)
-    working = dtype or working_dtype(checkpoint.dtype, where)
-    runner = BlockRunner(checkpoint, working, where)
-    topology = runner.topology
-    _check_structure(runner)
+    original = runner = _opened(model, device, dtype, allow_pickle)
+    checkpoint, topology = runner.checkpoint, runner.topology
     widths = {site.name: reader_weight(runner.blocks[0].get_submodule(site.readers[0])).shape[1] for site in topology.sites}
     resolved = resolve(recipe, topology, lambda _block, site: widths[site])
-    layout, extended = recipe.export.layout, recipe.extended
-    packed = {
-        a: None if s is None else Packed(s, default_layout(s, extended=extended) if layout == "auto" else layout) for a, s in resolved.schemes.items()
-    }
-    ids = None if recipe.calibration is None else _ids(recipe.calibration, runner)
+    packed = _packed(recipe, resolved)
+    check_beside(recipe.steps, packed, runner)
+    ids = None if recipe.calibration is None else _ids(recipe.calibration, runner, ids_NL)
     _prove(runner)
     trim()
     found, notes = fused(recipe.steps, runner, resolved.schemes)
-    runner = runner if found is None else BlockRunner(found.source, working, where)
+    runner = runner if found is None else BlockRunner(found.source, original.dtype, original.device)
     sizes, program = Sizes(runner, recipe, packed), resident()
-    room = program + int(psutil.virtual_memory().available * AVAILABLE_SHARE)
-    offload = offload_dir is not None or sizes.compressing(program, offload=False, replay=True).total > room
-    replay = offload or sizes.compressing(program, offload=False, replay=False).total > room
-    moved = sizes.streams if offload else 0
     elsewhere = None if offload_dir is None else Path(offload_dir)
+    offload, replay = _saving(sizes, program, elsewhere is not None)
+    moved = sizes.streams if offload else 0
     needs = {} if out is None else {out: 2 * sizes.out_bytes + (moved if elsewhere is None else 0)}
-    _check_room(needs if elsewhere is None else {**needs, elsewhere: moved})
+    check_room(needs if elsewhere is None else {**needs, elsewhere: moved})
     return Plan(
         recipe=recipe,
         checkpoint=checkpoint,
         fused=found,
         topology=topology,
-        device=where,
-        dtype=working,
+        device=original.device,
+        dtype=original.dtype,
         packed=packed,
         ids=ids,
-        prefix=prefix_ids(tuple(t for step in recipe.steps if isinstance(step, Prefix) for t in step.tokens), checkpoint.tokenizer()),
-        notes=resolved.notes + notes + _warnings(packed, topology, extended),
-        servers=("planish",) if extended else servers(packed, topology),
+        prefix=_prefix(recipe, checkpoint),
+        notes=resolved.notes + notes + _warnings(packed, topology, recipe.extended),
+        servers=("planish",) if recipe.extended else servers(packed, topology),
+        quantized=sizes.quantized,
         bits_per_weight=sizes.bits,
         offload=offload,
         offload_dir=elsewhere,
@@ -140,6 +137,37 @@ def make_plan(
     )
 
 
+def _opened(model: str | Path, device: str | None, dtype: torch.dtype | None, allow_pickle: bool) -> BlockRunner:
+    """The model, checked as far as names and shapes go, and how it will be computed."""
+    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
+    check_language(checkpoint, "compress it")
+    where = pick_device(device)
+    runner = BlockRunner(checkpoint, dtype or working_dtype(checkpoint.dtype, where), where)
+    _check_structure(runner)
+    return runner
+
+
+def _packed(recipe: Recipe, resolved: Resolved) -> dict[Address, Packed | None]:
+    """How the linears of each site are stored; None: in full precision."""
+    return {address: None if scheme is None else Packed(scheme, _layout(recipe, scheme)) for address, scheme in resolved.schemes.items()}
+
+
+def _saving(sizes: Sizes, program: int, asked: bool) -> tuple[bool, bool]:
+    """Whether the streams go to disk, asked for or not, and whether blocks are run anew for each site."""
+    room = program + int(psutil.virtual_memory().available * AVAILABLE_SHARE)
+    offload = asked or sizes.compressing(program, offload=False, replay=True).total > room
+    return offload, offload or sizes.compressing(program, offload=False, replay=False).total > room
+
+
+def _layout(recipe: Recipe, scheme: Scheme) -> Layout:
+    return default_layout(scheme, extended=recipe.extended) if recipe.export.layout == "auto" else recipe.export.layout
+
+
+def _prefix(recipe: Recipe, checkpoint: Checkpoint) -> tuple[int, ...]:
+    tokens = [token for step in recipe.steps if isinstance(step, Prefix) for token in step.tokens]
+    return prefix_ids(tokens, checkpoint.tokenizer()) if tokens else ()
+
+
 def _check_structure(runner: BlockRunner) -> None:
     """There are blocks, and the family's table fits each of them by names and shapes."""
     if not len(runner.blocks):
@@ -148,15 +176,15 @@ def _check_structure(runner: BlockRunner) -> None:
         check_structure(block, runner.topology, runner.block_name(index))
 
 
-def _ids(calibration: Calibration, runner: BlockRunner) -> Tensor:
-    """The calibration's tokens, which the model's tables of embeddings must have: (N, L)."""
+def _ids(calibration: Calibration, runner: BlockRunner, known_NL: Tensor | None) -> Tensor:
+    """The calibration's tokens, made now unless they are known, which the model's tables of embeddings must have: (N, L)."""
     path, config = runner.checkpoint.path, runner.model.config.get_text_config()
     learned = len(runner.topology.embeddings) > 1  # positions come from a table too, which ends somewhere
     if learned and calibration.length > config.max_position_embeddings:
         raise PlanishError(
             f"calibration.length is {calibration.length}, but {path} has no more than {config.max_position_embeddings} positions. Lower it."
         )
-    ids = calibration.tokens(runner.checkpoint.tokenizer())
+    ids = calibration.tokens(runner.checkpoint.tokenizer()) if known_NL is None else known_NL
     if int(ids.max()) >= config.vocab_size:
         raise PlanishError(
             f"{path}: the tokenizer makes token {int(ids.max())}, but the model has {config.vocab_size} tokens. "
@@ -187,7 +215,7 @@ def _check_free(out: Path) -> None:
         raise PlanishError(f"{out}: exists, and planish overwrites nothing. Choose another output folder, or remove this one.")
 
 
-def _check_room(needs: Mapping[Path, int]) -> None:
+def check_room(needs: Mapping[Path, int]) -> None:
     """Enough disk. needs: bytes by folder, which need not exist yet; folders on one disk share its room."""
     needed_on: dict[int, int] = {}
     for folder, needed in needs.items():
@@ -225,7 +253,7 @@ def _in_vllm(how: Packed) -> bool:
 
 def _warnings(packed: dict[Address, Packed | None], topology: Topology, extended: bool) -> tuple[str, ...]:
     if extended:
-        return ("transforms at run time, clips or a prefix: planish.load runs the checkpoint, others refuse it.",)
+        return ("transforms at run time, clips, side paths or a prefix: planish.load runs the checkpoint, others refuse it.",)
     if topology.family in PLAIN_LINEARS:
         return (f"{topology.family}: its linear layers are Conv1D modules; vLLM and transformers refuse the checkpoint, planish.load runs it.",)
     if any(how and how.scheme.activations is not None and how.scheme.activations.bits != 8 for how in packed.values()):

@@ -7,7 +7,7 @@ Which sites a pattern means: see resolve.py.
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -99,25 +99,30 @@ class Recipe:
             )
         users = {
             **{f"the step {step_name(step)}": needs_text(step) for step in self.steps},
-            f"the solver {_name(self.solver)}": self.solver.needs_moments,
+            f"the solver {_name(self.solver, SOLVERS)}": self.solver.needs_moments,
             "a static activation scale": any(not activation.dynamic for activation in activations),
         }
+        if any(not activation.dynamic for activation in activations) and not all(portable(step) for step in self.steps):
+            raise PlanishError(
+                "scheme: static scales do not know inputs that are transformed at run time. Set dynamic: true, or use steps that weights absorb."
+            )
         if self.calibration is None and any(users.values()):
             needing = " and ".join(user for user, needs in users.items() if needs)
             raise PlanishError(f"calibration is null, but {needing} cannot do without. Remove the line to use the built-in text.")
 
     @property
     def extended(self) -> bool:
-        """Whether the checkpoint says more than compressed-tensors can: something is done to inputs at run time, or a prefix stands before them."""
-        return not all(portable(step) for step in self.steps)
+        """Whether the checkpoint says more than compressed-tensors can: inputs are transformed or clipped, or have a prefix."""
+        clips = any(scheme.activations is not None and scheme.activations.clip != 1 for scheme in self.schemes())
+        return clips or not all(portable(step) for step in self.steps)
 
     def schemes(self) -> tuple[Scheme, ...]:
         """All that occur: the recipe's, then its overrides'."""
         return self.scheme, *(override.scheme for override in self.overrides if override.scheme)
 
 
-def _name(solver: object) -> str:
-    return next(name for name, kind in SOLVERS.items() if kind is type(solver))
+def _name(chosen: object, classes: Mapping[str, type]) -> str:
+    return next(name for name, kind in classes.items() if kind is type(chosen))
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

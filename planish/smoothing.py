@@ -103,7 +103,7 @@ def choose(
             if reference is None:
                 with site_inputs(block, list(sites.values())) as inputs:
                     reference = probe.run(block)
-                seen_TC = {at: x_TC[probe.keep_T] for at, x_TC in inputs.items()}
+                seen_TC = {at: x_TC[probe.keep_T] for at, x_TC in inputs.take().items()}
             scales = {None: None, **scales}
             chain = behind(name, seen_TC[name])
             for tried, on_trial_C in scales.items():

@@ -1,21 +1,23 @@
 """The quantized stream's way through one block: at each site the Hessian of what really arrives there, then the solver.
 
-Shape suffixes: T tokens of a batch, C = I in channels, O out channels.
+Shape suffixes: T tokens of a batch, C = I in channels, O out channels, R channels that are kept out of the codes.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from .calib.packing import Packed
 from .calib.precision import bfloat16_products
+from .calib.side import kept_formats
 from .calib.sites import Site, reader_bias, reader_weight
 from .calib.walk import Pass, Prepared, SiteWalk
 from .quant.formats import ActivationFormat, QuantizedWeight, WeightFormat
-from .quant.linear import QuantizedInput, QuantizedLinear, StaticGrid, quantize_input
-from .quant.solvers import Moments, Solution, Solver
+from .quant.linear import Kept, QuantizedInput, QuantizedLinear, Side, StaticGrid, quantize_input, without_first
+from .quant.low_rank import LowRank
+from .quant.solvers import Moments, Rtn, Solution, Solver
 from .quant.transforms.factors import Chain, on_input, on_weight
 
 ERROR_ROWS = 256
@@ -24,7 +26,11 @@ STRIP = 512  # rows of a Hessian that are added up at once
 
 @dataclass(slots=True, eq=False)
 class Readers:
-    """The linear layers of one site in float32, and what became of them. packed None: the site stays in full precision."""
+    """The linear layers of one site in float32, and what became of them. packed None: the site stays in full precision.
+
+    weights: what the codes are to stand for: the whole without low, the low-rank paths beside them, and with 0 for the channels in kept. Paths and
+    kept weights are as they will be stored.
+    """
 
     site: Site
     packed: Packed | None
@@ -33,6 +39,8 @@ class Readers:
     biases: dict[str, Tensor | None]
     solved: dict[str, QuantizedWeight]
     chain: Chain = ()
+    low: dict[str, LowRank] = field(default_factory=dict)
+    kept: dict[str, Kept] = field(default_factory=dict)
 
     @classmethod
     def of(cls, block: nn.Module, site: Site, packed: Packed | None, static: StaticGrid | None, stored: torch.dtype) -> "Readers":
@@ -49,18 +57,63 @@ class Readers:
                 block.get_submodule(path)._parameters["weight"] = nn.Parameter(self.weights[path].to("meta"), requires_grad=False)
 
     def transform(self, chain: Chain, stored: torch.dtype) -> None:
-        """Let the input go through the chain: weights and biases become those that go with it, biases as they will be stored."""
+        """Let the input go through the chain: weights and biases become those that go with it. A bias that a shift made stays in float32."""
         for path, w_OI in self.weights.items():
             self.weights[path], offset_O = on_weight(chain, w_OI)
-            bias_O = self.biases[path]
-            if offset_O is not None:
-                self.biases[path] = (offset_O if bias_O is None else bias_O.float() + offset_O).to(stored)
+            self._gain(path, offset_O)
+            if (low := self.low.pop(path, None)) is not None:
+                moved, offset_O = low.through(chain)
+                self._gain(path, offset_O)
+                self.weights[path] = (self.weights[path].double() + moved.product()).float()
+                self.put_beside(path, moved, stored)
         self.chain = chain
+
+    def _gain(self, path: str, offset_O: Tensor | None) -> None:
+        bias_O = self.biases[path]
+        if offset_O is not None:
+            self.biases[path] = offset_O if bias_O is None else bias_O.float() + offset_O
+
+    def put_beside(self, path: str, low: LowRank, stored: torch.dtype) -> None:
+        """Let a reader have this path too, rounded to what will be stored, beside its codes; its weight becomes what is left."""
+        low = low.to(stored).to(torch.float32)
+        self.weights[path] = (self.weights[path].double() - low.product()).float()
+        self.low[path] = low.plus(self.low.get(path))
+
+    def keep(self, channels: int, bits: int | None, stored: torch.dtype) -> None:
+        """Keep the first channels out of the codes: in full precision, or (bits) in codes of their own, rounded to nearest."""
+        assert self.packed is not None
+        for path, w_OI in self.weights.items():
+            w_OR = w_OI[:, :channels]
+            if bits is None:
+                self.kept[path] = Kept(w_OR.to(stored).float())
+            else:
+                fmt, act = kept_formats(bits, self.packed.scheme)
+                self.kept[path] = Kept(Rtn().solve(w_OR, fmt, None, stored).weight, act)
+            self.weights[path] = without_first(w_OI, channels)
+
+    def whole(self, path: str, some: slice = slice(None)) -> Tensor:
+        """Some rows of what a reader's codes and low-rank paths are to make together: (rows, I)."""
+        w_OI, low = self.weights[path][some], self.low.get(path)
+        return w_OI if low is None else w_OI + low.up_OR[some] @ low.down_RC
+
+    @property
+    def kept_channels(self) -> int:
+        """How many first channels are kept out of the codes."""
+        return next((kept.channels for kept in self.kept.values()), 0)
+
+    def side(self, path: str) -> Side | None:
+        """What runs beside a reader's codes, if anything."""
+        low, kept = self.low.get(path), self.kept.get(path)
+        return None if low is None and kept is None else Side(low, kept)
+
+    def coded(self, x_TC: Tensor) -> Tensor:
+        """What is to become codes of an input of the site: transformed, 0 in the channels that are kept."""
+        return without_first(on_input(self.chain, x_TC), self.kept_channels)
 
     def quantize(self, x_TC: Tensor) -> QuantizedInput:
         """An input of the site as codes, as the readers will get it."""
         assert self.activations is not None
-        return quantize_input(on_input(self.chain, x_TC), self.activations, self.static)
+        return quantize_input(self.coded(x_TC), self.activations, self.static)
 
     def together(self, paths: list[str]) -> Tensor:
         """The weights of these readers in one matrix, which then is where they lie."""
@@ -104,22 +157,21 @@ def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWal
     cross_II = None if full is None else torch.zeros(width, width, device=device)
     full_arrivals = None if full is None else full.arrivals(name)
     sink_trace = 0.0
-    for pass_, keep in zip(walk.arrivals(name), keep_T, strict=True):
+
+    def prepare(pass_: Pass) -> None:
         assert pass_.x is not None
-        if act is None:
-            x_TC = on_input(readers.chain, pass_.x).float()
-        else:
-            quantized = readers.quantize(pass_.x)
-            if not walk.replay:
-                pass_.prepared = Prepared(name, quantized)
-            x_TC = quantized.dequantize()
+        pass_.prepared = None if act is None else Prepared(name, readers.quantize(pass_.x))
+
+    for pass_, keep in zip(walk.arrivals(name, prepare), keep_T, strict=True):
+        assert pass_.x is not None
+        x_TC = readers.coded(pass_.x).float() if pass_.prepared is None else pass_.prepared.quantized.dequantize()
         for start in range(0, width, STRIP):  # the upper triangle, strip by strip
             second_II[start : start + STRIP, start:].addmm_(x_TC[:, start : start + STRIP].T, x_TC[:, start:])
         sink_trace += x_TC[~keep].double().square().sum().item()
         if full_arrivals is not None and cross_II is not None:
             twin = next(full_arrivals).x
             assert twin is not None
-            cross_II.addmm_((on_input(readers.chain, twin).float() - x_TC).T, x_TC)
+            cross_II.addmm_((readers.coded(twin).float() - x_TC).T, x_TC)
     for start in range(STRIP, width, STRIP):
         second_II[start:, start - STRIP : start] = second_II[start - STRIP : start, start:].T
     trace = second_II.diagonal().double().sum().item()
@@ -154,13 +206,13 @@ def _solve(readers: Readers, fmt: WeightFormat, solver: Solver, moments: Moments
 def output_error(readers: Readers, moments: Moments) -> float:
     """Relative error of the readers' outputs on the inputs seen, of at most about ERROR_ROWS evenly spaced outputs of each reader.
 
-    sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)), E = Ŵ - W.
+    sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)), E = Ŵ - W, low-rank paths counted in both; channels kept out of the codes are left out.
     """
     off = size = 0.0
     for path, solved in readers.solved.items():
         some = slice(None, None, -(-len(solved.codes) // ERROR_ROWS))
-        w_OI = readers.weights[path][some]
-        e_OI = solved.rows(some).dequantize() - w_OI
+        w_OI = readers.whole(path, some)
+        e_OI = solved.rows(some).dequantize() - readers.weights[path][some]
         off += ((e_OI @ moments.second_II) * e_OI).sum().item()
         size += ((w_OI @ moments.second_II) * w_OI).sum().item()
     return (max(off, 0.0) / size) ** 0.5 if size > 0 else 0.0
@@ -170,11 +222,12 @@ def settle(readers: Readers, walk: SiteWalk, dtype: torch.dtype, stored: torch.d
     """Let the batches go on: the site's readers compute as they will at run time."""
     act = readers.activations
     layers: Mapping[str, QuantizedLinear] = {
-        path: QuantizedLinear(weight, readers.biases[path], act, readers.static, dtype=dtype) for path, weight in readers.solved.items()
+        path: QuantizedLinear(weight, readers.biases[path], act, readers.static, dtype=dtype, side=readers.side(path))
+        for path, weight in readers.solved.items()
     }
     kept = {path: weight.to(stored).to(dtype) for path, weight in readers.weights.items() if path not in layers}
     biases = {path: None if bias is None else bias.to(dtype) for path, bias in readers.biases.items()}
-    name = readers.site.name
+    name, beside = readers.site.name, bool(readers.low or readers.kept)
 
     def reader(path: str, x_TC: Tensor, pass_: Pass) -> Tensor:
         if path in kept:
@@ -188,6 +241,10 @@ def settle(readers: Readers, walk: SiteWalk, dtype: torch.dtype, stored: torch.d
         if prepared.left is None:
             prepared.left = layers[path].left(prepared.quantized)
         y_TO = layers[path].multiply(prepared.quantized, prepared.left)
+        if beside:
+            if prepared.whole is None:
+                prepared.whole = on_input(readers.chain, x_TC)
+            y_TO = layers[path].beside(prepared.whole, y_TO)
         if path == readers.site.readers[-1]:
             pass_.prepared = None
         return y_TO

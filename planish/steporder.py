@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from .calib.fusing import head_rows
 from .calib.topology import Topology
 from .quant.errors import PlanishError
-from .quant.transforms import STEPS, FoldNorms, Permute, Rotate, ScaleRms, Smooth, Step, Untie
+from .quant.transforms import STEPS, FoldNorms, Permute, Rotate, ScaleRms, SideStep, Smooth, Step, SuperWeights, Untie
 from .quant.transforms.factors import Chain
 from .quant.transforms.rotate import mixing, rotation_at
 
@@ -31,6 +31,8 @@ def portable(step: Step) -> bool:
 
 def needs_text(step: Step) -> bool:
     """Whether the step chooses by what the calibration's text shows, or acts on what flows with it."""
+    if isinstance(step, SideStep):
+        return step.needs_moments or (isinstance(step, SuperWeights) and step.places == "auto")
     return not (of_the_whole(step) or (isinstance(step, Rotate) and step.at == "value")) or (isinstance(step, Rotate) and step.seeds > 1)
 
 

@@ -87,7 +87,7 @@ def result_table(result: Result, evaluation: Evaluation | None, peak: int, repor
     for heading in ("", "before", "after", ""):
         table.add_column(heading, justify="left" if not heading else "right")
     table.add_row("  size", size(before), size(after), Text(f"{after / before - 1:+.1%}", style="dim"))
-    table.add_row("  bits per quantized weight", str(8 * result.plan.checkpoint.dtype.itemsize), f"{result.plan.bits_per_weight:.2f}", "")
+    table.add_row("  bits per quantized weight", str(8 * result.plan.checkpoint.dtype.itemsize), f"{result.bits_per_weight:.2f}", "")
     if evaluation is not None:
         base, quantized = evaluation.comparison.base.perplexity, evaluation.comparison.quantized.perplexity
         table.add_row("  perplexity", f"{base:.3f}", f"{quantized:.3f}", Text(f"{quantized / base - 1:+.2%}", style="dim"))

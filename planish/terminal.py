@@ -51,7 +51,7 @@ class Front(TyperGroup):
         except PlanishError as error:
             raise _end(ctx, error, str(error), USER_ERROR) from None
         except (OSError, SafetensorError) as error:
-            message = _system_message(error)
+            message = system_message(error)
             if message is None:
                 raise
             raise _end(ctx, error, message, USER_ERROR) from None
@@ -66,7 +66,7 @@ def _end(ctx: Any, error: BaseException, message: str, code: int) -> typer.Exit:
     return typer.Exit(code)
 
 
-def _system_message(error: OSError | SafetensorError) -> str | None:
+def system_message(error: OSError | SafetensorError) -> str | None:
     """What the operating system refused, and about which file; None for what is no matter of the user's."""
     full = "the disk is full. Free some room and repeat the command; a compression goes on at the block where it was."
     if isinstance(error, SafetensorError):  # that library has one class for everything

@@ -38,6 +38,19 @@ class LowRank:
         dtype = torch.promote_types(x.dtype, self.down_RC.dtype)
         return (x.to(dtype) @ self.down_RC.T.to(dtype) @ self.up_OR.T.to(dtype)).to(x.dtype)
 
+    @property
+    def rank(self) -> int:
+        """R."""
+        return len(self.down_RC)
+
+    def to(self, dtype: torch.dtype) -> "LowRank":
+        """Its factors in dtype."""
+        return LowRank(self.down_RC.to(dtype), self.up_OR.to(dtype))
+
+    def plus(self, other: "LowRank | None") -> "LowRank":
+        """Both paths in one: their ranks add up."""
+        return self if other is None else LowRank(torch.cat([self.down_RC, other.down_RC]), torch.cat([self.up_OR, other.up_OR], dim=1))
+
     def product(self) -> Tensor:
         """The weight it stands for, up down: (O, C), in float64."""
         return self.up_OR.double() @ self.down_RC.double()
@@ -80,7 +93,7 @@ def svdquant(
     """
     w_OC = w_OC.double()
     L_CC = factor(second_CC.double(), damping).lower_II
-    low, least, best = lorc(w_OC, rank), math.inf, None
+    low, error, least, best = lorc(w_OC, rank), math.inf, math.inf, None
     for _ in range(rounds + 1):
         residual_OC = (w_OC - low.product()).float()
         left_OC = w_OC - quantize(residual_OC).double()

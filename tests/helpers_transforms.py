@@ -6,7 +6,7 @@ Shape suffixes: T tokens, C channels, O out channels.
 import torch
 from torch import Tensor
 
-from planish.quant.transforms.factors import Blocks, Chain, Factor, Hadamard, Kronecker, Permutation, Scale, Shift, on_input, on_weight
+from planish.quant.transforms.factors import Blocks, Chain, Factor, Hadamard, Kronecker, Permutation, Reflection, Scale, Shift, on_input, on_weight
 from planish.quant.transforms.hadamard import hadamard
 
 
@@ -28,6 +28,8 @@ def dense(factor: Factor, channels: int) -> Tensor:
         case Blocks():
             blocks = list(factor.matrix_KBB.double())
             return torch.block_diag(*(blocks * (channels // len(blocks[0])) if len(blocks) == 1 else blocks))
+        case Reflection():
+            return torch.eye(channels, dtype=torch.float64) - factor.basis_CR.double() @ factor.basis_CR.double().T
         case Kronecker():
             return torch.kron(factor.left_AA.double(), factor.right_BB.double())
     raise AssertionError(factor)

@@ -198,6 +198,8 @@ class Columns:
 
     def expected(self, start: int, stop: int) -> Tensor:
         """What columns start:stop would round if none of them deviated from it: (stop - start, O). All before start is settled."""
+        if not start and self.offsets_II is None:
+            return self.original_IO[:stop]  # nothing has moved them yet
         moved_IO = self.weights_IO[start:stop] - self.original_IO[start:stop]
         solved_IO: Tensor = torch.linalg.solve_triangular(self.shares_II[start:stop, start:stop], moved_IO, upper=False, unitriangular=True)
         return self.original_IO[start:stop] + solved_IO

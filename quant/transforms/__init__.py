@@ -12,9 +12,18 @@ from .permute import Permute as Permute
 from .prefix import Prefix as Prefix
 from .rotate import Rotate as Rotate
 from .scale_rms import ScaleRms as ScaleRms
+from .side import Lorc as Lorc
+from .side import Quad as Quad
+from .side import Resq as Resq
+from .side import SuperWeights as SuperWeights
+from .side import Svdquant as Svdquant
 from .smooth import Smooth as Smooth
 
-Step = Prefix | FoldNorms | Untie | Rotate | Smooth | ScaleRms | Permute | Center | Hadamard | Duquant | Cat | Wush | ClipSearch
+SideStep = Lorc | Svdquant | SuperWeights
+"""A step that runs something beside the codes and leaves the input as it is."""
+Keeping = Quad | Resq
+"""A step that transforms the input and keeps its first channels out of the codes."""
+Step = Prefix | FoldNorms | Untie | Rotate | Smooth | ScaleRms | Permute | Center | Hadamard | Duquant | Cat | Wush | ClipSearch | Keeping | SideStep
 """Any step of a recipe."""
 
 STEPS: dict[str, type[Step]] = {
@@ -30,5 +39,10 @@ STEPS: dict[str, type[Step]] = {
     "duquant": Duquant,
     "cat": Cat,
     "wush": Wush,
+    "quad": Quad,
+    "resq": Resq,
     "clip": ClipSearch,
+    "low_rank": Lorc,
+    "svdquant": Svdquant,
+    "super_weight": SuperWeights,
 }

@@ -6,7 +6,7 @@ makes the input; which is not decided here.
 
 A factor's arithmetic is that of its tensors and its argument together: float32 or wider for float32 tensors, whatever x is; the result is as x.
 
-Shape suffixes: C channels, O out channels, K blocks of B channels, A and B the Kronecker factors of C.
+Shape suffixes: C channels, O out channels, K blocks of B channels, A and B the Kronecker factors of C, R directions of a reflection.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,18 +27,23 @@ class Factor(Protocol):
 
     def on_input(self, x: Tensor) -> Tensor:
         """x T: (..., C), in x's dtype."""
+        ...
 
     def on_weight(self, w_OC: Tensor) -> Tensor:
         """W T^-T: (O, C), in w's dtype."""
+        ...
 
     def offset(self, w_OC: Tensor) -> Tensor | None:
         """What the layer's bias gains: (O,), None if nothing. w_OC: the weight before on_weight."""
+        ...
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that on_input needs."""
+        ...
 
     def numbers(self) -> dict[str, int]:
         """Likewise."""
+        ...
 
 
 class _Linear:
@@ -208,6 +213,31 @@ class Kronecker(_Linear):
         return {"left": self.left_AA, "right": self.right_BB}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Reflection(_Linear):
+    """x (I - B B'): where B' B = 2 I, a reflection in R directions at once, orthogonal. Two thin products instead of one by C by C. basis_CR: B."""
+
+    basis_CR: Tensor
+    kind: ClassVar[str] = "reflection"
+
+    def on_input(self, x: Tensor) -> Tensor:
+        """x - x B B'."""
+        wide = _wide(x, self.basis_CR)
+        basis_CR = self.basis_CR.to(wide.dtype)
+        return (wide - wide @ basis_CR @ basis_CR.T).to(x.dtype)
+
+    def on_weight(self, w_OC: Tensor) -> Tensor:
+        """W (I - B B')^-1 = W + W B (I - B' B)^-1 B', in float64: B as it is stored is not quite a reflection's."""
+        basis_CR, wide_OC = self.basis_CR.double(), w_OC.double()
+        inner_RR = torch.eye(basis_CR.shape[1], dtype=torch.float64, device=basis_CR.device) - basis_CR.T @ basis_CR
+        solved_RC: Tensor = torch.linalg.solve(inner_RR, basis_CR.T)
+        return (wide_OC + wide_OC @ basis_CR @ solved_RC).to(w_OC.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """basis."""
+        return {"basis": self.basis_CR}
+
+
 Chain = tuple[Factor, ...]
 """Factors in the order in which the input meets them."""
 
@@ -259,6 +289,8 @@ def _restore(what: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Facto
             return Hadamard(block, tensors.get("signs"))
         case "blocks", ["matrix"]:
             return Blocks(tensors["matrix"])
+        case "reflection", ["basis"]:
+            return Reflection(tensors["basis"])
         case "kronecker", ["left", "right"]:
             return Kronecker(tensors["left"], tensors["right"])
     raise PlanishError(

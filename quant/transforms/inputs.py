@@ -59,9 +59,11 @@ class InputStep(Protocol):
     @property
     def sites(self) -> tuple[str, ...]:
         """Patterns of block.site."""
+        ...
 
     def chain(self, view: SiteView) -> Chain:
         """What the input goes through."""
+        ...
 
 
 def divisor(width: int, block: int) -> int:

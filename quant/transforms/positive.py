@@ -48,13 +48,15 @@ def common_basis(x_KBB: Tensor, w_KBB: Tensor) -> Tensor:
     """
     root_w_KBB = _root(w_KBB)
     U_KBB, S_KB, _ = torch.linalg.svd(root_w_KBB.mT @ _root(x_KBB))
-    return root_w_KBB @ (U_KBB / S_KB[:, None].sqrt())
+    T_KBB: Tensor = root_w_KBB @ (U_KBB / S_KB[:, None].sqrt())
+    return T_KBB
 
 
 def _root(S_KBB: Tensor) -> Tensor:
     """R with R R' = S, but for eigenvalues that are raised to FLOOR."""
     values_KB, vectors_KBB = torch.linalg.eigh(S_KBB)
-    return vectors_KBB * values_KB.clamp(min=FLOOR * values_KB[:, -1:]).sqrt()[:, None]
+    root_KBB: Tensor = vectors_KBB * values_KB.clamp(min=FLOOR * values_KB[:, -1:]).sqrt()[:, None]
+    return root_KBB
 
 
 def level(T_KBB: Tensor, alive_K: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ def random_orthogonal(n: int, seed: int) -> Tensor:
 
 def orthonormal(matrix_nn: Tensor) -> Tensor:
     """Q of the decomposition Q R with a positive diagonal of R: (n, n). An orthogonal matrix stays the same."""
+    Q_nn: Tensor
     Q_nn, R_nn = torch.linalg.qr(matrix_nn)
     return Q_nn * torch.where(R_nn.diagonal() < 0, -1.0, 1.0).to(Q_nn.dtype)
 

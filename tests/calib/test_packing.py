@@ -7,7 +7,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from helpers_solvers import format_name, weights
 from pydantic import ValidationError
 
-from planish.calib.packing import Layout, Packed, default_layout, pack, quantization_config, read_config, stored_names, unpack
+from planish.calib.packing import Layout, Packed, clipped, default_layout, pack, quantization_config, read_config, stored_names, unpack
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, QuantizedWeight, Scheme, WeightFormat
 from planish.quant.linear import StaticGrid
@@ -135,6 +135,12 @@ def test_foreign_formats_are_refused() -> None:
             read_config({**data, "config_groups": {"group_0": {**group, **changes}}}, ["a"])
 
 
-def test_a_clip_of_activations_cannot_be_stored() -> None:
-    with pytest.raises(PlanishError, match=r"activations\.clip is 0\.9"):
-        Packed(Scheme(weights=WeightFormat(bits=4), activations=ActivationFormat(bits=4, clip=0.9)), "int-quantized")
+def test_a_clip_of_activations_is_not_the_librarys_to_know() -> None:
+    plain = Packed(Scheme(weights=WeightFormat(bits=4), activations=ActivationFormat(bits=4)), "pack-quantized")
+    tight = clipped(plain, 0.9)
+    assert tight.scheme.activations is not None
+    assert tight.scheme.activations.clip == 0.9
+    data = quantization_config({"a": plain, "b": tight}, [], extended=True)
+    assert len(data["config_groups"]) == 1
+    assert data["format"] == "planish-pack-quantized"
+    assert read_config(data, ["a", "b"]) == {"a": plain, "b": plain}

@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 
 import pytest
 import torch
@@ -47,11 +48,11 @@ def batches(count: int = 3) -> list[Tensor]:
 
 
 @contextmanager
-def walk_over(block: nn.Module, replay: bool, inputs: list[Tensor], sites: tuple[Site, ...] = SITES) -> Iterator[SiteWalk]:
+def walk_over(block: nn.Module, replay: bool, inputs: list[Tensor], sites: tuple[Site, ...] = SITES, workers: int = 1) -> Iterator[SiteWalk]:
     def start(x: Tensor) -> Callable[[], Tensor]:
         return lambda: block(x)
 
-    with torch.no_grad(), walking(block, sites, [Pass(start(x)) for x in inputs], replay) as walk:
+    with torch.no_grad(), walking(block, sites, [Pass(start(x)) for x in inputs], replay, workers) as walk:
         yield walk
 
 
@@ -59,11 +60,11 @@ def reader_of(layers: dict[str, nn.Module], factor: float = 1.0) -> Callable[[st
     return lambda path, x_TC, _pass: layers[path](x_TC) * factor
 
 
-def whole(block: Toy, replay: bool) -> tuple[list[Tensor], list[Tensor]]:
+def whole(block: Toy, replay: bool, workers: int = 1) -> tuple[list[Tensor], list[Tensor]]:
     """Walk with readers that depend on all batches' inputs: the sums seen at each site, and the outputs."""
     layers = {path: block.get_submodule(path) for site in SITES for path in site.readers}
     sums = []
-    with walk_over(block, replay, batches()) as walk:
+    with walk_over(block, replay, batches(), workers=workers) as walk:
         for site in SITES:
             sums.append(torch.stack([pass_.x.abs().sum() for pass_ in walk.arrivals(site.name) if pass_.x is not None]).sum())
             walk.settle(site.name, reader_of(layers, float(sums[-1]) / 50))
@@ -87,10 +88,31 @@ def test_plain_readers_change_nothing() -> None:
         assert [x.shape for x in seen["in"] if x is not None] == [(6, 6), (8, 6), (10, 6)]
 
 
-def test_suspended_and_replayed_give_the_same_bits() -> None:
-    (one, other) = whole(Toy(), False), whole(Toy(), True)
-    for left, right in zip(one[0] + one[1], other[0] + other[1], strict=True):
-        assert torch.equal(left, right)
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_suspended_and_replayed_and_shared_give_the_same_bits(workers: int) -> None:
+    expected = whole(Toy(), False)
+    for replay in (False, True):
+        found = whole(Toy(), replay, workers)
+        for left, right in zip(expected[0] + expected[1], found[0] + found[1], strict=True):
+            assert torch.equal(left, right)
+
+
+@MODES
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_pass_is_seen_by_the_worker_that_brought_it(replay: bool, workers: int) -> None:
+    layers = {path: Toy().get_submodule(path) for site in SITES for path in site.readers}
+    came: dict[str, list[tuple[Pass, int]]] = {site.name: [] for site in SITES}
+    with walk_over(Toy(), replay, batches(4), workers=workers) as walk:
+        for site in SITES:
+            seen = came[site.name]
+            for pass_ in walk.arrivals(site.name, lambda pass_, seen=seen: seen.append((pass_, get_ident()))):
+                assert pass_.x is not None
+            walk.settle(site.name, reader_of(layers))
+        list(walk.outputs())
+        threads = [{id(pass_): thread for pass_, thread in seen} for seen in came.values()]
+    assert threads[0] == threads[1]
+    assert len(threads[0]) == 4
+    assert len(set(threads[0].values())) == workers
 
 
 def test_suspended_runs_once_and_replayed_once_a_site() -> None:
@@ -142,11 +164,12 @@ def test_a_site_that_the_block_never_comes_to(replay: bool) -> None:
 
 @MODES
 @pytest.mark.parametrize("run", [1, 2, 3])
-def test_errors_inside_a_pass_come_out(replay: bool, run: int) -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_errors_inside_a_pass_come_out(replay: bool, run: int, workers: int) -> None:
     block = Toy()
     block.fail_at = run
     passes: list[Pass] = []
-    with walk_over(block, replay, batches()) as walk:
+    with walk_over(block, replay, batches(), workers=workers) as walk:
         passes += walk.passes
         with pytest.raises(ZeroDivisionError, match="inside the block"):
             list(walk.arrivals("in"))
@@ -169,7 +192,8 @@ def test_errors_of_readers_come_out(replay: bool) -> None:
 
 
 @MODES
-def test_abandoned_passes_let_go(replay: bool) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_abandoned_passes_let_go(replay: bool, workers: int) -> None:
     """What waits inside the block is freed when the walk is left, by an error or not, even while somebody keeps the passes."""
     kept: list[Pass] = []
     watched: list[weakref.ref[Tensor]] = []
@@ -177,7 +201,7 @@ def test_abandoned_passes_let_go(replay: bool) -> None:
     def stop() -> None:
         inputs = batches()
         watched.extend(weakref.ref(x) for x in inputs)
-        with walk_over(Toy(), replay, inputs) as walk:
+        with walk_over(Toy(), replay, inputs, workers=workers) as walk:
             kept.extend(walk.passes)
             list(walk.arrivals("in"))
             raise KeyboardInterrupt
@@ -191,10 +215,11 @@ def test_abandoned_passes_let_go(replay: bool) -> None:
 
 
 @MODES
-def test_a_finished_walk_holds_nothing(replay: bool) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_finished_walk_holds_nothing(replay: bool, workers: int) -> None:
     block = Toy()
     layers = {path: block.get_submodule(path) for site in SITES for path in site.readers}
-    with walk_over(block, replay, batches()) as walk:
+    with walk_over(block, replay, batches(), workers=workers) as walk:
         for site in SITES:
             list(walk.arrivals(site.name))
             walk.settle(site.name, reader_of(layers))
@@ -253,8 +278,9 @@ def test_replaced_restores_even_after_an_error() -> None:
 def test_site_inputs() -> None:
     block = Toy()
     (x,) = batches(1)
-    with site_inputs(block, SITES) as seen:
+    with site_inputs(block, SITES) as inputs:
         block(x)
+        seen = inputs.take()
     assert torch.equal(seen["in"], x.flatten(0, 1))
     assert torch.equal(seen["out"], (torch.tanh(block.a(x)) * block.get_submodule("deep.b")(x)).flatten(0, 1))
     with pytest.raises(ValueError, match="stop"), site_inputs(block, SITES):

@@ -42,7 +42,7 @@ def add_probe(folder: Path, dtype: torch.dtype = torch.float32) -> None:
     runner = BlockRunner(open_stored(folder), dtype, torch.device("cpu"))
     with arithmetic(dtype, as_walked=True):
         (hidden,) = final_hidden(runner, [ids])
-        probe = record_probe(runner, hidden, ids)
+        probe = record_probe(runner, hidden, ids, torch.get_num_threads())
     (folder / PROBE_FILE).parent.mkdir(exist_ok=True)
     save_file(probe, folder / PROBE_FILE)
 

@@ -1,6 +1,6 @@
 """One block's turn: solvers pay, smoothing never hurts, wrong topologies are caught, every way to walk gives the same bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +13,12 @@ from transformers import PreTrainedConfig
 
 import planish
 from planish.block import BlockCompressor, BlockResult, Streams
-from planish.calib.runner import BlockRunner
+from planish.calib.runner import BlockRunner, Call
 from planish.calib.sites import Host, Topology
+from planish.calib.stored import open_stored
 from planish.calib.topology import topology
 from planish.compression import _streams, packed_linears
+from planish.eval.probe import check_probe, read_probe
 from planish.preflight import Plan, make_plan
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.recipe import Recipe
@@ -124,6 +126,49 @@ def test_suspended_in_memory_and_replayed_from_disk_end_in_the_same_bytes(family
     assert not tree(tmp_path / "streams")
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("name", ["gptaq", "w8a8-static"])
+def test_two_workers_end_in_the_same_bytes_again(name: str, tmp_path: Path) -> None:
+    """Again, replayed from disk, and resumed."""
+    folder = source("llama", tmp_path / "model")
+    plan = planish.compress(SAME_BITS[name], folder, tmp_path / "one", dtype=torch.bfloat16).plan
+    compressor, streams = start(plan)
+    assert compressor.workers == 2
+    planish.compress(SAME_BITS[name], folder, tmp_path / "two", dtype=torch.bfloat16)
+    planish.compress(SAME_BITS[name], folder, tmp_path / "three", dtype=torch.bfloat16, offload_dir=tmp_path / "streams")
+    assert tree(tmp_path / "one") == tree(tmp_path / "two") == tree(tmp_path / "three")
+    result = compressor.compress(0)
+    resumed, other = start(plan)
+    resumed.advance(result.record, result.tensors, packed_linears(plan, result.record))
+    assert all(torch.equal(a, b) for a, b in zip([*streams.full, *streams.quant], [*other.full, *other.quant], strict=True))
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_reload_computes_with_as_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planish.compress(SAME_BITS["rtn"], source("llama", tmp_path / "model"), tmp_path / "out", dtype=torch.bfloat16)
+    probe, run, seen = read_probe(tmp_path / "out"), Call.run, set()
+
+    def spy(call: Call, block: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        seen.add(torch.get_num_threads())
+        return run(call, block, index, hidden)
+
+    assert probe is not None
+    assert probe["threads"] == 1
+    monkeypatch.setattr(Call, "run", spy)
+    assert check_probe(open_stored(tmp_path / "out"), probe).identical
+    assert check_probe(open_stored(tmp_path / "out"), {**probe, "threads": torch.tensor(64)}).ok
+    assert seen == {1, 2}
+
+
 def kept(recipe_: Recipe) -> Recipe:
     return replace(recipe_, overrides=(planish.Override(sites=("*.o", "1.*"), keep=True),))
 
@@ -133,8 +178,7 @@ def start(plan: Plan) -> tuple[BlockCompressor, Streams]:
     with torch.no_grad():
         streams = _streams(plan, runner, None)
     assert streams is not None
-    smooth = next((step for step in plan.recipe.steps), None)
-    return BlockCompressor(runner, plan.recipe.solver, smooth, plan.packed, streams), streams
+    return BlockCompressor(runner, plan.recipe.solver, plan.recipe.steps, plan.packed, streams), streams
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -153,7 +197,7 @@ def test_advance_moves_the_streams_as_compress_did(
     resumed, other = start(plan)
     for index in range(plan.topology.block_count):
         result: BlockResult = compressor.compress(index)
-        resumed.advance(index, result.tensors, packed_linears(plan, result.record))
+        resumed.advance(result.record, result.tensors, packed_linears(plan, result.record))
         for one, two in zip([*streams.full, *streams.quant], [*other.full, *other.quant], strict=True):
             assert torch.equal(one, two)
 

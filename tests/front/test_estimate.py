@@ -1,5 +1,6 @@
 """The estimate of what a run takes: its parts follow the recipe and where the streams lie, and what the process holds is measured."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,26 @@ def test_parts_follow_the_recipe(folder: Path) -> None:
     assert gptq.solver > 4 * 4 * INNER**2
 
 
-def test_what_lies_on_disk_is_not_in_memory(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_each_worker_has_a_batch_on_its_way(folder: Path, tmp_path: Path, threads: Callable[[int], None]) -> None:
+    found = {}
+    for count in (1, 2, 64):
+        threads(count)
+        found[count] = plan(quick("w8a8"), folder, tmp_path)
+    one, two, many = (found[count].memory for count in found)
+    assert (two.passing, two.waiting) == (2 * one.passing, 2 * one.waiting) == (many.passing, many.waiting)  # no more workers than batches
+    assert found[2].evaluation.passing >= found[1].evaluation.passing
+
+
+def test_what_lies_on_disk_is_not_in_memory(folder: Path, tmp_path: Path, threads: Callable[[int], None]) -> None:
+    threads(1)
     here, there = plan(quick("w8a8"), folder), plan(quick("w8a8"), folder, tmp_path)
     assert (there.offload, there.replay) == (True, True)
     assert (there.memory.streams, there.memory.holes) == (0, 0)
@@ -66,6 +86,7 @@ def test_evaluation_holds_both_heads_in_float32(folder: Path) -> None:
     assert found.streams == 2 * 4 * 128 * WIDTH * 4
 
 
-def test_attention_that_makes_all_scores_counts_them(tmp_path: Path) -> None:
+def test_attention_that_makes_all_scores_counts_them(tmp_path: Path, threads: Callable[[int], None]) -> None:
+    threads(1)
     plain, eager = (plan(quick("w8a8", "calibration.length=128"), source(name, tmp_path / name)) for name in ("llama", "gemma2"))
     assert eager.memory.passing - plain.memory.passing == 2 * 4 * 128 * 128 * 8

@@ -166,7 +166,7 @@ def test_side_files_card_and_manifest(tmp_path: Path) -> None:
     check_manifest(read(out / "planish" / "manifest.json"), recipe, result)
     card = (out / "README.md").read_text()
     assert card.startswith("---\nbase_model: model\n")
-    for words in ("w8a8", f"{result.plan.bits_per_weight:.2f}, scales included", "vllm serve", "samples: 4", "from_pretrained"):
+    for words in ("w8a8", f"{result.bits_per_weight:.2f}, scales and transforms included", "vllm serve", "samples: 4", "from_pretrained"):
         assert words in card
     config, before = read(out / "config.json"), read(folder / "config.json")
     assert config.pop("quantization_config")["ignore"] == ["lm_head"]

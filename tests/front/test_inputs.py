@@ -7,12 +7,14 @@ import pytest
 import torch
 from helpers_compress import distance, ids, quick, source
 from tiny_models import CONFIGS
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
 
 import planish
 from planish.calib.checkpoint import open_checkpoint
+from planish.calib.runner import BlockRunner
 from planish.calib.stored import open_stored
-from planish.eval.score import score
+from planish.eval.score import final_hidden, score
+from planish.quant.errors import PlanishError
 
 STEPS = {
     "cat": "[cat: {block: 16}]",
@@ -54,3 +56,25 @@ def test_other_consumers_refuse_the_checkpoint(tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["planish"]["sites"]["0.qkv"]["chain"][0]["kind"] == "hadamard"
     with pytest.raises(ValueError, match="planish-pack-quantized"):
         AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_the_prefix_stands_before_everything_that_a_loaded_model_runs(tmp_path: Path) -> None:
+    """Logits are those of planish's own evaluation; generate(), cached and padded, goes on as they say."""
+    out = compressed("llama", "[prefix: {tokens: [5, 7]}, hadamard]", tmp_path, *FINE)
+    model, runner = planish.load(out), BlockRunner(open_stored(out), torch.float32, torch.device("cpu"))
+    with torch.no_grad(), runner.head() as head:
+        (hidden,) = final_hidden(runner, [ids()])
+        expected = torch.stack([torch.cat(list(head.logits(hidden_LD))) for hidden_LD in hidden])
+        for cached in (False, True):
+            assert distance(model(ids(), use_cache=cached).logits, expected) < 1e-5
+        grown = model.generate(ids(), max_new_tokens=6, do_sample=False, eos_token_id=None)
+        longer = ids()
+        for _ in range(6):
+            longer = torch.cat([longer, model(longer, use_cache=False).logits[:, -1].argmax(-1)[:, None]], dim=1)
+        assert torch.equal(grown, longer)
+        padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids()], dim=1)
+        mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.ones_like(ids())], dim=1)
+        again = model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        assert torch.equal(again[:, 3:], grown)
+        with pytest.raises(PlanishError, match="takes a DynamicCache"):
+            model(ids(), past_key_values=StaticCache(config=model.config, max_cache_len=64))

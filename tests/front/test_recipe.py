@@ -18,7 +18,27 @@ W4 = WeightFormat(bits=4)
 W8 = WeightFormat(bits=8)
 A8 = ActivationFormat(bits=8)
 STATIC = ActivationFormat(bits=8, granularity="tensor", dynamic=False)
-NAMES = ("w4a16-channel", "w4a16-g128", "w4a8", "w8a8", "w8a8-static")
+NAMES = (
+    "paper-duquant",
+    "paper-gptaq",
+    "paper-lorc",
+    "paper-prefixquant",
+    "paper-quad",
+    "paper-quarot",
+    "paper-resq",
+    "paper-smoothquant",
+    "paper-smoothrot",
+    "paper-superweight",
+    "paper-svdquant",
+    "w4a16-channel",
+    "w4a16-g128",
+    "w4a4-best",
+    "w4a4-fast",
+    "w4a8",
+    "w4a8-best",
+    "w8a8",
+    "w8a8-static",
+)
 
 
 def refusal(call: Callable[[], object]) -> str:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from planish.calib.precision import bfloat16_products
 from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat, scale_and_zero
-from planish.quant.linear import QuantizedLinear, StaticGrid, quantize_input
+from planish.quant.linear import Kept, QuantizedLinear, Side, StaticGrid, quantize_input, without_first
+from planish.quant.low_rank import LowRank
 from planish.quant.solvers import Rtn
+from planish.quant.transforms.factors import Scale
 
 ACTIVATIONS: list[ActivationFormat | None] = [
     None,
@@ -117,12 +119,33 @@ def test_extreme_codes_of_asymmetric_formats() -> None:
     assert quantized.integers(torch.bfloat16).amin() == -255
 
 
-def test_divisor_is_applied_before_quantization() -> None:
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=activation_name)
+@pytest.mark.parametrize("bits", [None, 8])
+def test_side_path(act: ActivationFormat | None, bits: int | None) -> None:
+    """Low rank on the input as it is; the first channels in a product of their own, of whose range the codes know nothing."""
+    x, fmt = inputs(15, 24).float(), WeightFormat(bits=4)
+    x[:, :8] *= 100
+    w_OI, low = weights(10, 24).float(), LowRank(weights(2, 24, 2).float(), weights(10, 2, 3).float())
+    rest_OI, rest = without_first(w_OI, 8), without_first(x, 8)
+    weight, static = Rtn().solve(rest_OI, fmt, None, torch.float32).weight, static_of(rest, act)
+    high = None if act is None or bits is None else ActivationFormat(bits=8)
+    kept = Kept(w_OI[:, :8] if bits is None else Rtn().solve(w_OI[:, :8], WeightFormat(bits=8), None, torch.float32).weight, high)
+    expected = float64_output(rest, weight, None, act, static) + x.double() @ low.product().T
+    first_OR = kept.weight.dequantize() if isinstance(kept.weight, QuantizedWeight) else kept.weight
+    expected += fake(x[:, :8], high, None) @ first_OR.double().T
+    found = QuantizedLinear(weight, None, act, static, side=Side(low, kept))(x.reshape(3, 5, 24))
+    assert float((found.reshape(15, 10) - expected).norm() / expected.norm()) < 1e-6
+    half = QuantizedLinear(weight, None, act, static, dtype=torch.bfloat16, side=Side(low, kept))(x.bfloat16())
+    assert half.dtype is torch.bfloat16
+    assert float((half - expected).norm() / expected.norm()) < 0.02
+
+
+def test_the_input_goes_through_the_chain_before_it_is_quantized() -> None:
     x = inputs(9, 24).float()
     divisor = torch.linspace(0.5, 3, 24)
     weight = rounded(10, 24, FORMATS[0])
     for act in (None, ActivationFormat(bits=8)):
-        assert torch.equal(QuantizedLinear(weight, None, act, None, divisor)(x), QuantizedLinear(weight, None, act)(x / divisor))
+        assert torch.equal(QuantizedLinear(weight, None, act, None, (Scale(divisor),))(x), QuantizedLinear(weight, None, act)(x / divisor))
 
 
 values = st.one_of(st.just(0.0), st.floats(-100, 100, width=32), st.sampled_from([1e30, -1e30, 1e-30]))

@@ -41,6 +41,15 @@ def test_lorc_is_the_eigenvectors(shape: tuple[int, int], rank: int) -> None:
     torch.testing.assert_close(low.down_RC.norm(dim=1), low.up_OR.norm(dim=0), rtol=1e-5, atol=0)  # sqrt(S) each
 
 
+def test_two_paths_in_one() -> None:
+    one, other = (LowRank(weights(rank, 16, rank), weights(9, rank, 5)) for rank in (2, 3))
+    assert one.plus(None) is one
+    both = one.plus(other)
+    assert both.rank == 5
+    torch.testing.assert_close(both.product(), one.product() + other.product())
+    assert both.to(torch.bfloat16).up_OR.dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize("rank", [1, 4])
 def test_weighted_is_the_eigenvectors_of_the_output(rank: int) -> None:
     error_OC, H_CC = weights(9, 16), second(inputs(80, 16))

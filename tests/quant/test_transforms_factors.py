@@ -18,6 +18,7 @@ from planish.quant.transforms.factors import (
     Hadamard,
     Kronecker,
     Permutation,
+    Reflection,
     Scale,
     Shift,
     on_input,
@@ -27,7 +28,7 @@ from planish.quant.transforms.factors import (
 )
 from planish.quant.transforms.hadamard import hadamard_block
 
-KINDS = ("scale", "shift", "permutation", "hadamard", "signed", "blocks", "shared", "kronecker")
+KINDS = ("scale", "shift", "permutation", "hadamard", "signed", "blocks", "shared", "reflection", "kronecker")
 
 
 def make(kind: str, left: int, right: int, seed: int, dtype: torch.dtype = torch.float64) -> Factor:
@@ -52,6 +53,9 @@ def make(kind: str, left: int, right: int, seed: int, dtype: torch.dtype = torch
             return Blocks(matrix(left, right, right))
         case "shared":
             return Blocks(matrix(1, right, right))
+        case "reflection":  # of a basis that is off by a little, as a stored one is
+            Q_CC = torch.linalg.qr(normal(channels, channels, seed=seed)).Q
+            return Reflection((1.01 * 2**0.5 * Q_CC[:, : (channels + 1) // 2]).to(dtype).contiguous())
     return Kronecker(matrix(left, left), matrix(right, right))
 
 
@@ -118,11 +122,11 @@ def test_store_and_restore(kinds: list[str], left: int, right: int, seed: int) -
 
 def test_names_in_a_checkpoint() -> None:
     chain: Chain = (Scale(torch.ones(2)), Shift(torch.ones(2)), Permutation(torch.tensor([1, 0])), Hadamard(2), Hadamard(2, torch.ones(2)))
-    chain += (Blocks(torch.eye(2)[None]), Kronecker(torch.eye(1), torch.eye(2)))
+    chain += (Blocks(torch.eye(2)[None]), Kronecker(torch.eye(1), torch.eye(2)), Reflection(torch.ones(2, 1)))
     described, tensors = store(chain)
-    assert [what["kind"] for what in described] == ["scale", "shift", "permutation", "hadamard", "hadamard", "blocks", "kronecker"]
+    assert [what["kind"] for what in described] == ["scale", "shift", "permutation", "hadamard", "hadamard", "blocks", "kronecker", "reflection"]
     assert described[3] == {"kind": "hadamard", "block": 2}
-    assert sorted(tensors) == ["0.divisor", "1.center", "2.index", "4.signs", "5.matrix", "6.left", "6.right"]
+    assert sorted(tensors) == ["0.divisor", "1.center", "2.index", "4.signs", "5.matrix", "6.left", "6.right", "7.basis"]
 
 
 @pytest.mark.parametrize(

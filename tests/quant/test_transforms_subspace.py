@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat
 from planish.quant.linear import quantize_input
-from planish.quant.transforms.subspace import principal, widened, widened_norm
+from planish.quant.transforms.factors import Reflection, on_input, on_weight
+from planish.quant.transforms.subspace import principal, reflected, widened, widened_norm
 
 
 def top_projector(H_CC: Tensor, rank: int) -> Tensor:
@@ -27,6 +28,25 @@ def test_the_first_channels_span_the_top_eigenvectors(channels: int, rank: int) 
     M_CC = principal(H_CC, rank).matrix_KBB[0].double()
     torch.testing.assert_close(M_CC @ M_CC.T, torch.eye(channels, dtype=torch.float64), rtol=0, atol=1e-6)
     torch.testing.assert_close(M_CC[:, :rank] @ M_CC[:, :rank].T, top_projector(H_CC, rank), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "rank"), [(16, 4), (24, 8), (23, 3), (20, 15), (20, 1), (2, 1)])
+def test_a_reflection_has_the_same_first_channels(channels: int, rank: int) -> None:
+    x_TC, w_OC = inputs(200, channels).float(), weights(7, channels).float()
+    chain = reflected(second(x_TC.double()), rank)
+    assert isinstance(chain[0], Reflection)
+    T_CC = on_input(chain, torch.eye(channels)).double()
+    torch.testing.assert_close(T_CC @ T_CC.T, torch.eye(channels, dtype=torch.float64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(T_CC[:, :rank] @ T_CC[:, :rank].T, top_projector(second(x_TC.double()), rank), rtol=0, atol=1e-5)
+    torch.testing.assert_close(on_input(chain, x_TC) @ on_weight(chain, w_OC)[0].T, x_TC @ w_OC.T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reflection_where_the_channels_are_the_eigenvectors_already() -> None:
+    """Of a basis that is the first channels, with either sign, or lies outside of them altogether."""
+    for values in ([9.0, 8, 1, 1], [1.0, 1, 9, 8], [8.0, 1, 9, 1]):
+        T_CC = on_input(reflected(torch.tensor(values).diag(), 2), torch.eye(4))
+        energies = (T_CC.T @ torch.tensor(values).diag() @ T_CC).diagonal()
+        torch.testing.assert_close(energies, torch.tensor([8.5, 8.5, 1, 1]))
 
 
 def test_channels_of_a_part_have_the_same_mean_square() -> None:
@@ -83,7 +103,7 @@ def test_a_stock_norm_over_the_widened_stream_needs_another_weight_and_eps() -> 
 
 @pytest.mark.parametrize("rank", [0, 8, -1])
 def test_impossible_ranks_are_refused(rank: int) -> None:
-    for make in (principal, widened):
+    for make in (principal, reflected, widened):
         with pytest.raises(PlanishError, match="1 to 7"):
             make(torch.eye(8), rank)
 

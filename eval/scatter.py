@@ -1,0 +1,206 @@
+"""Scatter plots with names at the points, as one SVG picture without a script: panels side by side that share a logarithmic y axis.
+
+In the colours and marks of pictures.py, light or dark as the reader's system is.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .pictures import BLACK, DARK, GREY, LINES, limits, log_ticks, plain
+
+WIDTH, HEIGHT = 400, 330  # of a panel, in pixels
+LEFT, TOP, RIGHT, BOTTOM, GAP = 74, 82, 24, 56, 30
+LETTER, LINE = 8.4, 15  # what a letter of a label takes at most, as fonts go, and a line
+MARK = 5.0  # half a mark's width
+SHARES = {"start": 0.0, "middle": 0.5, "end": 1.0}  # of a text's width that lie before the place where it stands firm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """A named point with one value for every series; what is not positive and finite is not drawn."""
+
+    label: str
+    x: float
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """One plot. x: what its x axis shows. zero: whether that begins at 0."""
+
+    x: str
+    points: tuple[Point, ...]
+    zero: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    """A rectangle that something takes."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def meets(self, other: "_Box") -> bool:
+        apart_x = self.x + self.width <= other.x or other.x + other.width <= self.x
+        return not (apart_x or self.y + self.height <= other.y or other.y + other.height <= self.y)
+
+    def within(self, other: "_Box") -> bool:
+        across = other.x <= self.x and self.x + self.width <= other.x + other.width
+        return across and other.y <= self.y and self.y + self.height <= other.y + other.height
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """Values from low to high become pixels from start to end."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def scatter(title: str, y: str, series: Sequence[str], panels: Sequence[Panel]) -> str:
+    """The SVG document. y: what the y axis shows. series: their names, at most as many as pictures.LINES has styles for in turn."""
+    values = [[value for point in panel.points for value in point.values] for panel in panels]
+    low, high = limits([values], log=True)
+    down = _Scale(math.log10(low / 1.3), math.log10(high * 1.3), TOP + HEIGHT, TOP)
+    width, height = LEFT + len(panels) * WIDTH + (len(panels) - 1) * GAP + RIGHT, TOP + HEIGHT + BOTTOM
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">',
+        f"<title>{plain(title)}</title>",
+        f"<style>{_style()}</style>",
+        f'<rect class="ground" width="{width}" height="{height}"/>',
+        _text(LEFT, 26, title, "title"),
+        *_legend(series),
+        f'<text class="name" transform="translate(20 {TOP + HEIGHT / 2:.0f}) rotate(-90)" text-anchor="middle">{plain(y)}</text>',
+    ]
+    for i, panel in enumerate(panels):
+        parts += _panel(panel, LEFT + i * (WIDTH + GAP), down, log_ticks(low / 1.3, high * 1.3), first=i == 0)
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _style() -> str:
+    """Rules for light, and what differs in the dark."""
+    colours = [colour for colour, _, _ in LINES]
+    light = [
+        f"text{{font:13px system-ui,sans-serif;fill:{BLACK}}}",
+        ".title{font-size:16px;font-weight:600}",
+        ".tick{font-size:12px;fill:#555}",
+        ".label{paint-order:stroke;stroke:#fff;stroke-width:3px}",  # readable on lines, too
+        ".ground{fill:#fff}",
+        ".grid{stroke:#e3e6e8}",
+        f".edge{{fill:none;stroke:{GREY}}}",
+        f".tie{{stroke:{GREY}}}",
+        *(f".s{i}{{fill:{colour}}}" for i, colour in enumerate(colours)),
+    ]
+    dark = [
+        f"text{{fill:{DARK[BLACK]}}}",
+        ".tick{fill:#b9c0c7}",
+        ".label{stroke:#15181b}",
+        ".ground{fill:#15181b}",
+        ".grid{stroke:#2c3136}",
+        *(f".s{i}{{fill:{DARK.get(colour, colour)}}}" for i, colour in enumerate(colours)),
+    ]
+    return f"{''.join(light)}@media (prefers-color-scheme:dark){{{''.join(dark)}}}"
+
+
+def _legend(series: Sequence[str]) -> Iterator[str]:
+    at = float(LEFT)
+    for i, name in enumerate(series):
+        yield _mark(at + MARK, 50, i)
+        yield _text(at + 2 * MARK + 6, 54, name)
+        at += 2 * MARK + 6 + LETTER * len(name) + 24
+
+
+def _panel(panel: Panel, left: float, down: _Scale, ticks: Sequence[float], *, first: bool) -> Iterator[str]:
+    """Grid, axes and points of one plot."""
+    xs = [point.x for point in panel.points] or [1.0]
+    pad = 0.12 * (max(xs) if panel.zero else max(xs) - min(xs)) or 0.1 * max(xs)
+    low, high = 0.0 if panel.zero else min(xs) - pad, max(xs) + pad
+    across = _Scale(low, high, left, left + WIDTH)
+    for tick in ticks:
+        height = down.at(math.log10(tick))
+        yield f'<line class="grid" x1="{left:.1f}" x2="{left + WIDTH:.1f}" y1="{height:.1f}" y2="{height:.1f}"/>'
+        if first:
+            yield _text(left - 8, height + 4, f"{tick:.4g}", "tick", "end")
+    for tick in round_ticks(low, high):
+        at = across.at(tick)
+        yield f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{TOP + HEIGHT}"/>'
+        yield _text(at, TOP + HEIGHT + 18, f"{tick:,.6g}", "tick", "middle")
+    yield f'<rect class="edge" x="{left:.1f}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}"/>'
+    yield _text(left + WIDTH / 2, TOP + HEIGHT + 42, panel.x, "name", "middle")
+    yield from _points(panel, across, down, _Box(left + 3, TOP + 3, WIDTH - 6, HEIGHT - 6))
+
+
+def _points(panel: Panel, across: _Scale, down: _Scale, frame: _Box) -> Iterator[str]:
+    """Each point's marks, tied together, and its name where there is room."""
+    shown = []
+    for point in panel.points:
+        heights = {i: down.at(math.log10(value)) for i, value in enumerate(point.values) if value > 0 and math.isfinite(value)}
+        if heights:
+            shown.append((point, across.at(point.x), heights))
+    taken = [_Box(x - MARK, height - MARK, 2 * MARK, 2 * MARK) for _, x, heights in shown for height in heights.values()]
+    taken += [_Box(x - 1, min(heights.values()), 2, max(heights.values()) - min(heights.values())) for _, x, heights in shown]
+    for point, x, heights in shown:
+        yield f'<line class="tie" x1="{x:.1f}" x2="{x:.1f}" y1="{min(heights.values()):.1f}" y2="{max(heights.values()):.1f}"/>'
+        yield from (_mark(x, height, i) for i, height in heights.items())
+        box, anchor = _free(point.label, x, sorted(heights.values()), taken, frame)
+        taken.append(box)
+        yield _text(box.x + SHARES[anchor] * box.width, box.y + LINE - 4, point.label, anchor=anchor)
+
+
+def _free(label: str, x: float, heights: Sequence[float], taken: Sequence[_Box], frame: _Box) -> tuple[_Box, str]:
+    """Where the name goes, and which end of it stands firm: beside a mark, above or below all of them; the first place that nothing takes, else
+    the first."""
+    width = LETTER * len(label)
+    rows = [(height - LINE / 2, MARK + 3) for height in heights] + [(heights[0] - MARK - 2 - LINE, -4.0), (heights[-1] + MARK + 2, -4.0)]
+    places = [(_Box(at, y, width, LINE), anchor) for y, away in rows for at, anchor in ((x + away, "start"), (x - away - width, "end"))] + [
+        (_Box(x - width / 2, y, width, LINE), "middle") for y, _ in rows[len(heights) :]
+    ]
+    inside = [place for place in places if place[0].within(frame)] or places
+    return next((place for place in inside if not any(place[0].meets(other) for other in taken)), inside[0])
+
+
+def _mark(x: float, y: float, style: int) -> str:
+    """The mark of a series: each has a shape of its own."""
+    index = style % len(LINES)
+    if LINES[index][2] == "circle":
+        return f'<circle class="s{index}" cx="{x:.1f}" cy="{y:.1f}" r="{MARK - 0.5}"/>'
+    corners = {
+        "square": ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)),
+        "diamond": ((0, -1.15), (1.15, 0), (0, 1.15), (-1.15, 0)),
+        "triangle-up": ((0, -1.1), (1.05, 0.8), (-1.05, 0.8)),
+        "x": (
+            (-0.3, -1),
+            (0.3, -1),
+            (0.3, -0.3),
+            (1, -0.3),
+            (1, 0.3),
+            (0.3, 0.3),
+            (0.3, 1),
+            (-0.3, 1),
+            (-0.3, 0.3),
+            (-1, 0.3),
+            (-1, -0.3),
+            (-0.3, -0.3),
+        ),
+    }[LINES[index][2]]
+    points = " ".join(f"{x + MARK * a:.1f},{y + MARK * b:.1f}" for a, b in corners)
+    return f'<polygon class="s{index}" points="{points}"/>'
+
+
+def _text(x: float, y: float, words: str, kind: str = "label", anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{plain(words)}</text>'
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """4 to 9 round numbers between low and high, evenly spaced."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(power * factor for factor in (5, 2, 1) if (high - low) / (power * factor) >= 4)
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -1,0 +1,84 @@
+"""`planish compare`: several recipes on one model, in one table."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Arithmetic, AsJson, Device, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
+from .progress import showing
+from .terminal import Traceback, err_console, out_console
+
+
+def _print_schema(value: bool) -> None:
+    if value:
+        from .comparison import ComparisonReport
+        from .schemas import schema_of
+
+        print(json.dumps(schema_of(ComparisonReport, "planish compare"), indent=2))
+        raise typer.Exit
+
+
+Recipes = Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Shipped recipes, or YAML or JSON files.", autocompletion=complete_recipe)]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text", metavar="NAME=FILE", help="A text to measure on besides the built-in one: .txt, .jsonl, .parquet or hub:NAME. Repeatable."
+    ),
+]
+Schema = Annotated[bool, typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON Schema of the JSON and exit.")]
+
+
+def compare(
+    recipes: Recipes,
+    model: Model,
+    text: Texts = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The comparison's folder, new or of this comparison.")] = Path("comparison"),
+    windows: Annotated[int, typer.Option(min=1, help="How many windows of each text, at most.")] = 4,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each, at most.")] = 2048,
+    settings: Settings = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the compressed checkpoints, in DIR/checkpoints.")] = False,
+    device: Device = None,
+    dtype: Arithmetic = None,
+    offload_dir: Offload = None,
+    allow_pickle: Pickle = False,
+    as_json: AsJson = False,
+    schema: Schema = False,
+    quiet: Quiet = False,
+    traceback: Traceback = False,
+) -> None:
+    """Compress one model with several recipes, one after the other, and put them in one table: quality on texts, bits, time, memory, servers.
+
+    It is also written as Markdown, JSON and a picture. After an interruption the same command goes on where it was; recipes may be added.
+    """
+    with starting():
+        from .compare_job import CompareJob
+        from .compare_plan import named_recipes, named_texts
+        from .compare_tables import comparison_plan_tables, comparison_tables
+        from .compression import Silent
+        from .schemas import plain
+
+        job = CompareJob(
+            recipes=named_recipes(recipes, settings or ()),
+            model=model,
+            out=out,
+            texts=named_texts(text or ()),
+            windows=windows,
+            length=length,
+            keep=keep,
+            device=device,
+            dtype=torch_dtype(dtype),
+            offload_dir=offload_dir,
+            allow_pickle=allow_pickle,
+        )
+        plan = job.plan()
+    if not quiet:
+        err_console().print(*comparison_plan_tables(plan, model, job.pending(plan)), "", sep="\n")
+    with nullcontext(Silent()) if quiet else showing(err_console()) as progress:
+        report = job.run(plan, progress)
+    if as_json:
+        print(json.dumps(plain(report), allow_nan=False))
+    else:
+        out_console().print(*comparison_tables(report, job.folder.files), sep="\n")

@@ -1,0 +1,97 @@
+"""The folder of a comparison, so that the same command goes on where it was.
+
+about.json           which comparison this is: model, texts, arithmetic, versions
+results/NAME.json    a recipe that is done
+working/             while the work lasts: the base model's hidden states, calibration tokens, the checkpoint at work
+checkpoints/NAME/    the compressed checkpoints, where they are to be kept
+comparison.json, comparison.md, comparison.svg      at the end
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .calib.shards import read_json
+from .comparison import Done
+from .decode import decode
+from .journal import write_text
+from .quant.errors import PlanishError
+from .schemas import plain
+
+ABOUT = "about.json"
+FILES = ("comparison.json", "comparison.md", "comparison.svg")
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Where things are in a comparison's folder, which need not exist yet."""
+
+    path: Path
+
+    @property
+    def working(self) -> Path:
+        """What is removed at the end."""
+        return self.path / "working"
+
+    @property
+    def reference(self) -> Path:
+        """What the base model says of the texts."""
+        return self.working / "reference.safetensors"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What is written at the end: JSON, Markdown, picture."""
+        return tuple(self.path / name for name in FILES)
+
+    def checkpoint(self, name: str) -> Path:
+        """Where a recipe's checkpoint is kept."""
+        return self.path / "checkpoints" / name
+
+    def check_free(self) -> None:
+        """PlanishError if something else than a comparison is there."""
+        if (self.path.exists() or self.path.is_symlink()) and not (self.path / ABOUT).is_file():
+            raise PlanishError(f"{self.path}: exists and is no comparison, and planish overwrites nothing. Choose another output folder.")
+
+    def check(self, about: Mapping[str, Any], recipes: Mapping[str, tuple[str, str | None]]) -> None:
+        """PlanishError if another comparison is there: about something else, or with results of other recipes. recipes: by name, the digests of the
+        recipe and of its calibration tokens."""
+        if not self.path.exists():
+            return
+        known = read_json(self.path / ABOUT)
+        other = [key for key in about if known.get(key) != about[key]]
+        if other:
+            raise PlanishError(f"{self.path}: holds another comparison: not the same {', '.join(other)}. Choose another output folder.")
+        for name, done in self.done().items():
+            if recipes.get(name) != (done.row.sha256, done.row.calibration_sha256):
+                raise PlanishError(
+                    f"{self.path}: holds a result of another recipe {name}, or of this one with other settings or calibration text. "
+                    "Repeat the recipes and settings of that comparison, to which recipes may be added, or choose another output folder."
+                )
+
+    def create(self, about: Mapping[str, Any]) -> None:
+        """Make the folder, whole or not at all, unless it is there."""
+        if not self.path.exists():
+            new = self.path.with_name(self.path.name + ".new")
+            new.mkdir(parents=True, exist_ok=True)
+            write_text(new / ABOUT, json.dumps(about, indent=2) + "\n")
+            new.rename(self.path)
+        self.working.mkdir(exist_ok=True)
+
+    def done(self) -> dict[str, Done]:
+        """The recipes that are done, by name."""
+        files = sorted((self.path / "results").glob("*.json"))
+        return {file.stem: decode(Done, dict(read_json(file)), str(file), nonfinite=True) for file in files}
+
+    def add(self, name: str, done: Done) -> None:
+        """Keep a recipe's result."""
+        (self.path / "results").mkdir(exist_ok=True)
+        write_text(self.path / "results" / f"{name}.json", json.dumps(plain(done), indent=2, allow_nan=False) + "\n")
+
+    def finish(self, json_text: str, markdown: str, picture: str) -> None:
+        """Write the comparison, and remove what was needed on the way."""
+        for file, text in zip(self.files, (json_text, markdown, picture), strict=True):
+            write_text(file, text)
+        shutil.rmtree(self.working)

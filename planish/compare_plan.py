@@ -1,0 +1,182 @@
+"""Before a comparison: recipes and texts are read, every recipe is planned, all that can be refused is, and it is known what it will take.
+
+Shapes: ids (N, L) windows of token numbers.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calib.checkpoint import Checkpoint, check_language, open_checkpoint
+from .calib.data import Calibration
+from .comparison import Text
+from .estimate import LENGTH, Memory, products_per_second, resident
+from .eval.verify import evaluation_windows
+from .preflight import Plan, make_plan
+from .quant.errors import PlanishError
+from .recipe import Recipe, digest, load_recipe, with_settings
+
+LIBRARIES = ("planish", "torch", "transformers", "compressed-tensors")
+BUILTIN = "builtin"
+STARTING = 8.0  # seconds in which a process imports its libraries and plans
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ComparisonPlan:
+    """What a comparison would do, and what it takes. plans: by the recipes' names. ids: of the texts. measuring: seconds for one model.
+    waiting: bytes that this process holds while the recipes' processes work."""
+
+    checkpoint: Checkpoint
+    plans: Mapping[str, Plan]
+    texts: tuple[Text, ...]
+    ids: tuple[Tensor, ...]
+    measuring: float
+    waiting: int
+
+    def seconds(self, names: Iterable[str]) -> float:
+        """To compress with these recipes and measure, without the base model."""
+        return sum(self.plans[name].seconds + self.measuring + STARTING for name in names)
+
+    def memory(self, name: str) -> int:
+        """Bytes that the recipe's process takes at its highest."""
+        plan = self.plans[name]
+        return max(plan.memory.total, self._evaluation(plan.evaluation).total)
+
+    def _evaluation(self, usual: Memory) -> Memory:
+        """Of all texts, and of longer windows where they are longer."""
+        return replace(usual, streams=2 * self.hidden_bytes, passing=int(usual.passing * max(1, max(text.length for text in self.texts) / LENGTH)))
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of one model's final hidden states on all texts."""
+        width: int = self.checkpoint.config.get_text_config().hidden_size
+        return 4 * width * sum(text.windows * text.length for text in self.texts)
+
+    def disk(self, names: Sequence[str], keep: bool) -> int:
+        """Bytes needed for these recipes, at most at once."""
+        plans = [self.plans[name] for name in names]
+        own = max((plan.disk - (plan.out_bytes if keep else 0) for plan in plans), default=0)
+        return own + (sum(plan.out_bytes for plan in plans) if keep else 0) + self.hidden_bytes
+
+    def identities(self) -> dict[str, tuple[str, str | None]]:
+        """By recipe, its digest and that of its calibration tokens."""
+        return {name: (digest(plan.recipe), None if plan.ids is None else sha256(plan.ids)) for name, plan in self.plans.items()}
+
+    def about(self) -> dict[str, Any]:
+        """What makes it the same comparison, whatever its recipes."""
+        plan = next(iter(self.plans.values()))
+        return {
+            "model": self.checkpoint.fingerprint(),
+            "texts": {text.name: text.sha256 for text in self.texts},
+            "arithmetic": str(plan.dtype).removeprefix("torch."),
+            "device": plan.device.type,
+            "threads": torch.get_num_threads(),
+            "versions": {name: version(name) for name in LIBRARIES},
+        }
+
+
+def sha256(ids_NL: Tensor) -> str:
+    """Of token numbers."""
+    return hashlib.sha256(ids_NL.numpy().tobytes()).hexdigest()
+
+
+def named_recipes(recipes: Sequence[Recipe | str | Path], settings: Sequence[str]) -> dict[str, Recipe]:
+    """The recipes with the settings, by names that files can have. Raises PlanishError: none, two of one name, something wrong with one."""
+    if not recipes:
+        raise PlanishError("a comparison needs recipes: name one or more, such as w8a8 w4a8.")
+    found: dict[str, Recipe] = {}
+    for given in recipes:
+        recipe = with_settings(given if isinstance(given, Recipe) else load_recipe(given), settings)
+        name = re.sub(r"[^\w.-]+", "-", recipe.name).strip(".-") or "recipe"
+        if name in found:
+            raise PlanishError(f"two recipes are named {name}. Give one of them another name: it is the line `name:` of its file.")
+        found[name] = recipe
+    return found
+
+
+def named_texts(texts: Sequence[str]) -> dict[str, str]:
+    """Sources by name, from NAME=FILE or FILE alone, whose name is then the file's; the built-in text before them. Raises PlanishError."""
+    found = {BUILTIN: BUILTIN}
+    for given in texts:
+        name, sign, source = given.partition("=")
+        name, source = (name, source) if sign else (Path(given).stem, given)
+        if source == BUILTIN:
+            raise PlanishError(f"--text {given}: the built-in text is measured anyway. Leave it out.")
+        if not name or not source:
+            raise PlanishError(f"--text {given!r} is no text. Write NAME=FILE, such as wiki=wiki.test.txt.")
+        if name in found:
+            raise PlanishError(f"--text {given}: there is a text named {name} already. Write NAME=FILE with another name.")
+        found[name] = source
+    return found
+
+
+def plan_comparison(
+    recipes: Mapping[str, Recipe],
+    model: str,
+    texts: Mapping[str, str],
+    *,
+    windows: int,
+    length: int,
+    device: str | None,
+    dtype: torch.dtype | None,
+    offload_dir: Path | None,
+    allow_pickle: bool,
+) -> ComparisonPlan:
+    """Read the texts and plan each recipe; recipes with the same calibration share its tokens. Raises PlanishError for the first that is refused."""
+    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
+    check_language(checkpoint, "compress it")
+    ids = {name: evaluation_windows(checkpoint, source, windows, length) for name, source in texts.items()}
+    described = tuple(
+        Text(name=name, source=texts[name], windows=ids_NL.shape[0], length=ids_NL.shape[1], sha256=sha256(ids_NL)) for name, ids_NL in ids.items()
+    )
+    tokens: dict[Calibration, Tensor] = {}
+    plans: dict[str, Plan] = {}
+    for name, recipe in recipes.items():
+        text = None if recipe.calibration is None else replace(recipe.calibration, batch_size=1)
+        plan = plans[name] = make_plan(
+            recipe,
+            checkpoint.path,
+            device=device,
+            dtype=dtype,
+            offload_dir=offload_dir,
+            allow_pickle=allow_pickle,
+            ids_NL=None if text is None else tokens.get(text),
+        )
+        if text is not None and plan.ids is not None:
+            tokens[text] = plan.ids
+    where = next(iter(plans.values())).device
+    products = sum(ids_NL.numel() for ids_NL in ids.values()) * checkpoint.nbytes / checkpoint.dtype.itemsize
+    return ComparisonPlan(checkpoint, plans, described, tuple(ids.values()), products / products_per_second(torch.float32, where), resident())
+
+
+def notes(plan: ComparisonPlan) -> tuple[str, ...]:
+    """What the reader of the figures should know of texts and calibration."""
+    calibrations = {name: one.recipe.calibration for name, one in plan.plans.items()}
+    found = []
+    for text in plan.texts:
+        names = ", ".join(name for name, calibration in calibrations.items() if calibration is not None and _same(calibration.source, text.source))
+        if names and text.source == BUILTIN:
+            found.append(f"{text.name} is the other half of the text that was calibrated on: {names}.")
+        elif names:
+            found.append(f"{text.name} is the very text that was calibrated on, which flatters: {names}.")
+    if len(plan.texts) == 1:
+        found.append("One text only: the columns for a second, of another kind than the calibration's, are left out. Give one with --text NAME=FILE.")
+    kinds = {name: f"{one.samples} x {one.length} tokens of {one.source}, seed {one.seed}" for name, one in calibrations.items() if one is not None}
+    if len(set(kinds.values())) > 1:
+        what = "; ".join(f"{name} on {kind}" for name, kind in kinds.items())
+        found.append(f"Not calibrated alike: {what}. --set calibration.source=... sets it for all, and so on.")
+    return tuple(found)
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two text sources are the same."""
+    return one == other or (
+        not one.startswith("hub:") and BUILTIN not in (one, other) and Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    )

@@ -1,0 +1,108 @@
+"""A comparison as Markdown, and its picture."""
+
+import math
+from collections.abc import Sequence
+
+from .comparison import ComparisonReport, Quality, Row
+from .eval.scatter import Panel, Point, scatter
+from .units import duration, size
+
+
+def change(share: float) -> str:
+    """+1.2%."""
+    return f"{share:+.1%}" if math.isfinite(share) else "–"
+
+
+def perplexity(value: float) -> str:
+    """Two decimals, more where there are only few digits before them, fewer where there are many."""
+    return f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"
+
+
+def quality_words(quality: Quality) -> str:
+    """In progress lines."""
+    return f"{perplexity(quality.perplexity)} ({change(quality.change)})"
+
+
+def portable(row: Row) -> str:
+    """Who else runs it, a line each."""
+    others = [name for name in row.servers if name != "planish"]
+    return "\n".join(others) if others else "nothing else"
+
+
+def text_words(report: ComparisonReport) -> str:
+    """What was measured on."""
+    words = [f"{text.name}: {text.windows} x {text.length} tokens of {_source(text.source)}" for text in report.texts]
+    return f"{'; '.join(words)}; in float32"
+
+
+def _source(source: str) -> str:
+    return "the built-in text" if source == "builtin" else source
+
+
+def all_notes(report: ComparisonReport) -> list[str]:
+    """Of the comparison and of its recipes."""
+    found = list(report.notes)
+    for row in report.rows:
+        found += [f"{row.recipe}: {note}" for note in row.notes]
+        if row.resumed:
+            found.append(f"{row.recipe}: was interrupted; in its time, what was done twice counts twice.")
+    return found
+
+
+def markdown(report: ComparisonReport) -> str:
+    """The whole comparison: one table, notes, how it was made."""
+    texts = [text.name for text in report.texts]
+    heading = ["recipe"]
+    for text in texts:
+        heading += [f"{text}: perplexity", "change", "KL", "same token"]
+    heading += ["bits", "size", "time", "peak memory", "runs in"]
+    base = ["(full precision)"]
+    for text in texts:
+        base += [perplexity(report.base.perplexity[text]), "", "", ""]
+    rows = [[*base, str(report.base.bits), size(report.base.bytes), "", "", ""], *(_row(row, texts, report.base.bytes) for row in report.rows)]
+    table = "\n".join(_line(cells) for cells in [heading, ["---"] * len(heading), *rows])
+    notes = "".join(f"- {_escaped(note)}\n" for note in all_notes(report))
+    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    return (
+        f"# Recipes on {_escaped(report.model)}\n\n{table}\n\n"
+        f"{_escaped(text_words(report))}. KL: mean divergence from full precision in nats per token. same token: share of tokens for which both "
+        "find the same next one likeliest. bits: of a quantized weight as it is stored, scales included. time and peak memory: of compressing, in a "
+        "process of its own.\n\n"
+        f"![KL divergence against bits and time](comparison.svg)\n\n{notes}{chr(10) if notes else ''}"
+        f"{report.family}, {report.blocks} blocks; {report.arithmetic} on {report.device}, {report.threads} threads, {report.platform}; "
+        f"{versions}; {report.finished}.\n"
+    )
+
+
+def _row(row: Row, texts: Sequence[str], before: int) -> list[str]:
+    cells = [row.recipe]
+    for text in texts:
+        quality = row.quality[text]
+        cells += [perplexity(quality.perplexity), change(quality.change), f"{quality.kl:.4f}", f"{quality.agreement:.1%}"]
+    return [
+        *cells,
+        f"{row.bits_per_weight:.2f}",
+        f"{size(row.bytes)} ({change(row.bytes / before - 1)})",
+        duration(row.seconds),
+        size(row.peak_bytes),
+        ", ".join(row.servers),
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(_escaped(cell) for cell in cells)} |"
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, in a table too."""
+    return "".join(f"\\{letter}" if letter in "\\|*_<>`[]" else letter for letter in text)
+
+
+def picture(report: ComparisonReport) -> str:
+    """KL divergence on every text against bits, and against the time it takes, as SVG."""
+    texts = [text.name for text in report.texts]
+    values = {row.recipe: tuple(row.quality[text].kl for text in texts) for row in report.rows}
+    bits = tuple(Point(label=row.recipe, x=row.bits_per_weight, values=values[row.recipe]) for row in report.rows)
+    seconds = tuple(Point(label=row.recipe, x=row.seconds, values=values[row.recipe]) for row in report.rows)
+    panels = [Panel(x="bits per quantized weight", points=bits), Panel(x="seconds to compress", points=seconds, zero=True)]
+    return scatter(f"Recipes on {report.model}", "KL divergence from full precision, nats per token", texts, panels)

@@ -1,0 +1,75 @@
+"""The scatter plot: well-formed SVG in which marks stand where the values say and no two names overlap."""
+
+import math
+import xml.etree.ElementTree as ET
+from itertools import combinations
+
+import pytest
+
+from planish.eval.scatter import HEIGHT, LEFT, LETTER, LINE, SHARES, TOP, WIDTH, Panel, Point, round_ticks, scatter
+
+SVG = "{http://www.w3.org/2000/svg}"
+POINTS = (
+    Point(label="w8a8", x=8.02, values=(0.001, 0.002)),
+    Point(label="w4a8", x=8.02, values=(0.3, 0.4)),
+    Point(label="w4a16-channel", x=4.02, values=(0.28, 0.38)),
+    Point(label="w4a16-g128", x=4.13, values=(0.1, 0.27)),
+)
+
+
+def drawn(*points: Point, zero: bool = False) -> ET.Element:
+    return ET.fromstring(scatter("A <title> & more", "KL", ["builtin", "wiki"], [Panel(x="bits", points=points, zero=zero)]))
+
+
+def labels(svg: ET.Element, points: tuple[Point, ...]) -> list[tuple[float, float, str]]:
+    """Left end, base line and text."""
+    names = {point.label for point in points}
+    found = [(text, text.text or "") for text in svg.iter(f"{SVG}text") if text.text in names]
+    shares = [SHARES[text.get("text-anchor", "")] for text, _ in found]
+    return [
+        (float(text.get("x", "")) - share * LETTER * len(name), float(text.get("y", "")), name)
+        for (text, name), share in zip(found, shares, strict=True)
+    ]
+
+
+def circles(svg: ET.Element) -> list[tuple[float, float]]:
+    return [(float(mark.get("cx", "")), float(mark.get("cy", ""))) for mark in svg.iter(f"{SVG}circle")][1:]  # the first is the legend's
+
+
+def test_every_point_has_its_marks_and_its_name() -> None:
+    svg = drawn(*POINTS)
+    assert len(circles(svg)) == len(list(svg.iter(f"{SVG}polygon"))) - 1 == 4
+    assert sorted(name for _, _, name in labels(svg, POINTS)) == sorted(point.label for point in POINTS)
+    (title,) = svg.iter(f"{SVG}title")
+    assert title.text == "A <title> & more"
+
+
+def test_marks_stand_where_the_values_say() -> None:
+    where = dict(zip((point.label for point in POINTS), circles(drawn(*POINTS)), strict=True))
+    assert where["w8a8"][0] == where["w4a8"][0] > where["w4a16-g128"][0] > where["w4a16-channel"][0] > LEFT
+    assert TOP < where["w4a8"][1] < where["w4a16-channel"][1] < where["w4a16-g128"][1] < where["w8a8"][1] < TOP + HEIGHT
+    decades = (where["w8a8"][1] - where["w4a16-g128"][1]) / (where["w8a8"][1] - where["w4a8"][1])
+    assert decades == pytest.approx(2 / math.log10(300), abs=1e-3)
+
+
+@pytest.mark.parametrize("points", [POINTS, tuple(Point(label=f"recipe-{i}", x=4 + 0.01 * i, values=(0.1, 0.11)) for i in range(5))])
+def test_names_do_not_overlap_and_stay_inside(points: tuple[Point, ...]) -> None:
+    found = labels(drawn(*points), points)
+    for one, other in combinations(found, 2):
+        apart = max(one[0], other[0]) - min(one[0] + LETTER * len(one[2]), other[0] + LETTER * len(other[2]))
+        assert apart >= -0.2 or abs(one[1] - other[1]) >= LINE - 0.2
+    assert all(x >= LEFT and x + LETTER * len(name) <= LEFT + WIDTH and TOP < y < TOP + HEIGHT for x, y, name in found)
+
+
+def test_what_cannot_be_drawn_is_left_out() -> None:
+    svg = drawn(Point(label="lost", x=4.0, values=(math.inf, math.nan)), Point(label="same", x=8.0, values=(0.0, 0.1)), zero=True)
+    assert not circles(svg)
+    assert [text.text for text in svg.iter(f"{SVG}text") if text.text in ("lost", "same")] == ["same"]
+    assert list(drawn().iter(f"{SVG}rect"))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (3.9, 8.2), (0, 43.1), (0.02, 0.021), (0, 12345), (0, 0.29)])
+def test_ticks_are_round_and_inside(low: float, high: float) -> None:
+    ticks = round_ticks(low, high)
+    assert 4 <= len(ticks) <= 10
+    assert low <= ticks[0] < ticks[-1] <= high

@@ -1,0 +1,27 @@
+"""Comparisons whose recipes run in this process: quick, where processes are not what is tested."""
+
+import io
+import json
+
+import pytest
+
+from planish.compare_child import Channel, Task, work
+from planish.compare_parent import listen
+from planish.compression import Progress
+from planish.decode import decode, encode
+
+MEASURE = ("--windows", "2", "--length", "64")
+
+
+def run_here(task: Task, progress: Progress) -> object:
+    """As run_child, everything said and returned through JSON."""
+    out = io.StringIO()
+    channel = Channel(out)
+    channel.send("done", work(decode(Task, json.loads(json.dumps(encode(task))), "task"), channel))
+    return listen(out.getvalue().splitlines(), task.recipe.name, progress)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No processes in this test."""
+    monkeypatch.setattr("planish.compare_job.run_child", run_here)

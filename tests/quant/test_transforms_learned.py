@@ -1,0 +1,138 @@
+"""Learned rotations: objectives value by value, a step against SpinQuant's formula, and the promises: orthogonal, never worse, the same again."""
+
+import math
+
+import pytest
+import torch
+from helpers_transforms import normal, outliers
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from planish.quant.errors import PlanishError
+from planish.quant.transforms import learned
+from planish.quant.transforms.hadamard import hadamard
+from planish.quant.transforms.learned import Objective, learn_rotation, objective_of
+from planish.quant.transforms.rotation import random_orthogonal
+
+OBJECTIVES: tuple[Objective, ...] = ("range", "kurtosis", "whip")
+
+
+def textbook(y_TC: Tensor, objective: str) -> float:
+    """One token at a time, in plain numbers."""
+    losses = []
+    for token in y_TC.tolist():
+        size = math.sqrt(sum(v * v for v in token) / len(token))
+        values = [v / size for v in token]
+        if objective == "range":
+            losses.append((max(0.0, *values) - min(0.0, *values)) ** 2)
+        elif objective == "whip":
+            losses.append(sum(math.exp(-abs(v)) for v in values) / len(values))
+        else:
+            mean = sum(values) / len(values)
+            variance = sum((v - mean) ** 2 for v in values) / len(values)
+            losses.append(abs(sum((v - mean) ** 4 for v in values) / len(values) / variance**2 - 1.8))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objectives(objective: Objective) -> None:
+    y_TC = outliers(9, 7) * normal(9, 1).exp()
+    assert objective_of(y_TC, objective) == pytest.approx(textbook(y_TC, objective), rel=1e-12)
+    assert objective_of(torch.cat([y_TC, torch.zeros(3, 7)]), objective) == objective_of(y_TC, objective)
+
+
+def test_the_range_decides_the_error_of_an_asymmetric_grid() -> None:
+    """In units of (2^b - 1)^2 / 12 relative to the token's energy: true of 8 bits to a few percent."""
+    y_TC = outliers(200, 64, seed=5) + 1
+    low_T1, high_T1 = y_TC.amin(1, keepdim=True).clamp(max=0), y_TC.amax(1, keepdim=True).clamp(min=0)
+    scale_T1 = (high_T1 - low_T1) / 255
+    error_T = ((y_TC / scale_T1).round() * scale_T1 - y_TC).square().sum(1) / y_TC.square().sum(1)
+    assert float(error_T.mean()) * 12 * 255**2 == pytest.approx(objective_of(y_TC, "range"), rel=0.05)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_step_is_spinquants(objective: Objective) -> None:
+    """R' = (I + s/2 A)^-1 (I - s/2 A) R with A = G R' - R G' scaled to sqrt(C), for the first step, of which momentum leaves a tenth."""
+    x_TC, start_CC, lr = outliers(40, 8), random_orthogonal(8, 1), 0.3
+    x_TC = x_TC / x_TC.square().mean(1, keepdim=True).sqrt()
+    R = start_CC.clone().requires_grad_()
+    (G,) = torch.autograd.grad(learned._DESCENT[objective](x_TC @ R), R)
+    A = G @ start_CC.T - start_CC @ G.T
+    A = A * math.sqrt(8) / A.norm() * (1 - learned.MOMENTUM)
+    eye = torch.eye(8, dtype=torch.float64)
+    wanted = torch.linalg.inv(eye + lr / 2 * A) @ (eye - lr / 2 * A) @ start_CC
+    assert objective_of(x_TC @ wanted, objective) < objective_of(x_TC @ start_CC, objective)
+    torch.testing.assert_close(learn_rotation(x_TC, start_CC, objective, 1, lr), wanted, rtol=0, atol=1e-12)
+
+
+@given(
+    st.integers(1, 9),
+    st.integers(0, 30),
+    st.integers(0, 6),
+    st.floats(0, 3),
+    st.sampled_from(OBJECTIVES),
+    st.sampled_from([None, 1, 7, 100]),
+    st.integers(0, 99),
+)
+def test_orthogonal_and_never_worse(channels: int, tokens: int, steps: int, lr: float, objective: Objective, batch: int | None, seed: int) -> None:
+    """Steps of any length, tokens of any number and size, zeros among them; in float32."""
+    x_TC = (outliers(tokens, channels, seed) * normal(tokens, 1, seed=seed).mul(5).exp()).float()
+    x_TC[::5] = 0
+    start_CC = random_orthogonal(channels, seed)
+    found_CC = learn_rotation(x_TC, start_CC.float(), objective, steps, lr, batch=batch, seed=seed)
+    assert found_CC.dtype is torch.float64
+    torch.testing.assert_close(found_CC @ found_CC.T, torch.eye(channels, dtype=torch.float64), rtol=0, atol=1e-10)
+    before, after = (objective_of(x_TC @ matrix.float(), objective) for matrix in (start_CC, found_CC))
+    assert after <= before * (1 + 1e-4) + 1e-6
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("batch", [None, 64])
+def test_it_learns_what_holds_for_other_tokens(objective: Objective, batch: int | None) -> None:
+    """Inputs with a large fixed part and correlated channels: a Hadamard leaves the fixed part where it falls."""
+    mix_CC, offset_C = normal(32, 32, seed=1) * normal(32, seed=2).exp(), 20 * normal(32, seed=3)
+    x_TC = normal(1024, 32) @ mix_CC + offset_C
+    learn_TC, other_TC = x_TC[:512], x_TC[512:]
+    found_CC = learn_rotation(learn_TC, hadamard(32), objective, 60, 0.1, batch=batch)
+    before, after = (objective_of(other_TC @ matrix, objective) for matrix in (hadamard(32), found_CC))
+    assert after < (0.6 if objective == "range" else 0.95) * before
+
+
+def test_the_same_again() -> None:
+    x_TC = outliers(100, 12)
+    first, again, other = (learn_rotation(x_TC, hadamard(12), "range", 12, 0.1, batch=16, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_inputs_are_left_as_they_are() -> None:
+    x_TC, start_CC = outliers(10, 4), hadamard(4)
+    before_TC, before_CC = x_TC.clone(), start_CC.clone()
+    learn_rotation(x_TC, start_CC, "whip", 3, 0.1)
+    assert torch.equal(x_TC, before_TC)
+    assert torch.equal(start_CC, before_CC)
+    assert not x_TC.requires_grad
+
+
+@pytest.mark.parametrize(
+    "start", [torch.ones(4, 4), torch.eye(3), torch.eye(4)[:, :3], torch.full((4, 4), torch.nan)], ids=["ones", "3", "4x3", "nan"]
+)
+def test_a_start_that_is_no_rotation_is_refused(start: Tensor) -> None:
+    with pytest.raises(PlanishError, match="not an orthogonal matrix of 4 channels"):
+        learn_rotation(torch.ones(2, 4), start, "range", 1, 0.1)
+
+
+def test_a_batch_of_no_tokens_is_refused() -> None:
+    with pytest.raises(PlanishError, match="cannot be learned from 0 tokens a step"):
+        learn_rotation(torch.ones(2, 4), torch.eye(4), "range", 1, 0.1, batch=0)
+
+
+def test_inputs_of_half_precision_are_learned_from_in_float32() -> None:
+    x_TC = outliers(50, 8).bfloat16()
+    assert torch.equal(learn_rotation(x_TC, hadamard(8), "range", 5, 0.1), learn_rotation(x_TC.float(), hadamard(8), "range", 5, 0.1))
+
+
+def test_inputs_that_overflowed_are_refused() -> None:
+    with pytest.raises(PlanishError, match="hold NaN or Inf"):
+        learn_rotation(torch.full((2, 4), torch.inf), torch.eye(4), "range", 1, 0.1)
