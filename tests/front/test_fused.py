@@ -80,7 +80,7 @@ def test_variants(variant: str, tmp_path: Path) -> None:
     for family in ("qwen2", "phi3", "gpt_neox-serial") if variant != "smooth" else ("llama",):
         model = source(family, tmp_path / family, torch.float32)
         out = tmp_path / f"{family}-out"
-        result = planish.compress(quick("w4a4-fast", f"steps=[{VARIANTS[variant]}]", *FINE), model, out)
+        result = planish.compress(quick("w4a4-best", f"steps=[{VARIANTS[variant]}]", *FINE), model, out)
         assert max(block.equivalence for block in result.blocks) < 1e-4
         found, base = score(open_stored(out), ids()), score(open_checkpoint(model), ids())
         assert abs(found.nll - base.nll) < 0.1
@@ -96,7 +96,7 @@ def test_scales_and_orders_of_every_family(family: str, sources: dict[str, Path]
 
 
 def test_auto_takes_the_best_exponent(tmp_path: Path) -> None:
-    result = planish.compress(quick("w4a4-fast", "steps=[scale_rms, hadamard]"), source("llama", tmp_path / "model"), tmp_path / "out")
+    result = planish.compress(quick("w4a4-best", "steps=[scale_rms, hadamard]"), source("llama", tmp_path / "model"), tmp_path / "out")
     tried = [(site.exponent, site.tried) for block in result.blocks for site in block.sites.values()]
     assert len(tried) == 4 * 3
     for exponent, errors in tried:
@@ -132,7 +132,7 @@ def test_the_draw_with_the_least_range(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("steps", [ROTATED.replace("residual", "residual, seeds: 2"), VARIANTS["all"]])
 def test_a_run_that_is_taken_up_again_ends_in_the_same_bytes(steps: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, recipe = source("qwen2", tmp_path / "model"), quick("w4a4-fast", f"steps=[{steps}]")
+    model, recipe = source("qwen2", tmp_path / "model"), quick("w4a4-best", f"steps=[{steps}]")
     planish.compress(recipe, model, tmp_path / "whole", dtype=torch.bfloat16)
 
     def stop(*_args: object) -> None:
@@ -251,8 +251,22 @@ def test_rotation_flattens_what_is_quantized(tmp_path: Path) -> None:
         if "embed_tokens" in name:
             tensor[:, ::16] *= 30
     save_file(tensors, file, metadata={"format": "pt"})
-    plain = planish.compress(quick("w4a4-fast", "steps=[]"), model, tmp_path / "plain").blocks
-    rotated = planish.compress(quick("w4a4-fast", f"steps=[{ROTATED}]"), model, tmp_path / "rotated").blocks
+    plain = planish.compress(quick("w4a4-best", "steps=[]"), model, tmp_path / "plain").blocks
+    rotated = planish.compress(quick("w4a4-best", f"steps=[{ROTATED}]"), model, tmp_path / "rotated").blocks
     assert plain[0].error is not None
     assert rotated[0].error is not None
     assert rotated[0].error < 0.8 * plain[0].error
+
+
+def test_a_learned_rotation_lessens_the_range_and_nothing_else(sources: dict[str, Path], tmp_path: Path) -> None:
+    learned = "steps=[fold_norms, rotate: {at: residual, kind: learned}]"
+    planish.compress(quick("w8a8", learned), sources["qwen2"], tmp_path / "out", dtype=torch.float32)
+    assert far(tmp_path / "out", sources["qwen2"]) < 0.06
+    found = manifest(tmp_path / "out")["fused"]
+    before, after = found["ranges"]
+    assert after < 0.95 * before
+    assert max(found["errors"].values()) < 1e-5
+    with pytest.raises(planish.PlanishError, match="a LayerNorm"):
+        planish.plan(quick("w8a8", learned), sources["gpt_neox"])
+    with pytest.raises(planish.PlanishError, match="one draw at residual"):
+        quick("w8a8", "steps=[rotate: {at: value, kind: learned}]")

@@ -31,7 +31,7 @@ FINE = ("scheme.weights.bits=8", "scheme.activations.bits=8", "solver.gptaq.alph
 
 def compressed(family: str, steps: str, folder: Path, *settings: str) -> Path:
     model = source(family, folder / "model", torch.float32)
-    planish.compress(quick("w4a4-fast", f"steps={steps}", *settings), model, folder / "out")
+    planish.compress(quick("w4a4-best", f"steps={steps}", *settings), model, folder / "out")
     return folder / "out"
 
 

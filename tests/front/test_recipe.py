@@ -34,6 +34,7 @@ NAMES = (
     "w4a16-g128",
     "w4a4-best",
     "w4a4-fast",
+    "w4a4-portable-mixed",
     "w4a8",
     "w4a8-best",
     "w8a8",

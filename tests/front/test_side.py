@@ -43,7 +43,7 @@ def down(model: Path) -> str:
 
 def compressed(family: str, steps: str, folder: Path, *settings: str, changes: Mapping[str, int] | None = None) -> Path:
     model = source(family, folder / "model", torch.float32, changes)
-    planish.compress(quick("w4a4-fast", f"steps={steps.replace('DOWN', down(model))}", *settings), model, folder / "out")
+    planish.compress(quick("w4a4-best", f"steps={steps.replace('DOWN', down(model))}", *settings), model, folder / "out")
     return folder / "out"
 
 
@@ -109,7 +109,7 @@ def test_super_weights_are_found_and_held_out(transform: str, tmp_path: Path) ->
     path, row, column = plant(model)
     outs = {}
     for name, steps in {"without": f"[{transform[2:]}]", "auto": f"[super_weight{transform}]"}.items():
-        recipe = quick("w4a4-fast", f"steps={steps}", "scheme.weights.bits=4", "scheme.activations=null", "solver=rtn")
+        recipe = quick("w4a4-best", f"steps={steps}", "scheme.weights.bits=4", "scheme.activations=null", "solver=rtn")
         planish.compress(recipe, model, tmp_path / name)
         outs[name] = tmp_path / name
     config = json.loads((outs["auto"] / "config.json").read_text())["planish"]["sites"]
@@ -131,7 +131,7 @@ def test_super_weights_are_found_and_held_out(transform: str, tmp_path: Path) ->
 def test_z_clips_what_remains(tmp_path: Path) -> None:
     model = source("llama", tmp_path / "model", torch.float32)
     path, row, column = plant(model)
-    recipe = quick("w4a4-fast", "steps=[super_weight: {places: [], z: 2}]", "scheme.weights.bits=8", "scheme.activations=null", "solver=rtn")
+    recipe = quick("w4a4-best", "steps=[super_weight: {places: [], z: 2}]", "scheme.weights.bits=8", "scheme.activations=null", "solver=rtn")
     planish.compress(recipe, model, tmp_path / "out")
     weight_OI = load_file(model / "model.safetensors")[f"model.layers.1.{path}.weight"].double()
     limit = float(weight_OI.mean() + 2 * weight_OI.std(correction=0))
@@ -164,7 +164,7 @@ class Stopping:
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     out = compressed("llama", STEPS["all"], tmp_path)
-    recipe = quick("w4a4-fast", f"steps={STEPS['all'].replace('DOWN', 'mlp.down_proj')}")
+    recipe = quick("w4a4-best", f"steps={STEPS['all'].replace('DOWN', 'mlp.down_proj')}")
     with pytest.raises(KeyboardInterrupt):
         planish.compress(recipe, tmp_path / "model", tmp_path / "again", progress=Stopping())
     planish.compress(recipe, tmp_path / "model", tmp_path / "again")
@@ -220,10 +220,10 @@ def test_damaged_side_paths_are_named(tmp_path: Path) -> None:
 )
 def test_impossible_steps_are_refused(steps: str, message: str, original: Path) -> None:
     with pytest.raises(PlanishError, match=message):
-        planish.plan(quick("w4a4-fast", f"steps={steps}"), original)
+        planish.plan(quick("w4a4-best", f"steps={steps}"), original)
 
 
 @pytest.mark.parametrize("steps", ["[low_rank]", "[svdquant]", "[quad]", "[resq]", "[super_weight]", "[hadamard]", "[prefix]"])
 def test_steps_that_need_text_say_so(steps: str) -> None:
     with pytest.raises(PlanishError, match=f"calibration is null, but the step {steps[1:-1]}"):
-        quick("w4a4-fast", f"steps={steps}", "solver=rtn", "calibration=null")
+        quick("w4a4-best", f"steps={steps}", "solver=rtn", "calibration=null")
