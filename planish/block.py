@@ -166,12 +166,12 @@ class BlockCompressor:
                     turn.round(block)
                 else:
                     turn.look(block, self.streams)
+                    trim()
                     turn.walk(block, self.streams)
                 return turn.result(block)
             finally:
                 self.runner.release_block(index)
-                if self.streams is None or not self.solver.needs_moments:  # else the walk has done so where it held most; more often takes time
-                    trim()
+                trim()
 
     @torch.no_grad()
     def advance(self, record: BlockRecord, tensors: Mapping[str, Tensor], packed: Mapping[str, Packed]) -> None:

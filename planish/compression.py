@@ -277,7 +277,7 @@ def _check(folder: Path, plan: Plan) -> None:
     checkpoint, probe = open_stored(folder), read_probe(folder)
     if probe is None:
         return
-    found = check_probe(checkpoint, probe, device=plan.device)
+    found = check_probe(checkpoint, probe, device=plan.device, report=lambda _done, _all: trim())
     if not found.ok:
         raise PlanishError(
             f"{folder}: reloaded, the checkpoint differs from the model in memory by {found.logprob_mean:.3g} nats per token "
