@@ -32,7 +32,7 @@ from .units import size
 
 TOLERANCE = 1e-3  # relative error of the rewritten model in float32; right mappings reach 1e-6
 CHECK_TOKENS = 8  # evenly from the whole vocabulary
-LEARNED_TOKENS, LEARNING_STEPS, LEARNING_BATCH, LEARNING_ANGLE = 16384, 400, 2048, 0.1  # for a rotation that is learned
+LEARNED_TOKENS, LEARNING_STEPS, LEARNING_BATCH, LEARNING_ANGLE = 8192, 200, 1024, 0.1  # for a rotation that is learned
 DRAW_TOKENS, KEPT_TOKENS = 256, 32  # that flow through the blocks once for the choice of a draw, and of them those compared at each site
 
 
