@@ -57,7 +57,7 @@ def check_order(steps: Sequence[Step]) -> None:
     mixed = next((step_name(step) for step in steps if isinstance(step, Permute) or (isinstance(step, Rotate) and step.at != "heads")), None)
     if mixed is not None and any(isinstance(step, SuperWeights) and step.places for step in steps):
         raise PlanishError(
-            f"steps: {mixed} moves weights before super_weight can hold any out: their places are the original model's. Remove one of both, or rotate "
+            f"steps: {mixed} moves weights before super_weight can hold any out: their places are the original model's. Remove one, or rotate "
             "inputs instead, with hadamard."
         )
 
