@@ -1,11 +1,9 @@
 """Which arithmetic the walk uses, and how it is switched on for a while."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from ..quant.errors import PlanishError
+from ..quant.products import bfloat16_products as bfloat16_products
 
 
 def pick_device(name: str | torch.device | None) -> torch.device:
@@ -26,17 +24,3 @@ def working_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
         return torch.float32
     native = torch.cpu._is_amx_tile_supported() if device.type == "cpu" else torch.cuda.is_bf16_supported()
     return torch.bfloat16 if native else torch.float32
-
-
-@contextmanager
-def bfloat16_products(on: bool) -> Iterator[None]:
-    """While the `with` lasts, float32 matrix products round their factors to bfloat16 and add in float32 (on), or do not (off).
-
-    Exact where the factors are integer codes or bfloat16 values already.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if on else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -334,7 +334,7 @@ class _Turn:
             return
         done = flatten(readers, steps, clip, walk, self.observation.keep_T, self.stored, f"{self.index}.{name}")
         record = self.record.sites[name]
-        record.chain = store(done.chain)[0]
+        record.chain, record.note = store(done.chain)[0], ", ".join(filter(None, (record.note, done.note)))
         self.record.equivalence = max(self.record.equivalence, done.error)
 
     def _passes(self, block: nn.Module, streams: Streams, stream: Stream) -> list[Pass]:

@@ -1,5 +1,6 @@
 """Transforms that flatten outliers: one algorithm a file, named in one dict."""
 
+from .flat import Flat as Flat
 from .fold import FoldNorms as FoldNorms
 from .fold import Untie as Untie
 from .inputs import Cat as Cat
@@ -23,7 +24,26 @@ SideStep = Lorc | Svdquant | SuperWeights
 """A step that runs something beside the codes and leaves the input as it is."""
 Keeping = Quad | Resq
 """A step that transforms the input and keeps its first channels out of the codes."""
-Step = Prefix | FoldNorms | Untie | Rotate | Smooth | ScaleRms | Permute | Center | Hadamard | Duquant | Cat | Wush | ClipSearch | Keeping | SideStep
+Transform = Center | Hadamard | Duquant | Cat | Wush | Flat | Keeping
+"""A step that transforms the input at run time."""
+Step = (
+    Prefix
+    | FoldNorms
+    | Untie
+    | Rotate
+    | Smooth
+    | ScaleRms
+    | Permute
+    | Center
+    | Hadamard
+    | Duquant
+    | Cat
+    | Wush
+    | Flat
+    | ClipSearch
+    | Keeping
+    | SideStep
+)
 """Any step of a recipe."""
 
 STEPS: dict[str, type[Step]] = {
@@ -39,6 +59,7 @@ STEPS: dict[str, type[Step]] = {
     "duquant": Duquant,
     "cat": Cat,
     "wush": Wush,
+    "flat": Flat,
     "quad": Quad,
     "resq": Resq,
     "clip": ClipSearch,

@@ -3,7 +3,6 @@
 Shape suffixes: T tokens, C channels, O out channels.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanishError
+from ..formats import Scheme
 from . import cat, duquant, shift, wush
 from .factors import Chain, Shift, on_input, on_weight
 from .factors import Hadamard as HadamardFactor
@@ -24,12 +24,14 @@ class SiteView:
     """A site's input and its readers, as they are before the next transform; all without sink tokens, float32.
 
     sample_TC: some tokens. second_CC: mean of x' x over all; mean_C: of x. weights: of each reader, (O, C).
+    scheme: how both will be quantized, if known.
     """
 
     sample_TC: Tensor
     second_CC: Tensor
     mean_C: Tensor
     weights: tuple[Tensor, ...]
+    scheme: Scheme | None = None
 
     @cached_property
     def readers_CC(self) -> Tensor:
@@ -50,7 +52,7 @@ class SiteView:
             else:
                 second_CC, mean_C = factor.on_input(factor.on_input(second_CC).T.contiguous()), factor.on_input(mean_C[None])[0]
         weights = tuple(on_weight(chain, w_OC)[0] for w_OC in self.weights)
-        return SiteView(on_input(chain, self.sample_TC), second_CC, mean_C, weights)
+        return SiteView(on_input(chain, self.sample_TC), second_CC, mean_C, weights, self.scheme)
 
 
 class InputStep(Protocol):
@@ -71,7 +73,8 @@ def divisor(width: int, block: int) -> int:
     return next(size for size in range(min(block, width), 0, -1) if width % size == 0)
 
 
-def _check_block(name: str, block: int) -> None:
+def check_block(name: str, block: int) -> None:
+    """PlanishError for a block of no channels; name: the step."""
     if block < 1:
         raise PlanishError(f"{name}.block is {block}, but a block has at least 1 channel. Usual: 128.")
 
@@ -89,7 +92,7 @@ class Cat:
     sites: tuple[str, ...] = ("*",)
 
     def __post_init__(self) -> None:
-        _check_block("cat", self.block)
+        check_block("cat", self.block)
         if not 0 < self.damping <= 1:
             raise PlanishError(f"cat.damping is {self.damping}, but it is a part of the mean diagonal, above 0 and at most 1. Usual: 0.02.")
 
@@ -109,7 +112,7 @@ class Wush:
     sites: tuple[str, ...] = ("*",)
 
     def __post_init__(self) -> None:
-        _check_block("wush", self.block)
+        check_block("wush", self.block)
         if not 0 < self.damping <= 1:
             raise PlanishError(f"wush.damping is {self.damping}, but it is a part of the mean diagonal, above 0 and at most 1. Usual: 0.02.")
 
@@ -173,20 +176,11 @@ class Duquant:
     sites: tuple[str, ...] = ("*",)
 
     def __post_init__(self) -> None:
-        _check_block("duquant", self.block)
+        check_block("duquant", self.block)
 
     def chain(self, view: SiteView) -> Chain:
         """Three factors."""
         return duquant.duquant(view.sample_TC, divisor(len(view.second_CC), self.block), self.steps, self.seed)
-
-
-def chain_of(steps: Sequence[InputStep], view: SiteView) -> tuple[Chain, SiteView]:
-    """What the steps make of a site, one after the other, and the view behind them."""
-    chain: Chain = ()
-    for step in steps:
-        more = step.chain(view)
-        chain, view = (*chain, *more), view.through(more)
-    return chain, view
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

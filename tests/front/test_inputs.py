@@ -23,8 +23,10 @@ STEPS = {
     "hadamard": "[hadamard: {seeds: 2}]",
     "duquant": "[duquant: {block: 16, steps: 8}]",
     "shift": "[shift, hadamard]",
+    "flat": "[flat: {steps: 4}]",
+    "flat-blocks": "[flat: {structure: blocks, block: 16, steps: 4, start: hadamard}, clip]",
     "middle": "[shift: {by: middle}]",
-    "all": "[prefix: {tokens: [5]}, shift, duquant: {block: 16, steps: 4}, cat: {block: 16}, clip]",
+    "all": "[prefix: {tokens: [5]}, shift, duquant: {block: 16, steps: 4}, cat: {block: 16}, flat: {steps: 2}, clip]",
 }
 FINE = ("scheme.weights.bits=8", "scheme.activations.bits=8", "solver.gptaq.alpha=0")  # so that a wrong transform shows
 

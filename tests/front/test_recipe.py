@@ -20,6 +20,7 @@ A8 = ActivationFormat(bits=8)
 STATIC = ActivationFormat(bits=8, granularity="tensor", dynamic=False)
 NAMES = (
     "paper-duquant",
+    "paper-flatquant",
     "paper-gptaq",
     "paper-lorc",
     "paper-prefixquant",

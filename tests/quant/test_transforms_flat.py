@@ -1,0 +1,233 @@
+"""FlatQuant: the error against loops over tokens, outputs and channels, its slope against a twin with dense matrices, and the promises: exact, never
+worse than the start, the same again.
+
+Shape suffixes: T tokens, C channels, O out channels.
+"""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers_transforms import assert_layer_stays, dense_chain, normal, outliers, second
+from torch import Tensor
+
+from planish.quant.errors import PlanishError
+from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
+from planish.quant.linear import quantize_input
+from planish.quant.solvers import Rtn
+from planish.quant.transforms import Cat, Flat
+from planish.quant.transforms import flat as module
+from planish.quant.transforms.factors import Blocks, Hadamard, Kronecker, Scale, on_input
+from planish.quant.transforms.flat import input_error, weight_error
+from planish.quant.transforms.flat_shapes import BlockShape, KroneckerShape, Shape
+from planish.quant.transforms.inputs import SiteView
+
+W4A4 = Scheme(weights=WeightFormat(bits=4), activations=ActivationFormat(bits=4, symmetric=False))
+ONE = torch.tensor(1.0)
+STARTS = ("cat", "hadamard", "identity")
+
+
+def view(tokens: int = 60, channels: int = 24, outputs: tuple[int, ...] = (9, 20), scheme: Scheme | None = W4A4, seed: int = 0) -> SiteView:
+    x_TC = outliers(tokens, channels, seed).float()
+    weights = tuple(normal(o, channels, seed=seed + 5 + i).float() for i, o in enumerate(outputs))
+    return SiteView(x_TC, second(x_TC) / len(x_TC), x_TC.mean(0), weights, scheme)
+
+
+def test_the_error_of_inputs_by_loops() -> None:
+    y_TC, w_OC = outliers(5, 6).float(), normal(4, 6).float()
+    assert W4A4.activations is not None
+    rounded, total = quantize_input(y_TC, W4A4.activations).dequantize(), 0.0
+    for t in range(5):
+        for o in range(4):
+            total += sum(float(rounded[t, c] - y_TC[t, c]) * float(w_OC[o, c]) for c in range(6)) ** 2
+    assert float(input_error(y_TC, w_OC, W4A4, ONE)) == pytest.approx(total / 5, rel=1e-5)
+    assert float(input_error(y_TC, w_OC, Scheme(weights=W4A4.weights), ONE)) == 0
+
+
+def test_the_error_of_weights_by_loops() -> None:
+    y_TC, w_OC = outliers(5, 6).float(), normal(4, 6).float()
+    assert W4A4.weights is not None
+    rounded, total = Rtn(clip=None).solve(w_OC, W4A4.weights, None, torch.float32).weight.dequantize(), 0.0
+    for t in range(5):
+        for o in range(4):
+            total += sum(float(rounded[o, c] - w_OC[o, c]) * float(y_TC[t, c]) for c in range(6)) ** 2
+    assert float(weight_error(y_TC, w_OC, W4A4, ONE)) == pytest.approx(total / 5, rel=1e-4)
+
+
+def shapes(seen: SiteView, start: str) -> tuple[BlockShape, KroneckerShape]:
+    return BlockShape.of(seen, start, 0.02, 8), KroneckerShape.of(seen, start, 0.02, 0)  # type: ignore[arg-type]
+
+
+def shaken(shape: Shape) -> None:
+    """Some way off from the start."""
+    for i, group in enumerate(shape.groups(1.0)):
+        for change in group["params"]:
+            change.data += 0.05 * normal(*change.shape, seed=i).float()
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_descended_is_what_is_returned(start: str, which: int) -> None:
+    """front and chains together are the chain, the weight's way is the inverse of the input's, and the layer stays."""
+    shape: Shape = shapes(view(), start)[which]
+    shaken(shape)
+    inward, outward = shape.chains()
+    x_TC, w_OC = normal(6, 24).float(), normal(5, 24, seed=2).float()
+    y_TC = on_input(inward, on_input(shape.front, x_TC)).detach()
+    torch.testing.assert_close(y_TC, on_input(shape.chain(), x_TC), rtol=1e-4, atol=1e-4)
+    assert_close_products(on_input(inward, x_TC).detach() @ on_input(outward, w_OC).detach().T, x_TC @ w_OC.T)
+    assert_layer_stays(shape.chain(), 24, tolerance=1e-5)
+
+
+def assert_close_products(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_starts() -> None:
+    seen, eye = view(), torch.eye(24, dtype=torch.float64)
+    for shape in shapes(seen, "identity"):
+        torch.testing.assert_close(dense_chain(shape.chain(), 24), eye)
+    for shape in shapes(seen, "hadamard"):
+        T = dense_chain(shape.chain(), 24)
+        torch.testing.assert_close(T @ T.T, eye, rtol=0, atol=1e-5)
+    blocks, kronecker = (shape.chain() for shape in shapes(seen, "cat"))
+    torch.testing.assert_close(dense_chain(blocks, 24), dense_chain(Cat(block=8).chain(seen), 24), rtol=1e-6, atol=1e-6)
+    assert [type(factor) for factor in blocks] == [Blocks, Hadamard]
+    assert [type(factor) for factor in kronecker] == [Scale, Kronecker]
+    assert [tuple(t.shape) for t in kronecker[1].tensors().values()] == [(4, 4), (6, 6)]
+
+
+def test_a_kronecker_product_starts_with_equal_moments_where_they_are_products() -> None:
+    """As CAT does with any moments: T' S_x T = T^-1 S_w T^-T, up to a factor."""
+
+    def moments(size: int, seed: int) -> Tensor:
+        return second(normal(3 * size, size, seed=seed)) / size
+
+    x_CC, w_CC = (torch.kron(moments(3, seed), moments(4, seed + 1)) for seed in (0, 5))
+    w_OC = torch.linalg.cholesky(w_CC).T
+    seen = SiteView(normal(8, 12).float(), x_CC.float(), torch.zeros(12), (w_OC.float(),), W4A4)
+    T = dense_chain(KroneckerShape.of(seen, "cat", 1e-6, 0).chain(), 12)
+    inverse = torch.linalg.inv(T)
+    found, wanted = T.T @ x_CC @ T, inverse @ w_CC @ inverse.T
+    torch.testing.assert_close(found / found.trace(), wanted / wanted.trace(), rtol=0, atol=1e-4)
+
+
+class _ByHand(torch.autograd.Function):
+    """Asymmetric 4-bit rounding of each row's clipped range, its gradient written out: the identity inside the grid, what the scale does everywhere."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, low: Tensor, high: Tensor, symmetric: bool) -> Tensor:  # type: ignore[override]
+        scale = torch.maximum(-low, high) / 7 if symmetric else (high - low) / 15
+        zero = torch.zeros_like(scale) if symmetric else (-8 - low / scale).round()
+        codes = (x / scale + zero).round()
+        inside, integers = (codes >= -8) & (codes <= 7), codes.clamp(-8, 7) - zero
+        by_scale = integers - torch.where(inside, x / scale, 0)
+        ctx.save_for_backward(inside, by_scale, -low > high)  # type: ignore[attr-defined]
+        ctx.symmetric = symmetric  # type: ignore[attr-defined]
+        return integers * scale
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        inside, by_scale, negative = ctx.saved_tensors  # type: ignore[attr-defined]
+        total = (g * by_scale).sum(1, keepdim=True)
+        if ctx.symmetric:  # type: ignore[attr-defined]
+            return g * inside, -total / 7 * negative, total / 7 * ~negative, None
+        return g * inside, -total / 15, total / 15, None
+
+
+def twin_rounded(x: Tensor, clip: Tensor, symmetric: bool) -> Tensor:
+    low, high = x.min(1, keepdim=True).values.clamp(max=0) * clip, x.max(1, keepdim=True).values.clamp(min=0) * clip
+    found: Tensor = _ByHand.apply(x, low, high, symmetric)
+    return found
+
+
+@pytest.mark.parametrize("structure", ["blocks", "kronecker"])
+def test_loss_and_slope_are_those_of_dense_matrices(structure: str) -> None:
+    """With all tokens and rows in a step, and from a place off the start: T built by torch.kron and torch.block_diag, inverted whole."""
+    seen, settings = view(40, 12, (7, 9)), Flat(structure=structure, start="identity", block=4, balance=0.5)  # type: ignore[arg-type]
+    shape: Shape = KroneckerShape.of(seen, "identity", 0.02, 0) if structure == "kronecker" else BlockShape.of(seen, "identity", 0.02, 4)
+    shaken(shape)
+    descent = module._Descent(settings, seen, shape, W4A4)
+    changes = [change for group in shape.groups(1.0) for change in group["params"]]
+    found = descent._loss()
+    found_slopes = torch.autograd.grad(found, [*changes, *descent.logits])
+    if structure == "kronecker":
+        T = torch.diag(changes[2].exp()) @ torch.kron(torch.eye(3) + changes[0], torch.eye(4) + changes[1])
+    else:
+        T = torch.block_diag(*(torch.eye(4) + change for change in changes[0]))
+    x_TC = seen.sample_TC[torch.arange(40) % 4 != 3]
+    held_TC, w_OC = seen.sample_TC[3::4], torch.cat(seen.weights)
+    y_TC, z_OC = x_TC @ T, w_OC @ torch.linalg.inv(T).T
+    clip, weight_clip = (1 / (1 + (-logit).exp()) for logit in descent.logits)
+    inputs = ((twin_rounded(y_TC, clip, False) - y_TC) @ z_OC.T).square().sum()
+    weights = (y_TC @ (twin_rounded(z_OC, weight_clip, True) - z_OC).T).square().sum()
+    wanted = (inputs + 0.5 * weights) / len(x_TC) / ((held_TC @ w_OC.T).square().sum() / len(held_TC))
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
+    twin_slopes = torch.autograd.grad(wanted, [*changes, *descent.logits])
+    for mine, twin in zip(found_slopes, twin_slopes, strict=True):
+        torch.testing.assert_close(mine, twin, rtol=0, atol=1e-3 * float(twin.abs().max()))
+
+
+@pytest.mark.parametrize("structure", ["blocks", "kronecker"])
+@pytest.mark.parametrize("start", STARTS)
+def test_learns_is_exact_and_the_same_again(structure: str, start: str) -> None:
+    step = Flat(structure=structure, start=start, block=8, steps=24)  # type: ignore[arg-type]
+    found, again = step.learned(view(200)), step.learned(view(200))
+    assert found.after < 0.97 * found.before
+    assert found.clip is not None
+    assert 0.3 < found.clip < 1
+    assert_layer_stays(found.chain, 24, tolerance=1e-4)
+    assert (found.clip, found.after) == (again.clip, again.after)
+    for mine, twin in zip(found.chain, again.chain, strict=True):
+        assert all(torch.equal(mine.tensors()[name], twin.tensors()[name]) for name in mine.tensors())
+
+
+def test_more_steps_learn_more() -> None:
+    after = [Flat(block=24, structure="blocks", steps=steps).learned(view(400)).after for steps in (0, 10, 60)]
+    assert all(more < less for less, more in pairwise(after))
+
+
+@pytest.mark.parametrize("lr", [0.01, 1.0])
+@pytest.mark.parametrize("structure", ["blocks", "kronecker"])
+@pytest.mark.parametrize(("tokens", "channels", "outputs"), [(1, 1, 1), (3, 5, 2), (9, 7, 9), (40, 16, 40)])
+def test_never_worse_than_the_start(structure: str, lr: float, tokens: int, channels: int, outputs: int) -> None:
+    """Odd and tiny sizes, and steps far too long."""
+    seen = view(tokens, channels, (outputs,))
+    step = Flat(structure=structure, block=4, steps=6, lr=lr)  # type: ignore[arg-type]
+    found, start = step.learned(seen), Flat(structure=structure, block=4, steps=0).learned(seen)  # type: ignore[arg-type]
+    assert found.after <= found.before == start.after
+    assert_layer_stays(found.chain, channels, tolerance=1e-3)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(weights=WeightFormat(bits=4)),
+        Scheme(weights=WeightFormat(bits=4, granularity="group", group_size=8), activations=ActivationFormat(bits=4, granularity="group", group_size=8)),
+        Scheme(weights=WeightFormat(bits=4, granularity="tensor"), activations=ActivationFormat(bits=8, granularity="tensor")),
+    ],
+    ids=str,
+)
+def test_any_scheme(scheme: Scheme) -> None:
+    found = Flat(steps=8).learned(view(scheme=scheme))
+    assert found.after < found.before
+    assert (found.clip is None) == (scheme.activations is None)
+
+
+def test_without_a_scheme_or_anything_to_hold_small_it_is_the_start() -> None:
+    dead = SiteView(torch.zeros(8, 24), torch.zeros(24, 24), torch.zeros(24), (torch.zeros(3, 24),), W4A4)
+    for seen in (view(scheme=None), dead):
+        found, start = Flat(steps=4).learned(seen), KroneckerShape.of(seen, "cat", 0.02, 0).chain()
+        torch.testing.assert_close(dense_chain(found.chain, 24), dense_chain(start, 24))
+        assert found.clip is None
+
+
+def test_a_clip_that_is_not_learned_is_the_formats() -> None:
+    scheme = Scheme(weights=W4A4.weights, activations=ActivationFormat(bits=4, clip=0.8))
+    assert Flat(steps=4, clip=False).learned(view(scheme=scheme)).clip is None
+
+
+@pytest.mark.parametrize("wrong", [{"steps": -1}, {"lr": 0.0}, {"tokens": 3}, {"balance": 2.0}, {"damping": 0.0}, {"block": 0}])
+def test_settings_are_checked(wrong: dict[str, float]) -> None:
+    with pytest.raises(PlanishError, match=f"flat.{next(iter(wrong))} is"):
+        Flat(**wrong)  # type: ignore[arg-type]
