@@ -12,7 +12,7 @@ Shape suffixes: T tokens, C channels, K blocks of B channels, A and B the Kronec
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from .hadamard import hadamard_block
 from .inputs import SiteView, divisor
 from .rotate import mixing
 
+Group = tuple[list[Tensor], float]
+"""Numbers, and by how much the first step changes each."""
 Start = Literal["cat", "hadamard", "identity"]
 SCALE_RATE = 0.1  # of the lr: the step of a channel's log c
 
@@ -35,8 +37,8 @@ class Shape(Protocol):
         """What stays as it is, and comes first."""
         ...
 
-    def groups(self, lr: float) -> list[dict[str, Any]]:
-        """The numbers to change, as an optimizer takes them, with steps by which an axis moves lr of its length."""
+    def groups(self, lr: float) -> list[Group]:
+        """The numbers to change, with steps by which an axis moves lr of its length."""
         ...
 
     def chains(self) -> tuple[Chain, Chain]:
@@ -66,9 +68,9 @@ class BlockShape:
         back = () if start == "identity" or hadamard_block(width) == 1 else (Hadamard(hadamard_block(width)),)
         return cls((front,), back, change_KBB.requires_grad_())
 
-    def groups(self, lr: float) -> list[dict[str, Any]]:
+    def groups(self, lr: float) -> list[Group]:
         """One."""
-        return [{"params": [self.change_KBB], "lr": lr / math.sqrt(self.change_KBB.shape[1])}]
+        return [([self.change_KBB], lr / math.sqrt(self.change_KBB.shape[1]))]
 
     def chains(self) -> tuple[Chain, Chain]:
         """I + dM and its inverse."""
@@ -108,10 +110,10 @@ class KroneckerShape:
         changes = [torch.zeros_like(part).requires_grad_() for part in (*factors, front.divisor_C)]
         return cls((front,), factors[0], factors[1], *changes)
 
-    def groups(self, lr: float) -> list[dict[str, Any]]:
+    def groups(self, lr: float) -> list[Group]:
         """The factors and the divisor."""
-        factors = [{"params": [change], "lr": lr / math.sqrt(len(change))} for change in (self.change_AA, self.change_BB)]
-        return [*factors, {"params": [self.log_C], "lr": lr * SCALE_RATE}]
+        factors = [([change], lr / math.sqrt(len(change))) for change in (self.change_AA, self.change_BB)]
+        return [*factors, ([self.log_C], lr * SCALE_RATE)]
 
     def chains(self) -> tuple[Chain, Chain]:
         """c, then L (I + dL) ⊗ R (I + dR); and their inverses."""

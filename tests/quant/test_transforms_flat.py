@@ -60,8 +60,8 @@ def shapes(seen: SiteView, start: str) -> tuple[BlockShape, KroneckerShape]:
 
 def shaken(shape: Shape) -> None:
     """Some way off from the start."""
-    for i, group in enumerate(shape.groups(1.0)):
-        for change in group["params"]:
+    for i, (numbers, _) in enumerate(shape.groups(1.0)):
+        for change in numbers:
             change.data += 0.05 * normal(*change.shape, seed=i).float()
 
 
@@ -148,7 +148,7 @@ def test_loss_and_slope_are_those_of_dense_matrices(structure: str) -> None:
     shape: Shape = KroneckerShape.of(seen, "identity", 0.02, 0) if structure == "kronecker" else BlockShape.of(seen, "identity", 0.02, 4)
     shaken(shape)
     descent = module._Descent(settings, seen, shape, W4A4)
-    changes = [change for group in shape.groups(1.0) for change in group["params"]]
+    changes = [change for numbers, _ in shape.groups(1.0) for change in numbers]
     found = descent._loss()
     found_slopes = torch.autograd.grad(found, [*changes, *descent.logits])
     if structure == "kronecker":
@@ -168,12 +168,23 @@ def test_loss_and_slope_are_those_of_dense_matrices(structure: str) -> None:
         torch.testing.assert_close(mine, twin, rtol=0, atol=1e-3 * float(twin.abs().max()))
 
 
+def test_adam_is_torchs() -> None:
+    mine, twin = (normal(3, 4).requires_grad_() for _ in range(2))
+    target, adam, torchs = normal(3, 4, seed=1), module._Adam([([mine], 0.1)]), torch.optim.Adam([twin], lr=0.1)
+    for _ in range(5):
+        adam.step(torch.autograd.grad((mine - target).pow(4).sum(), [mine]), 1.0)
+        torchs.zero_grad()
+        (twin - target).pow(4).sum().backward()  # type: ignore[no-untyped-call]
+        torchs.step()
+    torch.testing.assert_close(mine, twin)
+
+
 @pytest.mark.parametrize("structure", ["blocks", "kronecker"])
 @pytest.mark.parametrize("start", STARTS)
 def test_learns_is_exact_and_the_same_again(structure: str, start: str) -> None:
-    step = Flat(structure=structure, start=start, block=8, steps=24)  # type: ignore[arg-type]
-    found, again = step.learned(view(200)), step.learned(view(200))
-    assert found.after < 0.97 * found.before
+    step = Flat(structure=structure, start=start, block=8, steps=40, lr=0.1)  # type: ignore[arg-type]
+    found, again = step.learned(view(800)), step.learned(view(800))
+    assert found.after < 0.95 * found.before
     assert found.clip is not None
     assert 0.3 < found.clip < 1
     assert_layer_stays(found.chain, 24, tolerance=1e-4)
@@ -183,7 +194,7 @@ def test_learns_is_exact_and_the_same_again(structure: str, start: str) -> None:
 
 
 def test_more_steps_learn_more() -> None:
-    after = [Flat(block=24, structure="blocks", steps=steps).learned(view(400)).after for steps in (0, 10, 60)]
+    after = [Flat(start="hadamard", lr=0.1, steps=steps).learned(view(800)).after for steps in (0, 10, 60)]
     assert all(more < less for less, more in pairwise(after))
 
 
@@ -209,8 +220,8 @@ def test_never_worse_than_the_start(structure: str, lr: float, tokens: int, chan
     ids=str,
 )
 def test_any_scheme(scheme: Scheme) -> None:
-    found = Flat(steps=8).learned(view(scheme=scheme))
-    assert found.after < found.before
+    found = Flat(steps=40, lr=0.1, start="hadamard").learned(view(800, scheme=scheme))
+    assert found.after < 0.9 * found.before
     assert (found.clip is None) == (scheme.activations is None)
 
 
