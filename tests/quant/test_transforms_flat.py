@@ -113,7 +113,7 @@ def test_a_kronecker_product_starts_with_equal_moments_where_they_are_products()
 
 
 class _ByHand(torch.autograd.Function):
-    """Asymmetric 4-bit rounding of each row's clipped range, its gradient written out: the identity inside the grid, what the scale does everywhere."""
+    """4-bit rounding of each row's clipped range, its gradient written out: the identity inside the grid, what the scale does everywhere."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor, low: Tensor, high: Tensor, symmetric: bool) -> Tensor:  # type: ignore[override]
@@ -214,7 +214,9 @@ def test_never_worse_than_the_start(structure: str, lr: float, tokens: int, chan
     "scheme",
     [
         Scheme(weights=WeightFormat(bits=4)),
-        Scheme(weights=WeightFormat(bits=4, granularity="group", group_size=8), activations=ActivationFormat(bits=4, granularity="group", group_size=8)),
+        Scheme(
+            weights=WeightFormat(bits=4, granularity="group", group_size=8), activations=ActivationFormat(bits=4, granularity="group", group_size=8)
+        ),
         Scheme(weights=WeightFormat(bits=4, granularity="tensor"), activations=ActivationFormat(bits=8, granularity="tensor")),
     ],
     ids=str,
