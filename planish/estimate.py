@@ -16,7 +16,7 @@ from .calib.runner import HEAD_TOKENS, BlockRunner
 from .calib.sites import reader_weight
 from .calib.workers import workers_for
 from .quant.solvers.gptq import PIECE
-from .quant.transforms import Keeping, SideStep
+from .quant.transforms import Flat, Keeping, SideStep
 from .recipe import Recipe
 from .resolve import Address, matches
 
@@ -36,7 +36,8 @@ class Memory:
 
     program: interpreter, libraries, tokenizer and text, as measured. weights: of the block, or of the heads. streams: hidden states between blocks
     that are in memory. waiting: what batches hold while they stand inside a block (one of each worker when replayed). passing: what a batch of each
-    worker makes and lets go on its way. solver: Hessians, their factors, the rows at work. holes: what the heap loses between all these.
+    worker makes and lets go on its way. solver: Hessians, their factors, the rows at work; or what a transform is learned from. holes: what the heap
+    loses between all these.
     """
 
     program: int
@@ -163,7 +164,12 @@ class Sizes:
         matrices = 0 if not self.recipe.solver.needs_moments else 6 if self.recipe.solver.needs_cross else 4
         beside = any(isinstance(step, SideStep) and step.needs_moments for step in self.recipe.steps)
         wide = 8 * (DOUBLES * site.width**2 + 3 * site.weights) if beside else 0
-        return wide + 4 * matrices * site.width**2 + 4 * COPIES * min(site.weights, PIECE) + site.weights
+        learning = max((step.held_bytes(site.width, site.weights, self.tokens) for step in self._learning), default=0)
+        return max(learning, wide + 4 * matrices * site.width**2 + 4 * COPIES * min(site.weights, PIECE) + site.weights)
+
+    @property
+    def _learning(self) -> list[Flat]:
+        return [step for step in self.recipe.steps if isinstance(step, Flat)]
 
     def _at_head(self, program: int, streams: int) -> Memory:
         """Embeddings or the head: as stored, and in the arithmetic where that is another; rewritten ones are checked in float32."""
@@ -187,14 +193,16 @@ class Sizes:
         return Memory(program=program + LATER, weights=weights, streams=hidden, passing=passing, holes=holes)
 
     def seconds(self, replay: bool) -> float:
-        """From the arithmetic of forward passes, Hessians and solver at the speed of one measured product; good to a factor of two or so."""
+        """From the arithmetic of forward passes, Hessians and solver at the speed of one measured product, and what learning takes; good to a factor of
+        two or so."""
         rate = products_per_second(self.dtype, self.runner.device)
         slow = products_per_second(torch.float32, self.runner.device)
         widths = [site.width for site in self.sites]
         passes = (4 if replay else 2) * self.tokens * self.block_parameters
         hessians = self.tokens * sum(w * w for w in widths)
         solver = 6 * sum(w * self.block_parameters / len(widths) for w in widths)
-        return self.block_count * (0.3 + passes / rate + hessians / slow + solver / slow)
+        learning = sum(step.seconds(width) for step in self._learning for width in widths)
+        return self.block_count * (0.3 + passes / rate + hessians / slow + solver / slow + learning)
 
 
 def products_per_second(dtype: torch.dtype, device: torch.device) -> float:

@@ -24,20 +24,21 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanishError
-from ..formats import ActivationFormat, Scheme
+from ..formats import Scheme
 from ..products import bfloat16_products
-from ..solvers.clip_activation import RATIOS, best_clip
 from ..straight_through import rounded_input, rounded_weight
 from .factors import Chain, on_input, on_weight
 from .flat_shapes import BlockShape, Group, KroneckerShape, Shape, Start
 from .inputs import SiteView, check_block, divisor
 
-BATCH, ROWS = 1024, 256  # tokens and rows of weights of a step of descent
+BATCH, ROWS = 512, 256  # tokens and rows of weights of a step of descent
 JUDGEMENTS = 4  # how often the chain is held against the tokens held out
 HELD_OUT = 4  # one token in so many is held out
 LEAST_OPEN = 0.98  # a clip that starts wider could not move: the sigmoid is flat there
 JUDGED_ROWS = 512  # of the weights, where a chain is judged, and tokens on which the start's clip is searched
+CLIPS = tuple(1 - i / 40 for i in range(13))  # of activations, of which the start has the best
 WEIGHT_CLIP = 0.8  # where that of weights starts
+WAYS, MATRICES, VALUE_SECONDS = 30, 12, 1.2e-7  # copies of a step's values, and of blocks; for each value of a step, measured
 WEIGHT_CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # tried wherever a chain is judged, as the solver will
 
 
@@ -85,6 +86,16 @@ class Flat:
             raise PlanishError(f"flat.tokens is {self.tokens}, but one in {HELD_OUT} is held out, so there are more. Usual: 4096.")
         if not 0 <= self.balance <= 1:
             raise PlanishError(f"flat.balance is {self.balance}, but it is 0 (weights are exact) to 1 (weights are rounded to nearest). Usual: 0.3.")
+
+    def held_bytes(self, width: int, weights: int, tokens: int) -> int:
+        """In memory at the highest, about, at a site so wide with so many weights, of so many tokens: the sample, apart and moved; values of a step
+        on their way; weights, moved in float64; numbers, slopes and inverses."""
+        sample = 3 * min(tokens, self.tokens) + WAYS * BATCH
+        return 4 * width * (sample + MATRICES * (divisor(width, self.block) if self.structure == "blocks" else 1)) + 16 * weights
+
+    def seconds(self, width: int) -> float:
+        """At a site so wide, about, with one core."""
+        return self.steps * BATCH * width * VALUE_SECONDS
 
     def chain(self, view: SiteView) -> Chain:
         """The factors alone."""
@@ -156,15 +167,16 @@ class _Descent:
         self.generator = torch.Generator().manual_seed(settings.seed)
         act = scheme.activations
         self.learns = settings.clip and act is not None and act.dynamic
-        ratio = 1.0 if act is None else self._searched(act) if self.learns else act.clip
+        ratio = 1.0 if act is None else self._searched() if self.learns else act.clip
         self.fixed, self.best = torch.tensor(ratio), Learned(shape.chain(), ratio if self.learns else None, math.nan, math.nan)
         self.logits = [torch.tensor(ratio).logit().requires_grad_() for ratio in (min(ratio, LEAST_OPEN), WEIGHT_CLIP)]
 
-    def _searched(self, act: ActivationFormat) -> float:
-        """The start's best clip."""
+    def _searched(self) -> float:
+        """The start's best clip, the first of equals."""
         chain = self.shape.chain()
+        y_TC = on_input(chain, self.held_TC[:: -(-len(self.held_TC) // JUDGED_ROWS)])
         v_NC = on_weight(chain, self.judged_NC)[0]
-        return best_clip(on_input(chain, self.held_TC[:: max(1, len(self.held_TC) // JUDGED_ROWS)]), v_NC.T @ v_NC, act, RATIOS).clip
+        return min(CLIPS, key=lambda ratio: float(input_error(y_TC, v_NC, self.scheme, torch.tensor(ratio))))
 
     def run(self) -> Learned:
         """The best chain met, never worse than the start on the tokens held out."""

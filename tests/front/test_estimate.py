@@ -47,6 +47,12 @@ def test_parts_follow_the_recipe(folder: Path) -> None:
     assert gptq.solver > 4 * 4 * INNER**2
 
 
+def test_learning_takes_time_and_a_sample(folder: Path) -> None:
+    few, many, wide = (plan(quick("w4a4-best", f"steps=[flat: {{{settings}}}]"), folder) for settings in ("steps: 1", "steps: 1000", "tokens: 16"))
+    assert many.seconds > 5 * few.seconds
+    assert few.memory.solver - wide.memory.solver == 3 * 4 * INNER * (TOKENS - 16)
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Sets torch's number of threads."""
