@@ -193,8 +193,8 @@ class Sizes:
         return Memory(program=program + LATER, weights=weights, streams=hidden, passing=passing, holes=holes)
 
     def seconds(self, replay: bool) -> float:
-        """From the arithmetic of forward passes, Hessians and solver at the speed of one measured product, and what learning takes; good to a factor of
-        two or so."""
+        """From the arithmetic of forward passes, Hessians and solver at the speed of one measured product, and what learning takes; good to a factor
+        of two or so."""
         rate = products_per_second(self.dtype, self.runner.device)
         slow = products_per_second(torch.float32, self.runner.device)
         widths = [site.width for site in self.sites]

@@ -33,9 +33,10 @@ from .inputs import SiteView, check_block, divisor
 
 BATCH, ROWS = 512, 256  # tokens and rows of weights of a step of descent
 JUDGEMENTS = 4  # how often the chain is held against the tokens held out
-HELD_OUT = 4  # one token in so many is held out
+HELD_OUT = 4  # of so many parts of the sample the last is held out
 LEAST_OPEN = 0.98  # a clip that starts wider could not move: the sigmoid is flat there
-JUDGED_ROWS = 512  # of the weights, where a chain is judged, and tokens on which the start's clip is searched
+JUDGED_TOKENS, JUDGED_ROWS = 2048, 512  # of the tokens held out and of the weights, where a chain is judged
+SEARCH_TOKENS = 512  # on which the start's clip is searched
 CLIPS = tuple(1 - i / 40 for i in range(13))  # of activations, of which the start has the best
 WEIGHT_CLIP = 0.8  # where that of weights starts
 WAYS, MATRICES, VALUE_SECONDS = 30, 12, 1.2e-7  # copies of a step's values, and of blocks; for each value of a step, measured
@@ -155,13 +156,14 @@ class _Descent:
 
     def __init__(self, settings: Flat, view: SiteView, shape: Shape, scheme: Scheme) -> None:
         self.settings, self.shape, self.scheme = settings, shape, scheme
-        held_T = torch.arange(len(view.sample_TC), device=view.sample_TC.device) % HELD_OUT == HELD_OUT - 1
-        self.held_TC = view.sample_TC[held_T] if held_T.any() else view.sample_TC
+        held = len(view.sample_TC) // HELD_OUT
+        used_TC, held_TC = (view.sample_TC[:-held], view.sample_TC[-held:]) if held else (view.sample_TC, view.sample_TC)
+        self.held_TC = held_TC[:: -(-len(held_TC) // JUDGED_TOKENS)]
         w_OC = torch.cat(list(view.weights))
         v_NC = w_OC if len(w_OC) <= w_OC.shape[1] else torch.linalg.qr(w_OC, mode="r").R
         self.judged_OC, self.judged_NC = w_OC[:: -(-len(w_OC) // JUDGED_ROWS)], v_NC
         self.size = float((self.held_TC @ v_NC.T).square().sum()) / len(self.held_TC)
-        self.x_TC = on_input(shape.front, view.sample_TC[~held_T])
+        self.x_TC = on_input(shape.front, used_TC)
         self.w_OC, self.v_NC = on_weight(shape.front, w_OC)[0], on_weight(shape.front, v_NC)[0]
         self.outputs = len(w_OC)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -174,7 +176,7 @@ class _Descent:
     def _searched(self) -> float:
         """The start's best clip, the first of equals."""
         chain = self.shape.chain()
-        y_TC = on_input(chain, self.held_TC[:: -(-len(self.held_TC) // JUDGED_ROWS)])
+        y_TC = on_input(chain, self.held_TC[:: -(-len(self.held_TC) // SEARCH_TOKENS)])
         v_NC = on_weight(chain, self.judged_NC)[0]
         return min(CLIPS, key=lambda ratio: float(input_error(y_TC, v_NC, self.scheme, torch.tensor(ratio))))
 
@@ -217,6 +219,8 @@ class _Descent:
     @torch.no_grad()
     def _judge(self) -> None:
         chain, clip = self.shape.chain(), float(self.logits[0].sigmoid()) if self.learns else None
+        if not all(tensor.isfinite().all() for factor in chain for tensor in factor.tensors().values()):
+            return
         after = self._judged(chain, clip)
         if after < self.best.after:
             self.best = Learned(chain, clip, self.best.before, after)

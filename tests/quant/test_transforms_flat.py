@@ -155,8 +155,7 @@ def test_loss_and_slope_are_those_of_dense_matrices(structure: str) -> None:
         T = torch.diag(changes[2].exp()) @ torch.kron(torch.eye(3) + changes[0], torch.eye(4) + changes[1])
     else:
         T = torch.block_diag(*(torch.eye(4) + change for change in changes[0]))
-    x_TC = seen.sample_TC[torch.arange(40) % 4 != 3]
-    held_TC, w_OC = seen.sample_TC[3::4], torch.cat(seen.weights)
+    x_TC, held_TC, w_OC = seen.sample_TC[:30], seen.sample_TC[30:], torch.cat(seen.weights)
     y_TC, z_OC = x_TC @ T, w_OC @ torch.linalg.inv(T).T
     clip, weight_clip = (1 / (1 + (-logit).exp()) for logit in descent.logits)
     inputs = ((twin_rounded(y_TC, clip, False) - y_TC) @ z_OC.T).square().sum()
