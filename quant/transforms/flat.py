@@ -67,9 +67,9 @@ class Flat:
     block: int = 128
     start: Start = "cat"
     damping: float = 0.02
-    steps: int = 80
-    lr: float = 0.05
-    tokens: int = 4096
+    steps: int = 128
+    lr: float = 0.04
+    tokens: int = 16384
     balance: float = 0.3
     clip: bool = True
     seed: int = 0
@@ -80,11 +80,11 @@ class Flat:
         if not 0 < self.damping <= 1:
             raise PlanishError(f"flat.damping is {self.damping}, but it is a part of the mean diagonal, above 0 and at most 1. Usual: 0.02.")
         if self.steps < 0:
-            raise PlanishError(f"flat.steps is {self.steps}, but it counts steps of descent: 0 for the start alone. Usual: 80.")
+            raise PlanishError(f"flat.steps is {self.steps}, but it counts steps of descent: 0 for the start alone. Usual: 128.")
         if not 0 < self.lr <= 1:
-            raise PlanishError(f"flat.lr is {self.lr}, but it is the part of its length by which an axis moves, above 0 and at most 1. Usual: 0.05.")
+            raise PlanishError(f"flat.lr is {self.lr}, but it is the part of its length by which an axis moves, above 0 and at most 1. Usual: 0.04.")
         if self.tokens < HELD_OUT:
-            raise PlanishError(f"flat.tokens is {self.tokens}, but one in {HELD_OUT} is held out, so there are more. Usual: 4096.")
+            raise PlanishError(f"flat.tokens is {self.tokens}, but one in {HELD_OUT} is held out, so there are more. Usual: 16384.")
         if not 0 <= self.balance <= 1:
             raise PlanishError(f"flat.balance is {self.balance}, but it is 0 (weights are exact) to 1 (weights are rounded to nearest). Usual: 0.3.")
 
