@@ -7,14 +7,14 @@ respect to the site's input. Where one token is attended to by all others, as a 
 Shape suffixes: L tokens of a sample, T = all tokens of a batch, D width, C channels of a site.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .runner import BlockRunner
+from .runner import BlockRunner, Call, Head
 from .sites import Site
 
 
@@ -47,7 +47,8 @@ def sensitivities(runner: BlockRunner, batches: Sequence[Tensor], sites: Sequenc
 
     Holds what enters every block, in the runner's dtype, until that block's turn. Raises PlanishError for a model without a head.
     """
-    calls, entering = [], [[] for _ in range(len(runner.blocks) + 1)]
+    calls: list[Call] = []
+    entering: list[list[Tensor]] = [[] for _ in range(len(runner.blocks) + 1)]
     with torch.no_grad():
         for hidden, call in runner.start(list(batches)):
             calls.append(call)
@@ -56,33 +57,37 @@ def sensitivities(runner: BlockRunner, batches: Sequence[Tensor], sites: Sequenc
             block = runner.load_block(index)
             entering[index + 1] = [call.run(block, index, hidden) for call, hidden in zip(calls, entering[index], strict=True)]
             runner.release_block(index)
-    with torch.enable_grad():
-        grads = _at_the_end(runner, entering.pop(), seed)
-        for index in reversed(range(len(runner.blocks))):
-            block = runner.load_block(index)
-            found: list[dict[str, Felt]] = []
-            with _watched(block, sites) as seen:
-                for batch, hidden in enumerate(entering.pop()):
-                    hidden = hidden.detach().requires_grad_()
-                    out = calls[batch].run(block, index, hidden)
-                    grads[batch], felt = _backward(out, grads[batch], hidden, seen)
-                    found.append(felt)
-            runner.release_block(index)
-            yield index, {site.name: _joined([felt[site.name] for felt in found]) for site in sites}
+    grads = _at_the_end(runner, entering.pop(), seed)
+    for index in reversed(range(len(runner.blocks))):
+        block = runner.load_block(index)
+        found: list[dict[str, Felt]] = []
+        with torch.enable_grad(), _watched(block, sites) as seen:
+            for batch, hidden in enumerate(entering.pop()):
+                leaf = hidden.detach().requires_grad_()
+                grads[batch], felt = _backward(calls[batch].run(block, index, leaf), grads[batch], leaf, seen)
+                found.append(felt)
+        runner.release_block(index)
+        yield index, {site.name: _joined([felt[site.name] for felt in found]) for site in sites}
 
 
 def _at_the_end(runner: BlockRunner, outputs: Sequence[Tensor], seed: int) -> list[Tensor]:
     """The loss's gradients with respect to the last block's outputs."""
-    generator, grads = torch.Generator().manual_seed(seed), []
-    with runner.head() as head:
+    generator = torch.Generator().manual_seed(seed)
+    grads: list[Tensor] = []
+    with torch.enable_grad(), runner.head() as head:
         for hidden in outputs:
-            leaves = [sample_LD.detach().requires_grad_() for sample_LD in hidden]
-            for leaf_LD in leaves:
-                for logits in head.logits(leaf_LD):
-                    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-                    nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
-            grads.append(torch.stack([leaf_LD.grad for leaf_LD in leaves if leaf_LD.grad is not None]))
+            grads.append(torch.stack([_of_the_loss(head, sample_LD.detach().requires_grad_(), generator) for sample_LD in hidden]))
     return grads
+
+
+def _of_the_loss(head: Head, sample_LD: Tensor, generator: torch.Generator) -> Tensor:
+    """The gradient, (L, D), of - log p(y) summed over positions, y drawn from p."""
+    total_LD = torch.zeros_like(sample_LD)
+    for logits in head.logits(sample_LD):
+        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        loss = nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+        total_LD += torch.autograd.grad(loss, sample_LD)[0]
+    return total_LD
 
 
 def _backward(out: Tensor, grad: Tensor, hidden: Tensor, seen: Mapping[str, _Seen]) -> tuple[Tensor, dict[str, Felt]]:
@@ -104,11 +109,11 @@ def _joined(parts: Sequence[Felt]) -> Felt:
 def _watched(block: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, _Seen]]:
     """While the `with` lasts, each run of the block leaves there what its sites' readers were given."""
     seen = {site.name: _Seen() for site in sites}
-    handles = [
-        block.get_submodule(path).register_forward_pre_hook(lambda _module, inputs, into=seen[site.name]: into.note(inputs[0]))
-        for site in sites
-        for path in site.readers
-    ]
+
+    def note(into: _Seen) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: into.note(inputs[0])
+
+    handles = [block.get_submodule(path).register_forward_pre_hook(note(seen[site.name])) for site in sites for path in site.readers]
     try:
         yield seen
     finally:

@@ -31,9 +31,9 @@ from .quant.formats import ActivationFormat, QuantizedWeight, Scheme
 from .quant.linear import StaticGrid
 from .quant.solvers import Solver
 from .quant.transforms import Smooth, Step
-from .quant.transforms.factors import Chain, on_input, store
+from .quant.transforms.factors import Chain, store
 from .resolve import matches
-from .smoothing import Probe, Scaling, static_grid
+from .smoothing import Probe, Scaling, extent, static_grid
 from .solving import Readers, gather, output_error, settle
 
 STATIC_SINK_RATIO = 4.0  # a static range that sink tokens exceed by this would clip what makes them sinks
@@ -264,13 +264,9 @@ class _Turn:
         self.static[name] = static_grid(seen, packed.scheme, scale_C, shifts)
         if self.static[name] is None:
             return
-        divisor = torch.ones(()) if scale_C is None else scale_C
-
-        def largest(*ends_C: Tensor) -> float:
-            return float(on_input(shifts, torch.stack(ends_C).float() / divisor).abs().amax())
-
         sinks_C = self.observation.sinks_C[name]
-        ratio = largest(sinks_C, -sinks_C) / largest(seen.minimum_C, seen.maximum_C)
+        reach, limit = (extent(ends, scale_C, shifts) for ends in ((-sinks_C, sinks_C), (seen.minimum_C, seen.maximum_C)))
+        ratio = reach / limit
         if ratio > STATIC_SINK_RATIO:
             self.packed[name] = made_dynamic(packed)
             self.static[name] = None

@@ -48,7 +48,7 @@ def learned(plan: Rewriting, residual: Rotate | None, value: Rotate | None, orig
     generator = torch.Generator().manual_seed(0)
     kept: list[tuple[Tensor, Tensor]] = []
     values: dict[int, tuple[Tensor, tuple[float, float]]] = {}
-    for index, felt in sensitivities(runner, ids[: max(1, text // ids.shape[1])].split(BATCH_SAMPLES), taken):
+    for index, felt in sensitivities(runner, torch.split(ids[: max(1, text // ids.shape[1])], BATCH_SAMPLES), taken):
         if residual is not None:
             count = max(1, 2 * residual.learning.tokens // (blocks * len(streams)))
             kept += [_thinned(felt[site.name], count, generator) for site in streams]
@@ -61,7 +61,8 @@ def learned(plan: Rewriting, residual: Rotate | None, value: Rotate | None, orig
         turns, ranges = zip(*(values[index] for index in range(blocks)), strict=True)
         found = Learned(replace(plan, value=(), own_values=turns), values=ranges)
     if residual is not None:
-        x_TD = _drawn(*map(torch.cat, zip(*kept, strict=True)), residual.learning.tokens, generator)
+        x_TD, cost_T = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        x_TD = _drawn(x_TD, cost_T, residual.learning.tokens, generator)
         matrix_1DD, both = _learn(x_TD, _dense(plan.residual, x_TD.shape[1])[None], residual.learning)
         found = replace(found, plan=replace(found.plan, residual=(Blocks(matrix_1DD),)), residual=both)
     return found

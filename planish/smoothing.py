@@ -66,12 +66,20 @@ def static_grid(seen: Extremes, scheme: Scheme, divisor_C: Tensor | None = None,
     fmt = scheme.activations
     if fmt is None or fmt.dynamic:
         return None
-    low_C, high_C = seen.minimum_C.float(), seen.maximum_C.float()
-    if divisor_C is not None:
-        low_C, high_C = low_C / divisor_C, high_C / divisor_C
-    low_C, high_C = on_input(shifts, low_C[None])[0], on_input(shifts, high_C[None])[0]
+    low_C, high_C = _ends((seen.minimum_C, seen.maximum_C), divisor_C, shifts)
     scale, zero = scale_and_zero(low_C.amin().reshape(1, 1), high_C.amax().reshape(1, 1), fmt.bits, fmt.symmetric, torch.bfloat16)
     return StaticGrid(scale, zero)
+
+
+def _ends(ends_C: tuple[Tensor, Tensor], divisor_C: Tensor | None, shifts: Chain) -> Tensor:
+    """Both ends of every channel's range behind divisor and shifts: (2, C) float32."""
+    both_2C = torch.stack(ends_C).float()
+    return on_input(shifts, both_2C if divisor_C is None else both_2C / divisor_C)
+
+
+def extent(ends_C: tuple[Tensor, Tensor], divisor_C: Tensor | None, shifts: Chain = ()) -> float:
+    """How far from zero channels with these ranges reach behind divisor and shifts."""
+    return float(_ends(ends_C, divisor_C, shifts).abs().amax())
 
 
 def scaler(steps: Sequence[Smooth | ScaleRms], block: int, site: str) -> Smooth | ScaleRms | None:

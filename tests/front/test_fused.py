@@ -319,7 +319,7 @@ MISTAKEN = {
     "rotate: {at: value, kind: orthogonal, objective: whip}": "objective is whip, but a rotation of kind orthogonal has none",
     "rotate: {at: value, kind: learned, steps: 0}": "rotate.steps is 0, but must be at least 1",
     "rotate: {at: value, kind: learned, tokens: -1}": "rotate.tokens is -1, but must be at least 1",
-    "rotate: {at: value, kind: learned, objective: peak}": "objective: expected range or kurtosis or whip or null, got 'peak'",
+    "rotate: {at: value, kind: learned, objective: peak}": "objective: expected 'range' or 'kurtosis' or 'whip' or null, got 'peak'",
 }
 
 
