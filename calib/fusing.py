@@ -6,7 +6,7 @@ All is computed in float64, piece by piece, and rounded once to the weights' dty
 Shape suffixes: N rows of a piece, D width of the stream, C channels of a site, O and I out and in channels of one layer, A heads of E channels.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -167,21 +167,26 @@ def head_rows(topology: Topology) -> list[list[int]]:
     return [list(rows) for rows in dict.fromkeys(index[start : start + size] for start in range(0, len(index), size))]
 
 
-def rotate_values(block: nn.Module, topology: Topology, rotation: Chain) -> None:
-    """Every head's values are rotated: rows of v (and its bias), and the columns of o for all query heads.
+def rotate_values(block: nn.Module, topology: Topology, rotations: Sequence[Chain]) -> None:
+    """Every head's values are rotated: rows of v (and its bias), and the columns of o for all query heads that share them.
 
-    rotation: orthogonal, of one head's channels.
+    rotations: orthogonal, of one head's channels, for each key-value head.
     """
     site = value_site(topology)
     value = block.get_submodule(site.makers[0].module)
     weight_OI, bias_O = reader_weight(value), reader_bias(value)
-    turn = _through(rotation, weight_OI.device)
-    for rows in head_rows(topology):
+    turns = [_through(rotation, weight_OI.device) for rotation in rotations]
+    for turn, rows in zip(turns, head_rows(topology), strict=True):
         weight_OI[rows] = turn(weight_OI[rows].T.double()).T.to(weight_OI.dtype)
         if bias_O is not None:
             bias_O[rows] = turn(bias_O[None, rows].double())[0].to(bias_O.dtype)
+
+    def columns(w_NC: Tensor) -> Tensor:
+        shared = w_NC.reshape(len(w_NC), len(turns), topology.heads // len(turns), -1).unbind(1)
+        return torch.stack([turn(some_NAE) for turn, some_NAE in zip(turns, shared, strict=True)], 1).reshape(w_NC.shape)
+
     for path in site.readers:
-        rowwise(reader_weight(block.get_submodule(path)), lambda w_NC: turn(w_NC.reshape(len(w_NC), topology.heads, -1)).reshape(w_NC.shape))
+        rowwise(reader_weight(block.get_submodule(path)), columns)
 
 
 def permute(block: nn.Module, site: Site, index_C: Tensor) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.errors import PlanishError
-from ..quant.transforms.factors import Chain
+from ..quant.transforms.factors import Blocks, Chain
 from ..quant.transforms.rotate import turned_back
 from .checkpoint import Checkpoint
-from .fusing import Folded, StreamMap, fold_norms, map_stream, norm_readers, norm_through, read_through, rotate_values, write_through
+from .fusing import Folded, StreamMap, fold_norms, head_rows, map_stream, norm_readers, norm_through, read_through, rotate_values, write_through
 from .sites import Topology
 from .topology import topology
 
@@ -23,21 +23,28 @@ from .topology import topology
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Rewriting:
     """What is absorbed. fold: norms go into their readers. untie: the head gets its own weights. residual, value: orthogonal matrices of the residual
-    stream (needs fold) and of one head's values; empty for none."""
+    stream (needs fold) and of one head's values, the same for all; empty for none. own_values: instead of value, (kv heads, E, E) for each block."""
 
     fold: bool = False
     untie: bool = False
     residual: Chain = ()
     value: Chain = ()
+    own_values: tuple[Tensor, ...] = ()
 
     def parts(self) -> Iterator[tuple[str, "Rewriting"]]:
         """Growing from nothing to all of it, each with the step that came last."""
         if self.fold:
             yield "fold_norms", Rewriting(fold=True, untie=self.untie)
         if self.residual:
-            yield "rotate at residual", replace(self, value=())
-        if self.value:
+            yield "rotate at residual", replace(self, value=(), own_values=())
+        if self.value or self.own_values:
             yield "rotate at value", self
+
+    def value_turns(self, block: int, kv_heads: int) -> list[Chain]:
+        """What each key-value head's values are turned by in a block; empty for none."""
+        if self.own_values:
+            return [(Blocks(turn_EE[None]),) for turn_EE in self.own_values[block]]
+        return [self.value] * kv_heads if self.value else []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,8 +97,8 @@ class Rewritten(Checkpoint):
             fold_norms(block, known, name)
         if change := _stream_map(known, self.rewriting):
             map_stream(block, known, change)
-        if self.rewriting.value:
-            rotate_values(block, known, self.rewriting.value)
+        if turns := self.rewriting.value_turns(int(name.removeprefix(f"{known.blocks}.")), len(head_rows(known))):
+            rotate_values(block, known, turns)
 
     def _rewrite_outer(self, module: nn.Module, known: Topology, name: str) -> None:
         change = _stream_map(known, self.rewriting)

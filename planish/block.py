@@ -33,7 +33,7 @@ from .quant.solvers import Solver
 from .quant.transforms import Smooth, Step
 from .quant.transforms.factors import Chain, store
 from .resolve import matches
-from .smoothing import Probe, Scaling, static_grid
+from .smoothing import Probe, Scaling, extent, static_grid
 from .solving import Readers, gather, output_error, settle
 
 STATIC_SINK_RATIO = 4.0  # a static range that sink tokens exceed by this would clip what makes them sinks
@@ -232,6 +232,7 @@ class _Turn:
         self.readers: dict[str, Readers] = {}
         self.record = BlockRecord(index, sites={name: SiteRecord() for name in self.sites})
         self.observation = Observation()
+        self.scales: Mapping[str, Tensor] = {}
 
     def look(self, block: nn.Module, streams: Streams) -> None:
         """Send the full-precision stream through, then choose and absorb the scales. The block is float32 afterwards."""
@@ -249,22 +250,23 @@ class _Turn:
         schemes = {name: None if packed is None else packed.scheme for name, packed in self.packed.items()}
         block.float()
         absorbed = self.steps.absorb(block, known, schemes, self.observation, probe, self.stored)
-        self.record.equivalence = absorbed.error
+        self.record.equivalence, self.scales = absorbed.error, absorbed.scales
         for name in self.sites:
             if name in absorbed.chosen:
                 self.record.sites[name].note_scale(absorbed.chosen[name])
             self._fix_range(name, absorbed.scales.get(name))
 
-    def _fix_range(self, name: str, scale_C: Tensor | None) -> None:
+    def _fix_range(self, name: str, scale_C: Tensor | None, shifts: Chain = ()) -> None:
         """The static grid of a site; where sink tokens lie far outside it, the site's activations become dynamic instead."""
         packed, seen = self.packed[name], self.observation.seen[name]
         if packed is None:
             return
-        self.static[name] = static_grid(seen, packed.scheme, scale_C)
+        self.static[name] = static_grid(seen, packed.scheme, scale_C, shifts)
         if self.static[name] is None:
             return
-        divisor = torch.ones(()) if scale_C is None else scale_C
-        ratio = float((self.observation.sinks_C[name] / divisor).amax() / (seen.absmax_C / divisor).amax())
+        sinks_C = self.observation.sinks_C[name]
+        reach, limit = (extent(ends, scale_C, shifts) for ends in ((-sinks_C, sinks_C), (seen.minimum_C, seen.maximum_C)))
+        ratio = reach / limit
         if ratio > STATIC_SINK_RATIO:
             self.packed[name] = made_dynamic(packed)
             self.static[name] = None
@@ -334,7 +336,10 @@ class _Turn:
             return
         done = flatten(readers, steps, clip, walk, self.observation.keep_T, self.stored, f"{self.index}.{name}")
         record = self.record.sites[name]
-        record.chain, record.note = store(done.chain)[0], ", ".join(filter(None, (record.note, done.note)))
+        record.chain, record.note = store(done.chain)[0], "; ".join(filter(None, (record.note, done.note)))
+        if readers.static is not None:
+            self._fix_range(name, self.scales.get(name), done.chain)
+            readers.packed, readers.static = self.packed[name], self.static[name]
         self.record.equivalence = max(self.record.equivalence, done.error)
 
     def _passes(self, block: nn.Module, streams: Streams, stream: Stream) -> list[Pass]:

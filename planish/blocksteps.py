@@ -10,11 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .calib.fusing import permute, placed, rotate_values
+from .calib.fusing import head_rows, permute, placed, rotate_values
 from .calib.observe import Observation
 from .calib.sites import Site, Topology
 from .quant.formats import Scheme
 from .quant.transforms import (
+    Center,
     ClipSearch,
     FoldNorms,
     Hadamard,
@@ -91,7 +92,8 @@ class BlockSteps:
     ) -> Absorbed:
         """Choose what the float32 block absorbs, and let it. PlanishError if it then computes something else."""
         sites = {site.name: site for site in known.sites}
-        chosen = choose(block, sites, schemes, observed, self.scalers, probe, partial(self._behind, known, probe.index))
+        centred = {site.name for site in known.sites for step in self.inputs if _centres(step) and matches(step.sites, probe.index, site.name)}
+        chosen = choose(block, sites, schemes, observed, self.scalers, probe, partial(self._behind, known, probe.index), centred)
         scales: dict[str, Tensor] = {}
         orders = [(step, site) for step in self.permutes for site in known.sites if matches(step.sites, probe.index, site.name)]
 
@@ -101,7 +103,7 @@ class BlockSteps:
                 magnitude_C = observed.seen[site.name].absmax_C / scales.get(site.name, 1)
                 permute(block, site, _order(step, site, known, magnitude_C))
             if self.value:
-                rotate_values(block, known, self.value)
+                rotate_values(block, known, [self.value] * len(head_rows(known)))
 
         if not (orders or self.value or any(scaling.scale_C is not None for scaling in chosen.values())):
             return Absorbed(0.0, chosen, scales)
@@ -121,6 +123,10 @@ class BlockSteps:
             if isinstance(step, (Hadamard, AcrossHeads)) and matches(step.sites, index, name):
                 chain += placed(step.chain(view), x_TC.device)
         return chain
+
+
+def _centres(step: InputStep) -> bool:
+    return isinstance(step, Center) and step.by == "middle"
 
 
 def _order(step: Permute, site: Site, known: Topology, magnitude_C: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Shape suffixes: T tokens, C channels.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,11 +20,11 @@ from .calib.runner import BlockRunner
 from .calib.sites import Topology
 from .calib.stream import relative_error
 from .calib.walk import site_inputs
+from .learning import Learned, learned
 from .quant.errors import PlanishError
 from .quant.formats import Scheme
 from .quant.transforms import FoldNorms, Permute, Rotate, ScaleRms, Smooth, Step, Untie
-from .quant.transforms.factors import Blocks, Chain, on_input
-from .quant.transforms.learned import learn_rotation
+from .quant.transforms.factors import Chain, on_input
 from .quant.transforms.rotate import across_heads, mean_keeping, mixing, rotation_at
 from .resolve import Address, matches
 from .steporder import late_value, of_the_whole, step_name, touches, value_rotation
@@ -32,23 +32,29 @@ from .units import size
 
 TOLERANCE = 1e-3  # relative error of the rewritten model in float32; right mappings reach 1e-6
 CHECK_TOKENS = 8  # evenly from the whole vocabulary
-LEARNED_TOKENS, LEARNING_STEPS, LEARNING_BATCH, LEARNING_ANGLE = 8192, 200, 1024, 0.1  # for a rotation that is learned
 DRAW_TOKENS, KEPT_TOKENS = 256, 32  # that flow through the blocks once for the choice of a draw, and of them those compared at each site
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fused:
     """The rewritten checkpoint, and how it came about. draw: the rotation's; ranges: the mean squared range of the normed stream's tokens with each
-    draw, where they were compared. errors: of the rewritten parts against the original's, relative, in float32."""
+    draw, where they were compared. learned: where rotations were, the objective of the tokens drawn, before and after. errors: of the rewritten parts
+    against the original's, relative, in float32."""
 
     source: Rewritten
     draw: int = 0
     ranges: tuple[float, ...] = ()
+    learned: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """As plain values, for JSON."""
-        return {"draw": self.draw, "ranges": list(self.ranges), "errors": dict(self.errors)}
+        return {
+            "draw": self.draw,
+            "ranges": list(self.ranges),
+            "learned": {name: list(both) for name, both in self.learned.items()},
+            "errors": dict(self.errors),
+        }
 
 
 def fused(steps: Sequence[Step], runner: BlockRunner, schemes: Mapping[Address, Scheme | None]) -> tuple[Fused | None, tuple[str, ...]]:
@@ -84,6 +90,12 @@ def rewriting(steps: Sequence[Step], runner: BlockRunner, draw: int) -> Rewritin
 
 
 def _check_steps(steps: Sequence[Step], known: Topology) -> None:
+    value = rotation_at(steps, "value")
+    if value is not None and value.kind == "learned" and late_value(steps, known):
+        raise PlanishError(
+            "steps: rotate at value is learned from o's input as the model has it, but comes after a step that scales or permutes o. Put rotate "
+            "first, or use kind: hadamard."
+        )
     for at, step in enumerate(steps):
         if isinstance(step, Rotate) and step.at == "heads":
             across_heads(step, known.heads)
@@ -147,30 +159,17 @@ def settled(steps: Sequence[Step], original: BlockRunner, ids: Tensor | None) ->
     """With the best draw of the rotation, and held against the original. Raises PlanishError where that computes something else."""
     rotate, draw = rotation_at(steps, "residual"), 0
     ranges: tuple[float, ...] = ()
-    if rotate is not None and rotate.kind == "learned":
+    if rotate is not None and rotate.seeds > 1:
         assert ids is not None
-        plan, ranges = _learned(steps, original, ids)
         with bfloat16_products(False):
-            return Fused(Rewritten.of(original.checkpoint, plan), draw, ranges, _checked(original, plan))
-    with bfloat16_products(False):
-        if rotate is not None and rotate.seeds > 1:
-            assert ids is not None
             ranges = _ranges(steps, original, ids, rotate.seeds)
-            draw = min(range(rotate.seeds), key=ranges.__getitem__)
-        plan = rewriting(steps, original, draw)
-        return Fused(Rewritten.of(original.checkpoint, plan), draw, ranges, _checked(original, plan))
-
-
-def _learned(steps: Sequence[Step], original: BlockRunner, ids: Tensor) -> tuple[Rewriting, tuple[float, float]]:
-    """With a rotation learned from the tokens of all blocks; and the mean squared range before and after."""
-    samples = max(1, LEARNED_TOKENS // (ids.shape[1] * 2))
-    x_TC = torch.cat(list(_stream_tokens(original, ids[:samples], LEARNED_TOKENS // (2 * len(original.blocks)))))
-    plan = rewriting(steps, original, 0)
-    start_CC = on_input(plan.residual, torch.eye(x_TC.shape[1], dtype=torch.float64))
-    with torch.enable_grad():
-        learned = (Blocks(learn_rotation(x_TC, start_CC, "range", LEARNING_STEPS, LEARNING_ANGLE, batch=LEARNING_BATCH)[None]),)
-    ranges = tuple(_squared_ranges(on_input(rotation, x_TC)) / len(x_TC) for rotation in (plan.residual, learned))
-    return replace(plan, residual=learned), (ranges[0], ranges[1])
+        draw = min(range(rotate.seeds), key=ranges.__getitem__)
+    found = Learned(rewriting(steps, original, draw))
+    if at := {step.at: step for step in steps if isinstance(step, Rotate) and step.kind == "learned"}:
+        assert ids is not None
+        found = learned(found.plan, at.get("residual"), at.get("value"), original, ids)
+    with bfloat16_products(False):
+        return Fused(Rewritten.of(original.checkpoint, found.plan), draw, ranges, found.objectives, _checked(original, found.plan))
 
 
 def _ranges(steps: Sequence[Step], original: BlockRunner, ids: Tensor, seeds: int) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from .decode import Named, decode, encode
 from .quant.errors import PlanishError, nearest
 from .quant.formats import Scheme
 from .quant.solvers import SOLVERS, Solver
-from .quant.transforms import STEPS, ScaleRms, Smooth, Step
+from .quant.transforms import STEPS, Center, ScaleRms, Smooth, Step
 from .shipped import shipped as shipped
 from .shipped import shipped_text as shipped_text
 from .shipped import shipped_texts
@@ -102,9 +102,11 @@ class Recipe:
             f"the solver {_name(self.solver, SOLVERS)}": self.solver.needs_moments,
             "a static activation scale": any(not activation.dynamic for activation in activations),
         }
-        if any(not activation.dynamic for activation in activations) and not all(portable(step) for step in self.steps):
+        mixing = [step_name(step) for step in self.steps if not (portable(step) or isinstance(step, Center))]
+        if any(not activation.dynamic for activation in activations) and mixing:
             raise PlanishError(
-                "scheme: static scales do not know inputs that are transformed at run time. Set dynamic: true, or use steps that weights absorb."
+                f"scheme: static scales do not know what {mixing[0]} makes of inputs at run time. Set dynamic: true, or use shift, or steps that "
+                "weights absorb."
             )
         if self.calibration is None and any(users.values()):
             needing = " and ".join(user for user, needs in users.items() if needs)

@@ -3,7 +3,7 @@
 Shape suffixes: P probe samples, L tokens, D width; T = P * L; C channels of a site.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from .quant.errors import PlanishError
 from .quant.formats import Scheme, scale_and_zero
 from .quant.linear import QuantizedLinear, StaticGrid
 from .quant.solvers import Rtn
-from .quant.transforms.factors import Chain, Scale, on_weight
+from .quant.transforms.factors import Chain, Scale, on_input, on_weight
 from .quant.transforms.scale_rms import ScaleRms, rms_scale
 from .quant.transforms.smooth import Smooth, smoothing_scale
 from .resolve import matches
@@ -59,16 +59,27 @@ Behind = Callable[[str, Tensor], Chain]
 """behind(site, x): what the site's input x (T, C) goes through behind the scale, as far as that does not hang on the scale."""
 
 
-def static_grid(seen: Extremes, scheme: Scheme, divisor_C: Tensor | None = None) -> StaticGrid | None:
-    """The static grid of a site from the range of the tokens kept; None if the scheme's activations are dynamic or not quantized."""
+def static_grid(seen: Extremes, scheme: Scheme, divisor_C: Tensor | None = None, shifts: Chain = ()) -> StaticGrid | None:
+    """The static grid of a site from the range of the tokens kept; None if the scheme's activations are dynamic or not quantized.
+
+    divisor_C, shifts: what the channels are divided by, and what is then taken from them, before they are quantized."""
     fmt = scheme.activations
     if fmt is None or fmt.dynamic:
         return None
-    low_C, high_C = seen.minimum_C.float(), seen.maximum_C.float()
-    if divisor_C is not None:
-        low_C, high_C = low_C / divisor_C, high_C / divisor_C
+    low_C, high_C = _ends((seen.minimum_C, seen.maximum_C), divisor_C, shifts)
     scale, zero = scale_and_zero(low_C.amin().reshape(1, 1), high_C.amax().reshape(1, 1), fmt.bits, fmt.symmetric, torch.bfloat16)
     return StaticGrid(scale, zero)
+
+
+def _ends(ends_C: tuple[Tensor, Tensor], divisor_C: Tensor | None, shifts: Chain) -> Tensor:
+    """Both ends of every channel's range behind divisor and shifts: (2, C) float32."""
+    both_2C = torch.stack(ends_C).float()
+    return on_input(shifts, both_2C if divisor_C is None else both_2C / divisor_C)
+
+
+def extent(ends_C: tuple[Tensor, Tensor], divisor_C: Tensor | None, shifts: Chain = ()) -> float:
+    """How far from zero channels with these ranges reach behind divisor and shifts."""
+    return float(_ends(ends_C, divisor_C, shifts).abs().amax())
 
 
 def scaler(steps: Sequence[Smooth | ScaleRms], block: int, site: str) -> Smooth | ScaleRms | None:
@@ -84,11 +95,12 @@ def choose(
     steps: Sequence[Smooth | ScaleRms],
     probe: Probe,
     behind: Behind,
+    centred: Collection[str] = (),
 ) -> dict[str, Scaling]:
     """The scales of the sites that have a free host, match a step and have quantized activations.
 
     block: float32, untouched on return. strength or exponent auto: for each site the one with which the block errs least on the probe when this site
-    alone is quantized, its weights rounded to nearest.
+    alone is quantized, its weights rounded to nearest. centred: sites that a shift makes symmetric: what smoothing looks at is half of their range.
     """
     chosen: dict[str, Scaling] = {}
     reference: Tensor | None = None
@@ -97,7 +109,7 @@ def choose(
         scheme, step = schemes[name], scaler(steps, probe.index, name)
         if site.host is None or scheme is None or scheme.activations is None or step is None:
             continue
-        scales = _scales(block, site, observed, step)
+        scales = _scales(block, site, observed, step, name in centred)
         errors: dict[float | None, float] = {}
         if _auto(step):
             if reference is None:
@@ -118,7 +130,7 @@ def _auto(step: Smooth | ScaleRms) -> bool:
     return (step.strength if isinstance(step, Smooth) else step.exponent) == "auto"
 
 
-def _scales(block: nn.Module, site: Site, observed: Observation, step: Smooth | ScaleRms) -> dict[float | None, Tensor | None]:
+def _scales(block: nn.Module, site: Site, observed: Observation, step: Smooth | ScaleRms, centred: bool) -> dict[float | None, Tensor | None]:
     """The scales to choose from, by strength or exponent."""
     absmax_C = observed.seen[site.name].absmax_C
     driven_C = observed.sinks_C[site.name] > absmax_C  # by sink tokens alone: such a column is not to be made small beside its row
@@ -126,6 +138,8 @@ def _scales(block: nn.Module, site: Site, observed: Observation, step: Smooth | 
     made: dict[float, Tensor] = {}
     if isinstance(step, Smooth):
         weight_C = torch.stack([w_OC.abs().amax(0) for w_OC in weights]).amax(0)
+        if centred:
+            absmax_C = (observed.seen[site.name].maximum_C.float() - observed.seen[site.name].minimum_C.float()) / 2
         for strength in STRENGTHS if step.strength == "auto" else (step.strength,):
             made[strength] = smoothing_scale(absmax_C, weight_C, strength)
     else:

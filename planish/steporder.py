@@ -68,7 +68,7 @@ def touches(step: Smooth | ScaleRms | Permute, site: str, known: Topology) -> bo
 
 
 def value_rotation(step: Rotate, known: Topology) -> Chain:
-    """What a head's values are turned by."""
+    """What a head's values are turned by, or what that is learned from."""
     return mixing(len(head_rows(known)[0]), step.kind, 0)
 
 

@@ -10,7 +10,7 @@ R <- (I + s/2 A)^-1 (I - s/2 A) R with A = G R' - R G'. Here it is done from the
 the gradient with respect to Y, which is the same step, as G = X' g. The inverse is a solver's, so R stays orthogonal; and A is scaled, so that
 steps are angles, whatever the objective's size.
 
-Shape suffixes: T tokens, C channels.
+Shape suffixes: T tokens, C channels: K parts of Q groups of E channels each, the groups of a part turned alike; N = T Q.
 """
 
 import math
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanishError
+from .factors import Blocks
 from .rotation import orthonormal
 
 Objective = Literal["range", "kurtosis", "whip"]
@@ -32,23 +33,39 @@ UNIFORM = 1.8
 
 
 def learn_rotation(x_TC: Tensor, start_CC: Tensor, objective: Objective, steps: int, lr: float, *, batch: int | None = None, seed: int = 0) -> Tensor:
-    """The best rotation met on the way: (C, C) float64, orthogonal, its `objective_of` all tokens never above the start's.
+    """The best rotation of all channels met on the way: (C, C) float64; as `learn_rotations` with one part."""
+    found_CC: Tensor = learn_rotations(x_TC, start_CC[None], objective, steps, lr, batch=batch, seed=seed)[0]
+    return found_CC
 
-    x_TC: tokens, sinks left out; zero ones do not count. Products with it are in its dtype, float32 at least, all else in float64.
-    start_CC: orthogonal, such as a Hadamard matrix. lr: by how many radians the first step turns a channel's axis, on average; it falls to 0 as a
+
+def learn_rotations(
+    x_TC: Tensor, start_KEE: Tensor, objective: Objective, steps: int, lr: float, *, batch: int | None = None, seed: int = 0
+) -> Tensor:
+    """The best rotations met on the way: (K, E, E) float64, orthogonal, the `objective_of` all tokens never above the start's.
+
+    x_TC: tokens; zero ones do not count. C = K Q E: each of K parts holds Q groups of E channels, which share the part's rotation, as the query heads
+    of a key-value head do; a token's objective is that of all its channels. Products with it are in its dtype, float32 at least, all else in float64.
+    start_KEE: orthogonal, such as Hadamard matrices. lr: by how many radians the first step turns a channel's axis, on average; it falls to 0 as a
     cosine. 0.05 to 0.1 is usual. batch: tokens of a step, drawn by the seed; None: all of them. Rotations are judged once per pass over the tokens.
-    Raises PlanishError: a start that is not orthogonal, inputs that hold NaN or Inf, a batch of no tokens.
+    Raises PlanishError: a start that is not orthogonal or not of that many channels, inputs that hold NaN or Inf, a batch of no tokens.
     """
-    unit_TC, rotation_CC = _unit(x_TC), _orthogonal(start_CC, x_TC)
-    best, best_CC = objective_of(unit_TC @ rotation_CC.to(unit_TC.dtype), objective), rotation_CC
-    velocity_CC, eye_CC = torch.zeros_like(rotation_CC), torch.eye(len(rotation_CC)).to(rotation_CC)
+    unit_TC, rotation_KEE = _unit(x_TC), _orthogonal(start_KEE, x_TC)
+    best, best_KEE = objective_of(turned(unit_TC, rotation_KEE), objective), rotation_KEE
+    velocity_KEE, eye_EE = torch.zeros_like(rotation_KEE), torch.eye(rotation_KEE.shape[1]).to(rotation_KEE)
     for i, (batch_TC, last) in enumerate(_batches(unit_TC, batch, steps, seed)):
-        velocity_CC = MOMENTUM * velocity_CC + (1 - MOMENTUM) * _slope(batch_TC @ rotation_CC.to(unit_TC.dtype), _DESCENT[objective])
-        half_CC = lr / 4 * (1 + math.cos(math.pi * i / steps)) * velocity_CC
-        rotation_CC = rotation_CC @ torch.linalg.solve(eye_CC + half_CC, eye_CC - half_CC)
-        if last and (now := objective_of(unit_TC @ rotation_CC.to(unit_TC.dtype), objective)) < best:
-            best, best_CC = now, rotation_CC
-    return best_CC
+        slope_KEE = _slope(turned(batch_TC, rotation_KEE), len(rotation_KEE), len(eye_EE), _DESCENT[objective])
+        velocity_KEE = MOMENTUM * velocity_KEE + (1 - MOMENTUM) * slope_KEE
+        half_KEE = lr / 4 * (1 + math.cos(math.pi * i / steps)) * velocity_KEE
+        rotation_KEE = rotation_KEE @ torch.linalg.solve(eye_EE + half_KEE, eye_EE - half_KEE)
+        if last and (now := objective_of(turned(unit_TC, rotation_KEE), objective)) < best:
+            best, best_KEE = now, rotation_KEE
+    return best_KEE
+
+
+def turned(x_TC: Tensor, rotation_KEE: Tensor) -> Tensor:
+    """The tokens, every group of E channels turned by its part's rotation: (T, C) in x's dtype."""
+    groups = x_TC.shape[1] // (rotation_KEE.shape[0] * rotation_KEE.shape[1])
+    return Blocks(rotation_KEE.repeat_interleave(groups, 0).to(x_TC.dtype)).on_input(x_TC)
 
 
 def objective_of(y_TC: Tensor, objective: Objective) -> float:
@@ -66,14 +83,17 @@ def _unit(x_TC: Tensor) -> Tensor:
     return x_TC / x_TC.square().mean(1, keepdim=True).sqrt()
 
 
-def _orthogonal(start_CC: Tensor, x_TC: Tensor) -> Tensor:
+def _orthogonal(start_KEE: Tensor, x_TC: Tensor) -> Tensor:
     """The start to float64's precision, where x is."""
     channels = x_TC.shape[1]
-    rotation_CC = start_CC.to(x_TC.device, torch.float64)
-    eye_CC = torch.eye(channels).to(rotation_CC)
-    if rotation_CC.shape != eye_CC.shape or not bool(((rotation_CC @ rotation_CC.T - eye_CC).abs() < 1e-3).all()):
-        raise PlanishError(f"the start of a learned rotation is not an orthogonal matrix of {channels} channels. Start from a Hadamard matrix.")
-    return orthonormal(rotation_CC)
+    rotation_KEE = start_KEE.to(x_TC.device, torch.float64)
+    parts, size = rotation_KEE.shape[:2]
+    eye_EE = torch.eye(size).to(rotation_KEE)
+    fits = rotation_KEE.shape == (parts, size, size) and not channels % (parts * size)
+    if not fits or not bool(((rotation_KEE @ rotation_KEE.mT - eye_EE).abs() < 1e-3).all()):
+        what = f"an orthogonal matrix of {channels} channels" if parts == 1 else f"{parts} orthogonal matrices that divide {channels} channels"
+        raise PlanishError(f"the start of a learned rotation is not {what}. Start from a Hadamard matrix.")
+    return torch.stack([orthonormal(part_EE) for part_EE in rotation_KEE])
 
 
 def _batches(unit_TC: Tensor, batch: int | None, steps: int, seed: int) -> Iterator[tuple[Tensor, bool]]:
@@ -91,14 +111,15 @@ def _batches(unit_TC: Tensor, batch: int | None, steps: int, seed: int) -> Itera
             yield unit_TC if size == len(unit_TC) else unit_TC[tokens_T], i + 1 in (first + a_pass, steps)
 
 
-def _slope(y_TC: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """A = Y' g - g' Y, scaled so that x (I - A) turns an axis by 1 on average: (C, C) float64; 0 where the loss is stationary."""
+def _slope(y_TC: Tensor, parts: int, size: int, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """A = Y' g - g' Y of each part, all scaled so that x (I - A) turns an axis by 1 on average: (K, E, E) float64; 0 where the loss is stationary."""
     y_TC = y_TC.requires_grad_()
     (g_TC,) = torch.autograd.grad(loss(y_TC), y_TC)
-    half_CC = (y_TC.detach().T @ g_TC).double()
-    A_CC = half_CC - half_CC.T
-    size = float(A_CC.norm())
-    return A_CC * (math.sqrt(len(A_CC)) / size) if size else A_CC
+    y_KNE, g_KNE = (values.reshape(len(values), parts, -1, size).transpose(0, 1).reshape(parts, -1, size) for values in (y_TC.detach(), g_TC))
+    half_KEE = (y_KNE.mT @ g_KNE).double()
+    A_KEE = half_KEE - half_KEE.mT
+    norm = float(A_KEE.norm())
+    return A_KEE * (math.sqrt(parts * size) / norm) if norm else A_KEE
 
 
 def _range(y_TC: Tensor) -> Tensor:

@@ -18,9 +18,20 @@ from .factors import Blocks, Chain, Hadamard, Kronecker
 from .hadamard import hadamard, hadamard_block
 from .hadamard import rotate as times_hadamard
 from .inputs import SiteView
+from .learned import Objective
 from .rotation import orthonormal, random_orthogonal, random_signs
 
 Kind = Literal["hadamard", "orthogonal", "learned"]
+
+
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """How a rotation is learned. objective: see learned.py. steps: of the descent. tokens: of a site's inputs, drawn in proportion to what noise in
+    them costs, from text of half as many tokens."""
+
+    objective: Objective = "range"
+    steps: int = 200
+    tokens: int = 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,24 +39,44 @@ class Rotate:
     """at residual: the whole stream, one rotation for all blocks (R1; needs fold_norms before it). at value: each head's values, absorbed by the rows
     of v and the columns of o (R2). at heads: across the heads at the input of o, at run time (with at value: a rotation of all its channels).
 
-    kind: hadamard, with random signs but across heads; a random orthogonal matrix; or at residual learned: from the hadamard on, tokens of the normed
-    stream are given the least range (learned.py), a quarter of a minute for 576 channels.
+    kind: hadamard, with random signs but across heads; a random orthogonal matrix; or, at residual and value, learned: from the hadamard on, what is
+    quantized is made as flat as can be (learned.py); at value one for each key-value head of each block. A minute or two for 576 channels.
     seeds, at residual: so many draws are compared, and the one is kept with which the tokens of the normed stream have the least range.
+    objective, steps, tokens: of a rotation that is learned, see `Learning`; null: its defaults.
     """
 
     at: Literal["residual", "value", "heads"]
     kind: Kind = "hadamard"
     seeds: int = 1
+    objective: Objective | None = None
+    steps: int | None = None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise PlanishError(f"rotate.seeds is {self.seeds}, but it counts draws: 1, or more for a choice.")
-        if self.kind == "learned" and (self.at != "residual" or self.seeds > 1):
-            raise PlanishError(
-                "rotate.kind is learned, which is for one draw at residual. Use hadamard or orthogonal elsewhere, and leave seeds out."
-            )
+        if self.kind == "learned":
+            self._check_learned()
+        for name in ("objective", "steps", "tokens"):
+            if self.kind != "learned" and getattr(self, name) is not None:
+                raise PlanishError(f"rotate.{name} is {getattr(self, name)}, but a rotation of kind {self.kind} has none. Set kind: learned.")
         if self.seeds > 1 and self.at != "residual":
             raise PlanishError(f"rotate.seeds is {self.seeds}, but only at residual are draws compared. Leave it out at {self.at}.")
+
+    def _check_learned(self) -> None:
+        if self.at == "heads" or self.seeds > 1:
+            raise PlanishError(
+                "rotate.kind is learned, which is for one draw at residual or value. Use hadamard or orthogonal elsewhere, and leave seeds out."
+            )
+        for name, value in (("steps", self.steps), ("tokens", self.tokens)):
+            if value is not None and value < 1:
+                raise PlanishError(f"rotate.{name} is {value}, but must be at least 1. Leave it out for the usual number.")
+
+    @property
+    def learning(self) -> Learning:
+        """How it is learned."""
+        usual = Learning()
+        return Learning(self.objective or usual.objective, self.steps or usual.steps, self.tokens or usual.tokens)
 
 
 def mixing(n: int, kind: Kind, seed: int) -> Chain:

@@ -258,15 +258,77 @@ def test_rotation_flattens_what_is_quantized(tmp_path: Path) -> None:
     assert rotated[0].error < 0.8 * plain[0].error
 
 
+LEARNED = "rotate: {at: residual, kind: learned, steps: 30, tokens: 512}"
+OWN = "rotate: {at: value, kind: learned, steps: 10, tokens: 256}"
+
+
 def test_a_learned_rotation_lessens_the_range_and_nothing_else(sources: dict[str, Path], tmp_path: Path) -> None:
-    learned = "steps=[fold_norms, rotate: {at: residual, kind: learned}]"
-    planish.compress(quick("w8a8", learned), sources["qwen2"], tmp_path / "out", dtype=torch.float32)
+    learned = f"steps=[fold_norms, {LEARNED}, {OWN}]"
+    result = planish.compress(quick("w8a8", learned), sources["qwen2"], tmp_path / "out", dtype=torch.float32)
+    assert not result.plan.recipe.extended
     assert far(tmp_path / "out", sources["qwen2"]) < 0.06
     found = manifest(tmp_path / "out")["fused"]
-    before, after = found["ranges"]
-    assert after < 0.95 * before
+    assert set(found["learned"]) == {"residual", *(f"value {index}" for index in range(result.plan.topology.block_count))}
+    assert all(after < 0.95 * before for before, after in found["learned"].values())
     assert max(found["errors"].values()) < 1e-5
     with pytest.raises(planish.PlanishError, match="a LayerNorm"):
-        planish.plan(quick("w8a8", learned), sources["gpt_neox"])
-    with pytest.raises(planish.PlanishError, match="one draw at residual"):
-        quick("w8a8", "steps=[rotate: {at: value, kind: learned}]")
+        planish.plan(quick("w8a8", f"steps=[fold_norms, {LEARNED}]"), sources["gpt_neox"])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_values_learn_rotations_of_their_own_in_every_family(family: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    """Grouped queries, one key-value head, fused and interleaved projections, biases."""
+    planish.compress(quick("w8a8", f"steps=[{OWN}]"), sources[family], tmp_path / "out", dtype=torch.float32)
+    assert far(tmp_path / "out", sources[family]) < 0.06
+    found = manifest(tmp_path / "out")["fused"]
+    assert all(after < before for before, after in found["learned"].values())
+    assert max(found["errors"].values()) < 1e-5
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (5, 1), (7, 7)])
+def test_values_learn_with_odd_head_counts(heads: int, kv_heads: int, tmp_path: Path) -> None:
+    changes = {"hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    model = source("llama", tmp_path / "model", torch.float32, changes)
+    planish.compress(quick("w8a8", f"steps=[fold_norms, {LEARNED}, {OWN}]"), model, tmp_path / "out")
+    assert far(tmp_path / "out", model) < 0.06
+    assert all(after <= before for before, after in manifest(tmp_path / "out")["fused"]["learned"].values())
+
+
+def test_learning_twice_gives_the_same_bytes(sources: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        planish.compress(quick("w4a4-portable-mixed", f"steps=[fold_norms, {LEARNED}, {OWN}]"), sources["qwen2"], tmp_path / name)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_an_objective_of_its_own(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Each lessens itself; they are different numbers."""
+    seen = set()
+    for objective in ("range", "kurtosis", "whip"):
+        step = LEARNED.replace("steps: 30", f"steps: 30, objective: {objective}")
+        planish.compress(quick("w8a8", f"steps=[fold_norms, {step}]"), sources["llama"], tmp_path / objective)
+        before, after = manifest(tmp_path / objective)["fused"]["learned"]["residual"]
+        assert after < before
+        seen.add(before)
+    assert len(seen) == 3
+
+
+MISTAKEN = {
+    "rotate: {at: value, kind: learned, seeds: 2}": "one draw at residual or value",
+    "rotate: {at: heads, kind: learned}": "one draw at residual or value",
+    "rotate: {at: value, steps: 50}": "rotate.steps is 50, but a rotation of kind hadamard has none. Set kind: learned",
+    "rotate: {at: value, kind: orthogonal, objective: whip}": "objective is whip, but a rotation of kind orthogonal has none",
+    "rotate: {at: value, kind: learned, steps: 0}": "rotate.steps is 0, but must be at least 1",
+    "rotate: {at: value, kind: learned, tokens: -1}": "rotate.tokens is -1, but must be at least 1",
+    "rotate: {at: value, kind: learned, objective: peak}": "objective: expected 'range' or 'kurtosis' or 'whip' or null, got 'peak'",
+}
+
+
+@pytest.mark.parametrize("step", MISTAKEN)
+def test_mistaken_settings_of_learning(step: str) -> None:
+    with pytest.raises(planish.PlanishError, match=MISTAKEN[step]):
+        quick("w8a8", f"steps=[{step}]")
+
+
+def test_values_are_learned_before_anything_is_scaled(sources: dict[str, Path]) -> None:
+    with pytest.raises(planish.PlanishError, match=r"learned from o's input as the model has it, .* Put rotate first"):
+        planish.plan(quick("w8a8", f"steps=[scale_rms: {{sites: '*.o'}}, {OWN}]"), sources["llama"])

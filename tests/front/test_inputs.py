@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_compress import distance, ids, quick, source
+from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS
 from transformers import AutoModelForCausalLM, StaticCache
 
@@ -51,6 +52,41 @@ def test_eight_bits_lose_little_with_any_step(steps: str, tmp_path: Path) -> Non
     with torch.no_grad():
         found, base = planish.load(out)(ids()).logits, planish.load(tmp_path / "model")(ids()).logits
     assert distance(found, base) < 0.03
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_fixed_scales_know_what_a_shift_took(family: str, tmp_path: Path) -> None:
+    """OutlierTune: each channel's own range fills the one grid, in every site that can take a scale, and no site gives its fixed scale up."""
+    model = source(family, tmp_path / "model", torch.float32)
+    result = planish.compress(quick("paper-outliertune"), model, tmp_path / "out")
+    assert not any(site.made_dynamic for block in result.blocks for site in block.sites.values())
+    with torch.no_grad():
+        found, base = planish.load(tmp_path / "out")(ids()).logits, planish.load(model)(ids()).logits
+    assert distance(found, base) < 0.1
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name.rpartition(".")[2] for name in tensors} >= {"input_scale", "weight_scale"}
+
+
+def test_a_shift_makes_fixed_scales_finer(tmp_path: Path) -> None:
+    """Channels that lie far from zero: the grid need not reach there any more, and the sink check sees ranges behind the shift."""
+    model = source("opt", tmp_path / "model", torch.float32)
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith("self_attn_layer_norm.bias"):
+            tensor[::8] += 30
+    save_file(tensors, file, metadata={"format": "pt"})
+    scales = {}
+    for steps in ("[]", "[shift: {by: middle}]"):
+        planish.compress(quick("w8a8-static", f"steps={steps}", "scheme.activations.symmetric=true"), model, tmp_path / steps[1:6])
+        stored = load_file(tmp_path / steps[1:6] / "model.safetensors")
+        scales[steps] = float(next(tensor for name, tensor in stored.items() if name.endswith("0.self_attn.q_proj.input_scale")))
+    assert scales["[shift: {by: middle}]"] < 0.2 * scales["[]"]
+
+
+def test_fixed_scales_do_not_know_what_other_steps_make(tmp_path: Path) -> None:
+    with pytest.raises(PlanishError, match=r"static scales do not know what hadamard makes of inputs at run time.*or use shift"):
+        quick("w8a8-static", "steps=[shift, hadamard]")
 
 
 def test_other_consumers_refuse_the_checkpoint(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from planish.quant.errors import PlanishError
 from planish.quant.transforms import learned
 from planish.quant.transforms.hadamard import hadamard
-from planish.quant.transforms.learned import Objective, learn_rotation, objective_of
+from planish.quant.transforms.learned import Objective, learn_rotation, learn_rotations, objective_of, turned
 from planish.quant.transforms.rotation import random_orthogonal
 
 OBJECTIVES: tuple[Objective, ...] = ("range", "kurtosis", "whip")
@@ -97,6 +97,39 @@ def test_it_learns_what_holds_for_other_tokens(objective: Objective, batch: int 
     found_CC = learn_rotation(learn_TC, hadamard(32), objective, 60, 0.1, batch=batch)
     before, after = (objective_of(other_TC @ matrix, objective) for matrix in (hadamard(32), found_CC))
     assert after < (0.6 if objective == "range" else 0.95) * before
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(0, 12), st.sampled_from(OBJECTIVES), st.integers(0, 99))
+def test_parts_and_groups(parts: int, groups: int, size: int, tokens: int, objective: Objective, seed: int) -> None:
+    """Each part's groups are turned alike, by an orthogonal matrix, and the tokens as a whole are never worse."""
+    x_TC = outliers(tokens, parts * groups * size, seed)
+    start_KEE = torch.stack([random_orthogonal(size, seed + part) for part in range(parts)])
+    found_KEE = learn_rotations(x_TC, start_KEE, objective, 5, 0.3)
+    assert found_KEE.shape == (parts, size, size)
+    torch.testing.assert_close(found_KEE @ found_KEE.mT, torch.eye(size, dtype=torch.float64).expand(parts, -1, -1), rtol=0, atol=1e-10)
+    dense_CC = torch.block_diag(*(found_KEE[part] for part in range(parts) for _ in range(groups)))
+    torch.testing.assert_close(turned(x_TC, found_KEE), x_TC @ dense_CC, rtol=0, atol=1e-9 * (1 + float(x_TC.abs().max()) if tokens else 1))
+    assert objective_of(turned(x_TC, found_KEE), objective) <= objective_of(turned(x_TC, start_KEE), objective) * (1 + 1e-9)
+
+
+def test_a_step_of_parts_is_the_gradient_of_what_is_shared() -> None:
+    """Two parts of two groups: A of each from its own groups' gradients, all scaled to sqrt(K E)."""
+    x_TC, lr = outliers(40, 12), 0.3
+    x_TC = x_TC / x_TC.square().mean(1, keepdim=True).sqrt()
+    start_KEE = torch.stack([random_orthogonal(3, 1), random_orthogonal(3, 2)])
+    R = start_KEE.clone().requires_grad_()
+    (G,) = torch.autograd.grad(learned._DESCENT["range"](x_TC @ torch.block_diag(R[0], R[0], R[1], R[1])), R)
+    A = G @ start_KEE.mT - start_KEE @ G.mT
+    A = A * math.sqrt(6) / A.norm() * (1 - learned.MOMENTUM)
+    eye = torch.eye(3, dtype=torch.float64)
+    wanted = torch.linalg.inv(eye + lr / 2 * A) @ (eye - lr / 2 * A) @ start_KEE
+    assert objective_of(turned(x_TC, wanted), "range") < objective_of(turned(x_TC, start_KEE), "range")
+    torch.testing.assert_close(learn_rotations(x_TC, start_KEE, "range", 1, lr), wanted, rtol=0, atol=1e-12)
+
+
+def test_parts_that_do_not_divide_the_channels_are_refused() -> None:
+    with pytest.raises(PlanishError, match="not 2 orthogonal matrices that divide 10 channels"):
+        learn_rotations(torch.ones(2, 10), torch.eye(3).expand(2, 3, 3), "range", 1, 0.1)
 
 
 def test_the_same_again() -> None:

@@ -6,8 +6,10 @@ from helpers_transforms import assert_layer_stays, normal, outliers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planish.quant.formats import scale_and_zero
 from planish.quant.transforms.factors import Scale, on_input, on_weight
 from planish.quant.transforms.shift import mean, midrange, pre_executed
+from planish.quant.transforms.smooth import smoothing_scale
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
@@ -42,6 +44,18 @@ def test_pre_execution_is_static_quantization_per_channel(bits: int) -> None:
     assert offset_O is not None
     rounded_TC = ((x_TC - z_C) / s_C).round() * s_C + z_C
     torch.testing.assert_close(whole_TC @ moved_OC.T + offset_O, rounded_TC @ w_OC.T, rtol=0, atol=1e-4)
+
+
+@given(st.integers(2, 20), st.integers(1, 9), st.integers(0, 99))
+def test_shift_and_smooth_with_strength_1_are_pre_execution(tokens: int, channels: int, seed: int) -> None:
+    """As paper-outliertune has it: behind them one fixed scale for all channels gives each its own grid; the codes are OutlierTune's."""
+    x_TC = outliers(tokens, channels, seed) + 5
+    low_C, high_C = x_TC.amin(0), x_TC.amax(0)
+    smoothed_TC = x_TC / smoothing_scale((high_C - low_C) / 2, torch.ones(channels), 1.0)
+    centred_TC = midrange(smoothed_TC.amin(0), smoothed_TC.amax(0)).on_input(smoothed_TC)
+    static, _ = scale_and_zero(centred_TC.amin(), centred_TC.amax(), 8, symmetric=True)
+    expected_TC = on_input(pre_executed(low_C, high_C, 8), x_TC)
+    torch.testing.assert_close(centred_TC / static, expected_TC, rtol=0, atol=1e-3 + 1e-4 * float((x_TC.abs().amax(0) / (high_C - low_C)).amax()))
 
 
 def test_a_constant_channel_gets_a_middling_divisor() -> None:
