@@ -6,8 +6,7 @@ Shape suffixes: P probe samples, L tokens, D width, T tokens of a batch, C chann
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +26,15 @@ from .calib.stream import Stream
 from .calib.walk import Pass, SiteWalk, replaced, walking
 from .calib.workers import Workers, workers_for
 from .flatten import flatten
-from .quant.formats import ActivationFormat, QuantizedWeight, Scheme
+from .quant.formats import ActivationFormat, Scheme
 from .quant.linear import StaticGrid
 from .quant.solvers import Solver
-from .quant.transforms import Smooth, Step
+from .quant.transforms import Step
 from .quant.transforms.factors import Chain, store
+from .records import BlockRecord as BlockRecord
+from .records import SiteRecord as SiteRecord
 from .resolve import matches
-from .smoothing import Probe, Scaling, static_grid
+from .smoothing import Probe, static_grid
 from .solving import Readers, gather, output_error, settle
 
 STATIC_SINK_RATIO = 4.0  # a static range that sink tokens exceed by this would clip what makes them sinks
@@ -67,65 +68,6 @@ class Streams:
             if not samples:
                 break
         return torch.cat(taken)
-
-
-@dataclass(slots=True)
-class SiteRecord:
-    """What happened at one site.
-
-    error: of the readers' output, relative; None where nothing was quantized or no data was seen. strength: of smoothing, exponent: of scale_rms;
-    None if not scaled so. tried: the block's error with each one tried. made_dynamic: a static range was given up, note says why.
-    clip: of its dynamic activations; chain: what its input goes through at run time, as factors.store describes it. kept, kept_bits, ranks: as of
-    SiteInput.
-    """
-
-    error: float | None = None
-    damping: float = 0.0
-    repairs: int = 0
-    strength: float | None = None
-    exponent: float | None = None
-    tried: Mapping[str, float] = field(default_factory=dict)
-    made_dynamic: bool = False
-    note: str = ""
-    clip: float = 1.0
-    chain: list[dict[str, Any]] = field(default_factory=list)
-    kept: int = 0
-    kept_bits: int | None = None
-    ranks: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def site_input(self) -> SiteInput:
-        """What a checkpoint says of it."""
-        return SiteInput(self.clip, tuple(self.chain), self.kept, self.kept_bits, self.ranks)
-
-    def note_beside(self, readers: Readers) -> None:
-        """Take down what runs beside the codes."""
-        self.kept, self.ranks = readers.kept_channels, {path: low.rank for path, low in readers.low.items()}
-        self.kept_bits = next((kept.weight.format.bits for kept in readers.kept.values() if isinstance(kept.weight, QuantizedWeight)), None)
-
-    def note_scale(self, scaling: Scaling) -> None:
-        """What was decided of the site's scale."""
-        if isinstance(scaling.step, Smooth):
-            self.strength = scaling.setting
-        else:
-            self.exponent = scaling.setting
-        self.tried = scaling.tried
-
-
-@dataclass(slots=True)
-class BlockRecord:
-    """What happened in one block. error: its quantized output against the full-precision one, relative, sink tokens left out."""
-
-    index: int
-    error: float | None = None
-    sink_tokens: int = 0
-    equivalence: float = 0.0
-    sites: dict[str, SiteRecord] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, data: Mapping[str, Any]) -> "BlockRecord":
-        """The record that dataclasses.asdict made this of."""
-        return cls(**{**data, "sites": {name: SiteRecord(**site) for name, site in data["sites"].items()}})
 
 
 @dataclass(slots=True, eq=False)
@@ -335,6 +277,8 @@ class _Turn:
         done = flatten(readers, steps, clip, walk, self.observation.keep_T, self.stored, f"{self.index}.{name}")
         record = self.record.sites[name]
         record.chain = store(done.chain)[0]
+        if done.choice is not None:
+            record.note_choice(done.choice)
         self.record.equivalence = max(self.record.equivalence, done.error)
 
     def _passes(self, block: nn.Module, streams: Streams, stream: Stream) -> list[Pass]:

@@ -15,6 +15,7 @@ from .calib.observe import Observation
 from .calib.sites import Site, Topology
 from .quant.formats import Scheme
 from .quant.transforms import (
+    Auto,
     ClipSearch,
     FoldNorms,
     Hadamard,
@@ -55,7 +56,7 @@ class BlockSteps:
     scalers: tuple[Smooth | ScaleRms, ...]
     permutes: tuple[Permute, ...]
     value: Chain
-    inputs: tuple[InputStep, ...]
+    inputs: tuple[InputStep | Auto, ...]
     clips: tuple[ClipSearch, ...]
     beside: tuple[SideStep, ...]
     names: tuple[str, ...]
@@ -63,7 +64,7 @@ class BlockSteps:
     @classmethod
     def of(cls, steps: Sequence[Step], known: Topology) -> "BlockSteps":
         """Of a recipe's steps, for a model of this topology."""
-        inputs: list[InputStep] = []
+        inputs: list[InputStep | Auto] = []
         for step in steps:
             if isinstance(step, Rotate):
                 inputs += [across_heads(step, known.heads)] if step.at == "heads" else []

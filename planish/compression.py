@@ -259,6 +259,8 @@ def _describe(record: BlockRecord) -> str:
     parts += [f"smoothing {', '.join(strengths)}"] if strengths else []
     exponents = [f"{name} {site.exponent}" for name, site in record.sites.items() if site.exponent is not None]
     parts += [f"scaling {', '.join(exponents)}"] if exponents else []
+    choices = [f"{name} {site.chosen}" for name, site in record.sites.items() if site.chosen is not None]
+    parts += [f"auto {', '.join(choices)}"] if choices else []
     parts += [f"{name}: {site.note}" for name, site in record.sites.items() if site.note]
     return ", ".join(parts)
 

@@ -17,50 +17,129 @@ from .quant.errors import PlanishError
 from .quant.linear import without_first
 from .quant.solvers.clip_activation import best_clip
 from .quant.transforms import Keeping
+from .quant.transforms.auto import Auto, Choice
 from .quant.transforms.factors import Chain, on_input, rounded
 from .quant.transforms.inputs import ClipSearch, InputStep, SiteView, chain_of
+from .quant.trial import Trial, decided
 from .solving import Readers
 
 MOMENT_TOKENS = 4096  # tokens that a site's moments are taken from, at most
 SAMPLE_TOKENS = 512  # tokens that clips, seeds and choices are tried on, at most
+HELD_TOKENS = 256  # of tokens held out, those that a choice is judged by, at most
 TOLERANCE = 1e-3  # relative error of the readers' outputs in float32; right factors reach 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Flattened:
-    """What was done to a site. error: of the transformed readers in float32, relative, before anything is quantized."""
+    """What was done to a site. error: of the transformed readers in float32, relative, before anything is quantized. choice: of auto, if it ran."""
 
     chain: Chain
     error: float
+    choice: Choice | None = None
 
 
-def view_of(readers: Readers, walk: SiteWalk, keep_T: Sequence[Tensor]) -> SiteView:
-    """Bring all batches to the site and look at the tokens kept, evenly spaced over all batches."""
+class _Part:
+    """What is known of some of a site's tokens: every so many enter the moments (coarse), and the sample (fine)."""
+
+    def __init__(self, width: int, coarse: int, fine: int) -> None:
+        self.second_CC, self.sum_C, self.count = torch.zeros(width, width), torch.zeros(width), 0
+        self.samples: list[Tensor] = []
+        self.coarse, self.fine = coarse, fine
+
+    def add(self, x_TC: Tensor) -> None:
+        some_TC = x_TC[:: self.coarse].float()
+        self.second_CC = self.second_CC.to(some_TC.device).addmm_(some_TC.T, some_TC)
+        self.sum_C = self.sum_C.to(some_TC.device) + some_TC.sum(0)
+        self.count += len(some_TC)
+        self.samples.append(x_TC[:: self.fine].float())
+
+    @property
+    def sample_TC(self) -> Tensor:
+        return torch.cat(self.samples)
+
+    def view(self, weights: tuple[Tensor, ...]) -> SiteView:
+        return SiteView(self.sample_TC, self.second_CC / self.count, self.sum_C / self.count, weights)
+
+    def take(self, other: "_Part") -> None:
+        """The other's tokens too."""
+        self.second_CC += other.second_CC
+        self.sum_C += other.sum_C
+        self.count += other.count
+        self.samples += other.samples
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """A site's tokens: all of them, and apart those to fit to and those held out, if any are."""
+
+    view: SiteView
+    fit: SiteView | None = None
+    held_TC: Tensor | None = None
+
+
+def look_at(readers: Readers, walk: SiteWalk, keep_T: Sequence[Tensor], held_out: float = 0.0) -> Look:
+    """Bring all batches to the site and look at the tokens kept, evenly spaced over all batches. held_out: the share of the last that are."""
     total = sum(int(keep.sum()) for keep in keep_T)
-    coarse, fine = max(1, -(-total // MOMENT_TOKENS)), max(1, -(-total // SAMPLE_TOKENS))
-    width = readers.width
-    second_CC, sum_C, count, samples = torch.zeros(width, width), torch.zeros(width), 0, []
+    border = min(max(1, round(total * (1 - held_out))), total - 1) if held_out else total
+    if total < (2 if held_out else 1):
+        raise PlanishError(f"site {readers.site.name}: every calibration token is a sink, so there is nothing to transform for. Give other text.")
+    coarse = -(-total // MOMENT_TOKENS)
+    first = _Part(readers.width, coarse, -(-total // SAMPLE_TOKENS))
+    held = _Part(readers.width, coarse, max(1, -(-(total - border) // HELD_TOKENS)))
+    done = 0
     for pass_, keep in zip(walk.arrivals(readers.site.name), keep_T, strict=True):
         assert pass_.x is not None
         x_TC = pass_.x if keep.all() else pass_.x[keep]
-        some_TC = x_TC[::coarse].float()
-        second_CC = second_CC.to(some_TC.device).addmm_(some_TC.T, some_TC)
-        sum_C = sum_C.to(some_TC.device) + some_TC.sum(0)
-        count += len(some_TC)
-        samples.append(x_TC[::fine].float())
-    if not count:
-        raise PlanishError(f"site {readers.site.name}: every calibration token is a sink, so there is nothing to transform for. Give other text.")
-    return SiteView(torch.cat(samples), second_CC / count, sum_C / count, tuple(readers.weights.values()))
+        here = max(0, border - done)
+        for part, some_TC in ((first, x_TC[:here]), (held, x_TC[here:])):
+            if len(some_TC):
+                part.add(some_TC)
+        done += len(x_TC)
+    weights = tuple(readers.weights.values())
+    if not held_out:
+        return Look(first.view(weights))
+    fit, held_TC = first.view(weights), held.sample_TC
+    first.take(held)
+    return Look(first.view(weights), fit, held_TC)
+
+
+def chosen(
+    steps: Sequence[InputStep | Auto], clip: ClipSearch | None, readers: Readers, look: Look, stored: torch.dtype
+) -> tuple[list[InputStep], Choice | None]:
+    """The steps with what auto chooses in its place, if it is among them."""
+    place = next((i for i, step in enumerate(steps) if isinstance(step, Auto)), len(steps))
+    before, after = ([step for step in part if not isinstance(step, Auto)] for part in (steps[:place], steps[place + 1 :]))
+    if place == len(steps):
+        return before, None
+    auto = steps[place]
+    assert isinstance(auto, Auto)
+    choice = decided(auto, before, after, trial_of(look, clip, readers, stored))
+    return [*before, *auto.tried[choice.chosen], *after], choice
+
+
+def trial_of(look: Look, clip: ClipSearch | None, readers: Readers, stored: torch.dtype) -> Trial:
+    """What steps are tried on."""
+    assert look.fit is not None
+    assert look.held_TC is not None
+    assert readers.packed is not None
+    return Trial(look.fit, look.held_TC, readers.packed.scheme, (1.0,) if clip is None else clip.ratios(), stored)
 
 
 def flatten(
-    readers: Readers, steps: Sequence[InputStep], clip: ClipSearch | None, walk: SiteWalk, keep_T: Sequence[Tensor], stored: torch.dtype, where: str
+    readers: Readers,
+    steps: Sequence[InputStep | Auto],
+    clip: ClipSearch | None,
+    walk: SiteWalk,
+    keep_T: Sequence[Tensor],
+    stored: torch.dtype,
+    where: str,
 ) -> Flattened:
     """Transform the readers for the chain that the steps choose, and set their clip. PlanishError at `where`: the layer is off afterwards."""
-    view = view_of(readers, walk, keep_T)
+    look = look_at(readers, walk, keep_T, next((step.held_out for step in steps if isinstance(step, Auto)), 0.0))
+    view = look.view
     with bfloat16_products(False):
-        chain, _ = chain_of(steps, view)
-        chain = rounded(chain, stored)
+        final, choice = chosen(steps, clip, readers, look, stored)
+        chain = rounded(chain_of(final, view), stored)
         before = _outputs(readers, view.sample_TC)
         readers.transform(chain, stored)
         sample_SC = on_input(chain, view.sample_TC)
@@ -78,7 +157,7 @@ def flatten(
         behind = SiteView(sample_SC, view.second_CC, view.mean_C, tuple(readers.weights.values()))
         found = best_clip(sample_SC, behind.readers_CC, readers.activations, clip.ratios())
         readers.packed = clipped(readers.packed, found.clip)
-    return Flattened(chain, error)
+    return Flattened(chain, error, choice)
 
 
 def _outputs(readers: Readers, x_SC: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Transforms that flatten outliers: one algorithm a file, named in one dict."""
 
+from .auto import Auto as Auto
 from .fold import FoldNorms as FoldNorms
 from .fold import Untie as Untie
 from .inputs import Cat as Cat
@@ -23,7 +24,9 @@ SideStep = Lorc | Svdquant | SuperWeights
 """A step that runs something beside the codes and leaves the input as it is."""
 Keeping = Quad | Resq
 """A step that transforms the input and keeps its first channels out of the codes."""
-Step = Prefix | FoldNorms | Untie | Rotate | Smooth | ScaleRms | Permute | Center | Hadamard | Duquant | Cat | Wush | ClipSearch | Keeping | SideStep
+InputChoice = Center | Hadamard | Duquant | Cat | Wush | Auto
+"""A step that transforms the input at run time."""
+Step = Prefix | FoldNorms | Untie | Rotate | Smooth | ScaleRms | Permute | InputChoice | ClipSearch | Keeping | SideStep
 """Any step of a recipe."""
 
 STEPS: dict[str, type[Step]] = {
@@ -39,6 +42,7 @@ STEPS: dict[str, type[Step]] = {
     "duquant": Duquant,
     "cat": Cat,
     "wush": Wush,
+    "auto": Auto,
     "quad": Quad,
     "resq": Resq,
     "clip": ClipSearch,

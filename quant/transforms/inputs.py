@@ -180,13 +180,15 @@ class Duquant:
         return duquant.duquant(view.sample_TC, divisor(len(view.second_CC), self.block), self.steps, self.seed)
 
 
-def chain_of(steps: Sequence[InputStep], view: SiteView) -> tuple[Chain, SiteView]:
-    """What the steps make of a site, one after the other, and the view behind them."""
+def chain_of(steps: Sequence[InputStep], view: SiteView) -> Chain:
+    """What the steps make of a site, one after the other, each of the view behind those before it."""
     chain: Chain = ()
-    for step in steps:
+    for i, step in enumerate(steps):
         more = step.chain(view)
-        chain, view = (*chain, *more), view.through(more)
-    return chain, view
+        chain = (*chain, *more)
+        if i + 1 < len(steps):
+            view = view.through(more)
+    return chain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
