@@ -29,8 +29,9 @@ from .flatten import flatten
 from .quant.formats import ActivationFormat, Scheme
 from .quant.linear import StaticGrid
 from .quant.solvers import Solver
-from .quant.transforms import Step
+from .quant.transforms import Auto, ClipSearch, Step
 from .quant.transforms.factors import Chain, store
+from .quant.transforms.inputs import InputStep
 from .records import BlockRecord as BlockRecord
 from .records import SiteRecord as SiteRecord
 from .resolve import matches
@@ -100,7 +101,7 @@ class BlockCompressor:
     @torch.no_grad()
     def compress(self, index: int) -> BlockResult:
         """Block `index` as it will be stored; both streams are past it afterwards."""
-        turn = _Turn(self, index)
+        turn = Turn(self, index)
         with bfloat16_products(self.runner.dtype is torch.bfloat16):
             block = self.runner.load_block(index)
             try:
@@ -161,7 +162,7 @@ class BlockCompressor:
             list(crew.map(move, range(len(streams.calls))))
 
 
-class _Turn:
+class Turn:
     """The state of one block's turn."""
 
     def __init__(self, owner: BlockCompressor, index: int) -> None:
@@ -233,9 +234,9 @@ class _Turn:
             if streams.before is not None:
                 weights = {id(p): nn.Parameter(p.detach().to(self.dtype), requires_grad=False) for p in block.parameters()}
                 twin = copy.deepcopy(block, weights)
-                full = stack.enter_context(walking(twin, sites, self._passes(twin, streams, streams.before), streams.replay, self.workers))
+                full = stack.enter_context(walking(twin, sites, self.passes(twin, streams, streams.before), streams.replay, self.workers))
             self._collect(block)
-            walk = stack.enter_context(walking(block, sites, self._passes(block, streams, streams.quant), streams.replay, self.workers))
+            walk = stack.enter_context(walking(block, sites, self.passes(block, streams, streams.quant), streams.replay, self.workers))
             for parameter in block.parameters():
                 parameter.data = parameter.data.to(self.stored).to(self.dtype)
             widest = max(readers.width for readers in self.readers.values())  # where most is held while the solver works
@@ -270,8 +271,7 @@ class _Turn:
     def _flatten(self, readers: Readers, walk: SiteWalk) -> None:
         """Transform the site's input as the recipe's steps say, and note it."""
         name = readers.site.name
-        steps = [step for step in self.steps.inputs if matches(step.sites, self.index, name)]
-        clip = next((step for step in self.steps.clips if matches(step.sites, self.index, name)), None)
+        steps, clip = self.input_steps(name)
         if readers.packed is None or not (steps or clip):
             return
         done = flatten(readers, steps, clip, walk, self.observation.keep_T, self.stored, f"{self.index}.{name}")
@@ -281,7 +281,14 @@ class _Turn:
             record.note_choice(done.choice)
         self.record.equivalence = max(self.record.equivalence, done.error)
 
-    def _passes(self, block: nn.Module, streams: Streams, stream: Stream) -> list[Pass]:
+    def input_steps(self, name: str) -> tuple[list[InputStep | Auto], ClipSearch | None]:
+        """The steps that transform the input of this site, and the search of its clip."""
+        steps = [step for step in self.steps.inputs if matches(step.sites, self.index, name)]
+        return steps, next((step for step in self.steps.clips if matches(step.sites, self.index, name)), None)
+
+    def passes(self, block: nn.Module, streams: Streams, stream: Stream) -> list[Pass]:
+        """Of every batch of the stream through the block."""
+
         def start(batch: int) -> Callable[[], Tensor]:
             return lambda: streams.calls[batch].run(block, self.index, stream[batch])
 

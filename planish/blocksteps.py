@@ -22,6 +22,7 @@ from .quant.transforms import (
     Lorc,
     Permute,
     Prefix,
+    RaiseActivations,
     Rotate,
     ScaleRms,
     SideStep,
@@ -38,6 +39,9 @@ from .quant.transforms.rotate import AcrossHeads, across_heads
 from .resolve import matches
 from .smoothing import Probe, Scaling, absorb_scales, checked, choose, scaler
 from .steporder import late_value, step_name
+
+ELSEWHERE = Prefix | FoldNorms | Untie | Smooth | ScaleRms | Permute | ClipSearch | Lorc | Svdquant | SuperWeights | RaiseActivations
+"""Steps that are not carried out at the inputs of sites."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +72,9 @@ class BlockSteps:
         for step in steps:
             if isinstance(step, Rotate):
                 inputs += [across_heads(step, known.heads)] if step.at == "heads" else []
-            elif not isinstance(step, (Prefix, FoldNorms, Untie, Smooth, ScaleRms, Permute, ClipSearch, Lorc, Svdquant, SuperWeights)):
+            elif not isinstance(
+                step, (Prefix, FoldNorms, Untie, Smooth, ScaleRms, Permute, ClipSearch, Lorc, Svdquant, SuperWeights, RaiseActivations)
+            ):
                 inputs.append(step)
         value = late_value(steps, known)
         late = [step for step in steps if isinstance(step, Rotate) and step.at == "value" and value]

@@ -30,7 +30,10 @@ from .journal import Journal
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
 from .quant.transforms import Step, SuperWeights
+from .raising import Need, decide, few_samples, noted, summary, with_raised
+from .raising_check import raising_step
 from .recipe import Recipe, digest
+from .resolve import Address
 
 JOURNAL, NEW_JOURNAL = "journal.json", "journal.json.new"  # the second is all there is where a run was killed as it began
 PROBE = (4, 32)  # samples and tokens on which smoothing is searched and checked
@@ -118,6 +121,7 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
         plan = _settled(plan, progress)
         runner = BlockRunner(plan.source, plan.dtype, plan.device)
         steps = _located(plan, runner, progress)
+        plan, needs = _raised(plan, steps, folder_of_streams, progress)
         streams = _streams(plan, runner, folder_of_streams)
         compressor = BlockCompressor(runner, plan.recipe.solver, steps, plan.packed, streams)
         progress.stage("blocks", plan.topology.block_count)
@@ -126,6 +130,7 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
                 compressor.advance(journal.blocks[index], _stored_block(journal.block_file(index)), packed_linears(plan, journal.blocks[index]))
             else:
                 result = compressor.compress(index)
+                noted(result.record, needs)
                 journal.add(result.record, result.tensors)
             progress.step(index + 1, _describe(journal.blocks[index]))
         trim()
@@ -213,6 +218,25 @@ def _located(plan: Plan, runner: BlockRunner, progress: Progress) -> tuple[Step,
     if not any(isinstance(step, SuperWeights) and step.places for step in steps):
         progress.say("no super weights: no single weight makes a spike of the residual stream at the step's sites.")
     return steps
+
+
+def _raised(plan: Plan, steps: tuple[Step, ...], folder: Path | None, progress: Progress) -> tuple[Plan, dict[Address, Need]]:
+    """The plan with more bits for the activations of a few sites, if a step asks for it, which takes a stage of its own; and what was measured."""
+    step = raising_step(steps)
+    if step is None:
+        return plan, {}
+    assert plan.ids is not None
+    progress.stage("activations' needs", plan.topology.block_count)
+    few, folder = replace(plan, ids=plan.ids[: few_samples(plan.ids)]), None if folder is None else folder / "needs"
+    runner = BlockRunner(plan.source, plan.dtype, plan.device)
+    streams = _streams(few, runner, folder)
+    assert streams is not None
+    streams.before = Stream(None if folder is None else folder / "before")
+    needs = decide(step, BlockCompressor(runner, plan.recipe.solver, steps, plan.packed, streams), streams, plan.packed, progress.step)
+    if folder is not None:
+        shutil.rmtree(folder)
+    progress.say(summary(needs))
+    return replace(plan, packed=with_raised(plan.packed, needs)), needs
 
 
 def _streams(plan: Plan, runner: BlockRunner, folder: Path | None) -> Streams | None:

@@ -26,6 +26,7 @@ from .solving import Readers
 MOMENT_TOKENS = 4096  # tokens that a site's moments are taken from, at most
 SAMPLE_TOKENS = 512  # tokens that clips, seeds and choices are tried on, at most
 HELD_TOKENS = 256  # of tokens held out, those that a choice is judged by, at most
+HELD_OUT = 0.25  # share of the tokens that is held out where no step says it
 TOLERANCE = 1e-3  # relative error of the readers' outputs in float32; right factors reach 1e-6
 
 

@@ -17,7 +17,7 @@ from .decode import Named, decode, encode
 from .quant.errors import PlanishError, nearest
 from .quant.formats import Scheme
 from .quant.solvers import SOLVERS, Solver
-from .quant.transforms import STEPS, ScaleRms, Smooth, Step
+from .quant.transforms import STEPS, RaiseActivations, ScaleRms, Smooth, Step
 from .shipped import shipped as shipped
 from .shipped import shipped_text as shipped_text
 from .shipped import shipped_texts
@@ -105,6 +105,11 @@ class Recipe:
         if any(not activation.dynamic for activation in activations) and not all(portable(step) for step in self.steps):
             raise PlanishError(
                 "scheme: static scales do not know inputs that are transformed at run time. Set dynamic: true, or use steps that weights absorb."
+            )
+        if any(isinstance(step, RaiseActivations) for step in self.steps) and not (activations and all(act.dynamic for act in activations)):
+            raise PlanishError(
+                "steps: raise_activations measures what dynamic activations lose, but here some are static or none are quantized. "
+                "Remove it, or set scheme.activations with dynamic: true."
             )
         if self.calibration is None and any(users.values()):
             needing = " and ".join(user for user, needs in users.items() if needs)

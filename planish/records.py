@@ -20,6 +20,8 @@ class SiteRecord:
     None if not scaled so. tried: the block's error with each one tried. made_dynamic: a static range was given up, note says why.
     clip: of its dynamic activations; chain: what its input goes through at run time, as factors.store describes it. kept, kept_bits, ranks: as of
     SiteInput. chosen: what auto took; candidates: the error of each one, of the readers' outputs on held-out tokens.
+    activation_errors: what the activations alone put the outputs off by, by their format, where raise_activations looked; raised: whether it gave
+    them more bits.
     """
 
     error: float | None = None
@@ -37,6 +39,8 @@ class SiteRecord:
     ranks: dict[str, int] = field(default_factory=dict)
     chosen: str | None = None
     candidates: Mapping[str, float] = field(default_factory=dict)
+    activation_errors: Mapping[str, float] = field(default_factory=dict)
+    raised: bool = False
 
     @property
     def site_input(self) -> SiteInput:

@@ -11,6 +11,7 @@ from .inputs import Hadamard as Hadamard
 from .inputs import Wush as Wush
 from .permute import Permute as Permute
 from .prefix import Prefix as Prefix
+from .raising import RaiseActivations as RaiseActivations
 from .rotate import Rotate as Rotate
 from .scale_rms import ScaleRms as ScaleRms
 from .side import Lorc as Lorc
@@ -26,7 +27,7 @@ Keeping = Quad | Resq
 """A step that transforms the input and keeps its first channels out of the codes."""
 InputChoice = Center | Hadamard | Duquant | Cat | Wush | Auto
 """A step that transforms the input at run time."""
-Step = Prefix | FoldNorms | Untie | Rotate | Smooth | ScaleRms | Permute | InputChoice | ClipSearch | Keeping | SideStep
+Step = Prefix | FoldNorms | Untie | Rotate | Smooth | ScaleRms | Permute | InputChoice | ClipSearch | Keeping | SideStep | RaiseActivations
 """Any step of a recipe."""
 
 STEPS: dict[str, type[Step]] = {
@@ -49,4 +50,5 @@ STEPS: dict[str, type[Step]] = {
     "low_rank": Lorc,
     "svdquant": Svdquant,
     "super_weight": SuperWeights,
+    "raise_activations": RaiseActivations,
 }
