@@ -1,9 +1,8 @@
 """The step that chooses a site's transform among candidates, by what quantization then costs on tokens that no candidate was fitted to.
 
 What is measured is trial.py's; here is what the candidates are, what they cost to run, and which one is taken. Of the demo model at W4A4 the median
-error of the readers' outputs is 28 % with nothing, 20 % with a scale, 13 % with a Hadamard, 10 % with both, 9 % with blocks of CAT, which pay most
-where inputs are most correlated: on some sites a third, on others nothing to speak of. DuQuant's rotations, which cost as much as CAT's blocks to run
-and far more to find, came after a Hadamard nowhere by more than that margin, so they are no default candidate.
+site's outputs are off by 28 % with nothing, 18 % with a scale, 14 % with a Hadamard, 12 % with both, 10 % with blocks of CAT: which gain a third over
+scale and Hadamard at some sites and 3 % at others. DuQuant's rotations, also 14 %, cost as much to run as CAT's blocks and more to find: no default.
 
 Shape suffixes: C channels.
 """
