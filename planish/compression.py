@@ -16,6 +16,7 @@ from torch import Tensor
 from .beside import located
 from .block import BlockCompressor, BlockRecord, Streams, made_dynamic
 from .calib.heap import separate_large, trim
+from .calib.outlier_tokens import search_prefix, start_token
 from .calib.packing import Packed, clipped
 from .calib.precision import bfloat16_products
 from .calib.runner import BlockRunner
@@ -29,7 +30,7 @@ from .fused import settled
 from .journal import Journal
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
-from .quant.transforms import Step, SuperWeights
+from .quant.transforms import Prefix, Step, SuperWeights
 from .raising import Need, decide, few_samples, noted, summary, with_raised
 from .raising_check import raising_step
 from .recipe import Recipe, digest
@@ -119,6 +120,7 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
         if journal.blocks:
             progress.say(f"going on: {len(journal.blocks)} of {plan.topology.block_count} blocks are done")
         plan = _settled(plan, progress)
+        plan = _prefixed(plan, progress)
         runner = BlockRunner(plan.source, plan.dtype, plan.device)
         steps = _located(plan, runner, progress)
         plan, needs = _raised(plan, steps, folder_of_streams, progress)
@@ -207,6 +209,23 @@ def _settled(plan: Plan, progress: Progress) -> Plan:
     trim()
     progress.step(1, f"off by {max(found.errors.values()):.2g}")
     return replace(plan, fused=found)
+
+
+def _prefixed(plan: Plan, progress: Progress) -> Plan:
+    """With the tokens of a prefix that is to be found, which takes a stage of its own."""
+    if not any(isinstance(step, Prefix) and step.tokens == "auto" for step in plan.recipe.steps):
+        return plan
+    assert plan.ids is not None
+    progress.stage("prefix", plan.topology.block_count)
+    tokenizer = plan.checkpoint.tokenizer()
+    with bfloat16_products(plan.dtype is torch.bfloat16):
+        runner = BlockRunner(plan.checkpoint, plan.dtype, plan.device)
+        found = search_prefix(runner, plan.ids, lambda token: str(tokenizer.decode([token])), start_token(tokenizer), progress.step)
+    if found is None:
+        progress.say("no prefix: no token of the calibration text is an outlier.")
+        return plan
+    progress.say(f"prefix {found.text!r} ({', '.join(map(str, found.token_ids))}): the tokens that are outliers.")
+    return replace(plan, prefix=found.token_ids)
 
 
 def _located(plan: Plan, runner: BlockRunner, progress: Progress) -> tuple[Step, ...]:

@@ -166,7 +166,7 @@ def _layout(recipe: Recipe, scheme: Scheme) -> Layout:
 
 
 def _prefix(recipe: Recipe, checkpoint: Checkpoint) -> tuple[int, ...]:
-    tokens = [token for step in recipe.steps if isinstance(step, Prefix) for token in step.tokens]
+    tokens = [token for step in recipe.steps if isinstance(step, Prefix) and step.tokens != "auto" for token in step.tokens]
     return prefix_ids(tokens, checkpoint.tokenizer()) if tokens else ()
 
 

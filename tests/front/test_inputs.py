@@ -47,7 +47,7 @@ def test_every_family_with_all_steps(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_with_a_choice(family: str, tmp_path: Path) -> None:
-    out = compressed(family, "[prefix: {tokens: [5]}, auto, clip]", tmp_path, *FINE)
+    out = compressed(family, "[prefix: {tokens: [5]}, auto: {candidates: [[hadamard], [shift, cat: {block: 16}]]}, clip]", tmp_path, *FINE)
     base, found = (score(opened, ids()) for opened in (open_checkpoint(tmp_path / "model"), open_stored(out)))
     assert abs(found.nll - base.nll) < 0.2
 
