@@ -13,10 +13,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from .diagnosis import OutlierToken, Prefix, Thresholds
+from .runner import BlockRunner
+from .walk import site_inputs
 
 LISTED = 32  # entries of a report
+PROBE = 16  # samples in which a prefix is sought, at most
 
 
 @dataclass(slots=True)
@@ -89,3 +93,28 @@ class OutlierTokens:
     def _present(self, token: int) -> int:
         """How many samples hold it beyond position 0."""
         return int((self.ids_NL[:, 1:] == token).any(1).sum())
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that begins a text: BOS, or EOS, which ends the text before."""
+    return next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if isinstance(token, int)), None)
+
+
+@torch.no_grad()
+def search_prefix(runner: BlockRunner, ids_NL: Tensor, text: Callable[[int], str], start: int | None, report: Callable[[int], None]) -> Prefix | None:
+    """The prefix that `OutlierTokens` suggests, in a pass of its own over the first PROBE samples. report: told how many blocks are done."""
+    ids_NL = ids_NL[:PROBE]
+    seen, entered = OutlierTokens(ids_NL, Thresholds()), list(runner.start([sample_L[None] for sample_L in ids_NL]))
+    stream = [hidden for hidden, _ in entered]
+    for index in range(runner.topology.block_count):
+        block = runner.load_block(index)
+        try:
+            with site_inputs(block, runner.topology.sites) as inputs:
+                for sample, (_, call) in enumerate(entered):
+                    stream[sample] = call.run(block, index, stream[sample])
+                    for name, x_LC in inputs.take().items():
+                        seen.update(f"{index}.{name}", x_LC[None], sample)
+        finally:
+            runner.release_block(index)
+        report(index + 1)
+    return seen.prefix(text, start)

@@ -18,12 +18,14 @@ from .quant.errors import PlanishError
 from .quant.low_rank import LowRank, lorc, svdquant, weighted_lorc
 from .quant.solvers import Moments, Rtn, Solution, Solver
 from .quant.transforms import (
+    Auto,
     ClipSearch,
     FoldNorms,
     Keeping,
     Lorc,
     Permute,
     Prefix,
+    RaiseActivations,
     Rotate,
     ScaleRms,
     SideStep,
@@ -130,7 +132,9 @@ def _at(step: Step, address: Address) -> bool:
 
 def _check_order(steps: Sequence[Step], where: str) -> None:
     """Of the steps at one site."""
-    moving = [step for step in steps if not isinstance(step, (Smooth, ScaleRms, Permute, ClipSearch, SideStep))]
+    if sum(isinstance(step, Auto) for step in steps) > 1:
+        raise PlanishError(f"steps: auto is given more than once at {where}, but it chooses one transform for a site. Narrow their sites.")
+    moving = [step for step in steps if not isinstance(step, (Smooth, ScaleRms, Permute, ClipSearch, SideStep, RaiseActivations))]
     if any(isinstance(step, Keeping) for step in moving[:-1]):
         raise PlanishError(f"steps: at {where} another transform follows quad or resq and would mix the channels that they keep. Put it before them.")
 

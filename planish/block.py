@@ -6,8 +6,7 @@ Shape suffixes: P probe samples, L tokens, D width, T tokens of a batch, C chann
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +26,16 @@ from .calib.stream import Stream
 from .calib.walk import Pass, SiteWalk, replaced, walking
 from .calib.workers import Workers, workers_for
 from .flatten import flatten
-from .quant.formats import ActivationFormat, QuantizedWeight, Scheme
+from .quant.formats import ActivationFormat, Scheme
 from .quant.linear import StaticGrid
 from .quant.solvers import Solver
-from .quant.transforms import Smooth, Step
+from .quant.transforms import Auto, ClipSearch, Step
 from .quant.transforms.factors import Chain, store
+from .quant.transforms.inputs import InputStep
+from .records import BlockRecord as BlockRecord
+from .records import SiteRecord as SiteRecord
 from .resolve import matches
-from .smoothing import Probe, Scaling, extent, static_grid
+from .smoothing import Probe, extent, static_grid
 from .solving import Readers, gather, output_error, settle
 
 STATIC_SINK_RATIO = 4.0  # a static range that sink tokens exceed by this would clip what makes them sinks
@@ -69,65 +71,6 @@ class Streams:
         return torch.cat(taken)
 
 
-@dataclass(slots=True)
-class SiteRecord:
-    """What happened at one site.
-
-    error: of the readers' output, relative; None where nothing was quantized or no data was seen. strength: of smoothing, exponent: of scale_rms;
-    None if not scaled so. tried: the block's error with each one tried. made_dynamic: a static range was given up, note says why.
-    clip: of its dynamic activations; chain: what its input goes through at run time, as factors.store describes it. kept, kept_bits, ranks: as of
-    SiteInput.
-    """
-
-    error: float | None = None
-    damping: float = 0.0
-    repairs: int = 0
-    strength: float | None = None
-    exponent: float | None = None
-    tried: Mapping[str, float] = field(default_factory=dict)
-    made_dynamic: bool = False
-    note: str = ""
-    clip: float = 1.0
-    chain: list[dict[str, Any]] = field(default_factory=list)
-    kept: int = 0
-    kept_bits: int | None = None
-    ranks: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def site_input(self) -> SiteInput:
-        """What a checkpoint says of it."""
-        return SiteInput(self.clip, tuple(self.chain), self.kept, self.kept_bits, self.ranks)
-
-    def note_beside(self, readers: Readers) -> None:
-        """Take down what runs beside the codes."""
-        self.kept, self.ranks = readers.kept_channels, {path: low.rank for path, low in readers.low.items()}
-        self.kept_bits = next((kept.weight.format.bits for kept in readers.kept.values() if isinstance(kept.weight, QuantizedWeight)), None)
-
-    def note_scale(self, scaling: Scaling) -> None:
-        """What was decided of the site's scale."""
-        if isinstance(scaling.step, Smooth):
-            self.strength = scaling.setting
-        else:
-            self.exponent = scaling.setting
-        self.tried = scaling.tried
-
-
-@dataclass(slots=True)
-class BlockRecord:
-    """What happened in one block. error: its quantized output against the full-precision one, relative, sink tokens left out."""
-
-    index: int
-    error: float | None = None
-    sink_tokens: int = 0
-    equivalence: float = 0.0
-    sites: dict[str, SiteRecord] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, data: Mapping[str, Any]) -> "BlockRecord":
-        """The record that dataclasses.asdict made this of."""
-        return cls(**{**data, "sites": {name: SiteRecord(**site) for name, site in data["sites"].items()}})
-
-
 @dataclass(slots=True, eq=False)
 class BlockResult:
     """A block as it will be stored: tensors by full name, and how each quantized linear is packed."""
@@ -158,7 +101,7 @@ class BlockCompressor:
     @torch.no_grad()
     def compress(self, index: int) -> BlockResult:
         """Block `index` as it will be stored; both streams are past it afterwards."""
-        turn = _Turn(self, index)
+        turn = Turn(self, index)
         with bfloat16_products(self.runner.dtype is torch.bfloat16):
             block = self.runner.load_block(index)
             try:
@@ -219,7 +162,7 @@ class BlockCompressor:
             list(crew.map(move, range(len(streams.calls))))
 
 
-class _Turn:
+class Turn:
     """The state of one block's turn."""
 
     def __init__(self, owner: BlockCompressor, index: int) -> None:
@@ -293,9 +236,9 @@ class _Turn:
             if streams.before is not None:
                 weights = {id(p): nn.Parameter(p.detach().to(self.dtype), requires_grad=False) for p in block.parameters()}
                 twin = copy.deepcopy(block, weights)
-                full = stack.enter_context(walking(twin, sites, self._passes(twin, streams, streams.before), streams.replay, self.workers))
+                full = stack.enter_context(walking(twin, sites, self.passes(twin, streams, streams.before), streams.replay, self.workers))
             self._collect(block)
-            walk = stack.enter_context(walking(block, sites, self._passes(block, streams, streams.quant), streams.replay, self.workers))
+            walk = stack.enter_context(walking(block, sites, self.passes(block, streams, streams.quant), streams.replay, self.workers))
             for parameter in block.parameters():
                 parameter.data = parameter.data.to(self.stored).to(self.dtype)
             widest = max(readers.width for readers in self.readers.values())  # where most is held while the solver works
@@ -330,8 +273,7 @@ class _Turn:
     def _flatten(self, readers: Readers, walk: SiteWalk) -> None:
         """Transform the site's input as the recipe's steps say, and note it."""
         name = readers.site.name
-        steps = [step for step in self.steps.inputs if matches(step.sites, self.index, name)]
-        clip = next((step for step in self.steps.clips if matches(step.sites, self.index, name)), None)
+        steps, clip = self.input_steps(name)
         if readers.packed is None or not (steps or clip):
             return
         done = flatten(readers, steps, clip, walk, self.observation.keep_T, self.stored, f"{self.index}.{name}")
@@ -340,9 +282,18 @@ class _Turn:
         if readers.static is not None:
             self._fix_range(name, self.scales.get(name), done.chain)
             readers.packed, readers.static = self.packed[name], self.static[name]
+        if done.choice is not None:
+            record.note_choice(done.choice)
         self.record.equivalence = max(self.record.equivalence, done.error)
 
-    def _passes(self, block: nn.Module, streams: Streams, stream: Stream) -> list[Pass]:
+    def input_steps(self, name: str) -> tuple[list[InputStep | Auto], ClipSearch | None]:
+        """The steps that transform the input of this site, and the search of its clip."""
+        steps = [step for step in self.steps.inputs if matches(step.sites, self.index, name)]
+        return steps, next((step for step in self.steps.clips if matches(step.sites, self.index, name)), None)
+
+    def passes(self, block: nn.Module, streams: Streams, stream: Stream) -> list[Pass]:
+        """Of every batch of the stream through the block."""
+
         def start(batch: int) -> Callable[[], Tensor]:
             return lambda: streams.calls[batch].run(block, self.index, stream[batch])
 

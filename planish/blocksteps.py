@@ -15,6 +15,7 @@ from .calib.observe import Observation
 from .calib.sites import Site, Topology
 from .quant.formats import Scheme
 from .quant.transforms import (
+    Auto,
     Center,
     ClipSearch,
     FoldNorms,
@@ -22,6 +23,7 @@ from .quant.transforms import (
     Lorc,
     Permute,
     Prefix,
+    RaiseActivations,
     Rotate,
     ScaleRms,
     SideStep,
@@ -38,6 +40,9 @@ from .quant.transforms.rotate import AcrossHeads, across_heads
 from .resolve import matches
 from .smoothing import Probe, Scaling, absorb_scales, checked, choose, scaler
 from .steporder import late_value, step_name
+
+ELSEWHERE = Prefix | FoldNorms | Untie | Smooth | ScaleRms | Permute | ClipSearch | Lorc | Svdquant | SuperWeights | RaiseActivations
+"""Steps that are not carried out at the inputs of sites."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +61,7 @@ class BlockSteps:
     scalers: tuple[Smooth | ScaleRms, ...]
     permutes: tuple[Permute, ...]
     value: Chain
-    inputs: tuple[InputStep, ...]
+    inputs: tuple[InputStep | Auto, ...]
     clips: tuple[ClipSearch, ...]
     beside: tuple[SideStep, ...]
     names: tuple[str, ...]
@@ -64,11 +69,13 @@ class BlockSteps:
     @classmethod
     def of(cls, steps: Sequence[Step], known: Topology) -> "BlockSteps":
         """Of a recipe's steps, for a model of this topology."""
-        inputs: list[InputStep] = []
+        inputs: list[InputStep | Auto] = []
         for step in steps:
             if isinstance(step, Rotate):
                 inputs += [across_heads(step, known.heads)] if step.at == "heads" else []
-            elif not isinstance(step, (Prefix, FoldNorms, Untie, Smooth, ScaleRms, Permute, ClipSearch, Lorc, Svdquant, SuperWeights)):
+            elif not isinstance(
+                step, (Prefix, FoldNorms, Untie, Smooth, ScaleRms, Permute, ClipSearch, Lorc, Svdquant, SuperWeights, RaiseActivations)
+            ):
                 inputs.append(step)
         value = late_value(steps, known)
         late = [step for step in steps if isinstance(step, Rotate) and step.at == "value" and value]
@@ -125,7 +132,7 @@ class BlockSteps:
         return chain
 
 
-def _centres(step: InputStep) -> bool:
+def _centres(step: InputStep | Auto) -> bool:
     return isinstance(step, Center) and step.by == "middle"
 
 

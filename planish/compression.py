@@ -16,6 +16,7 @@ from torch import Tensor
 from .beside import located
 from .block import BlockCompressor, BlockRecord, Streams, made_dynamic
 from .calib.heap import separate_large, trim
+from .calib.outlier_tokens import search_prefix, start_token
 from .calib.packing import Packed, clipped
 from .calib.precision import bfloat16_products
 from .calib.runner import BlockRunner
@@ -29,8 +30,11 @@ from .fused import settled
 from .journal import Journal
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
-from .quant.transforms import Step, SuperWeights
+from .quant.transforms import Prefix, Step, SuperWeights
+from .raising import Need, decide, few_samples, noted, summary, with_raised
+from .raising_check import raising_step
 from .recipe import Recipe, digest
+from .resolve import Address
 
 JOURNAL, NEW_JOURNAL = "journal.json", "journal.json.new"  # the second is all there is where a run was killed as it began
 PROBE = (4, 32)  # samples and tokens on which smoothing is searched and checked
@@ -116,8 +120,10 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
         if journal.blocks:
             progress.say(f"going on: {len(journal.blocks)} of {plan.topology.block_count} blocks are done")
         plan = _settled(plan, progress)
+        plan = _prefixed(plan, progress)
         runner = BlockRunner(plan.source, plan.dtype, plan.device)
         steps = _located(plan, runner, progress)
+        plan, needs = _raised(plan, steps, folder_of_streams, progress)
         streams = _streams(plan, runner, folder_of_streams)
         compressor = BlockCompressor(runner, plan.recipe.solver, steps, plan.packed, streams)
         progress.stage("blocks", plan.topology.block_count)
@@ -126,6 +132,7 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
                 compressor.advance(journal.blocks[index], _stored_block(journal.block_file(index)), packed_linears(plan, journal.blocks[index]))
             else:
                 result = compressor.compress(index)
+                noted(result.record, needs)
                 journal.add(result.record, result.tensors)
             progress.step(index + 1, _describe(journal.blocks[index]))
         trim()
@@ -204,6 +211,23 @@ def _settled(plan: Plan, progress: Progress) -> Plan:
     return replace(plan, fused=found)
 
 
+def _prefixed(plan: Plan, progress: Progress) -> Plan:
+    """With the tokens of a prefix that is to be found, which takes a stage of its own."""
+    if not any(isinstance(step, Prefix) and step.tokens == "auto" for step in plan.recipe.steps):
+        return plan
+    assert plan.ids is not None
+    progress.stage("prefix", plan.topology.block_count)
+    tokenizer = plan.checkpoint.tokenizer()
+    with bfloat16_products(plan.dtype is torch.bfloat16):
+        runner = BlockRunner(plan.checkpoint, plan.dtype, plan.device)
+        found = search_prefix(runner, plan.ids, lambda token: str(tokenizer.decode([token])), start_token(tokenizer), progress.step)
+    if found is None:
+        progress.say("no prefix: no token of the calibration text is an outlier.")
+        return plan
+    progress.say(f"prefix {found.text!r} ({', '.join(map(str, found.token_ids))}): the tokens that are outliers.")
+    return replace(plan, prefix=found.token_ids)
+
+
 def _located(plan: Plan, runner: BlockRunner, progress: Progress) -> tuple[Step, ...]:
     """The recipe's steps with the places of super weights, which take a stage of its own to find."""
     if not any(isinstance(step, SuperWeights) and step.places == "auto" for step in plan.recipe.steps):
@@ -213,6 +237,25 @@ def _located(plan: Plan, runner: BlockRunner, progress: Progress) -> tuple[Step,
     if not any(isinstance(step, SuperWeights) and step.places for step in steps):
         progress.say("no super weights: no single weight makes a spike of the residual stream at the step's sites.")
     return steps
+
+
+def _raised(plan: Plan, steps: tuple[Step, ...], folder: Path | None, progress: Progress) -> tuple[Plan, dict[Address, Need]]:
+    """The plan with more bits for the activations of a few sites, if a step asks for it, which takes a stage of its own; and what was measured."""
+    step = raising_step(steps)
+    if step is None:
+        return plan, {}
+    assert plan.ids is not None
+    progress.stage("activations' needs", plan.topology.block_count)
+    few, folder = replace(plan, ids=plan.ids[: few_samples(plan.ids)]), None if folder is None else folder / "needs"
+    runner = BlockRunner(plan.source, plan.dtype, plan.device)
+    streams = _streams(few, runner, folder)
+    assert streams is not None
+    streams.before = Stream(None if folder is None else folder / "before")
+    needs = decide(step, BlockCompressor(runner, plan.recipe.solver, steps, plan.packed, streams), streams, plan.packed, progress.step)
+    if folder is not None:
+        shutil.rmtree(folder)
+    progress.say(summary(needs))
+    return replace(plan, packed=with_raised(plan.packed, needs)), needs
 
 
 def _streams(plan: Plan, runner: BlockRunner, folder: Path | None) -> Streams | None:
@@ -259,6 +302,8 @@ def _describe(record: BlockRecord) -> str:
     parts += [f"smoothing {', '.join(strengths)}"] if strengths else []
     exponents = [f"{name} {site.exponent}" for name, site in record.sites.items() if site.exponent is not None]
     parts += [f"scaling {', '.join(exponents)}"] if exponents else []
+    choices = [f"{name} {site.chosen}" for name, site in record.sites.items() if site.chosen is not None]
+    parts += [f"auto {', '.join(choices)}"] if choices else []
     parts += [f"{name}: {site.note}" for name, site in record.sites.items() if site.note]
     return ", ".join(parts)
 

@@ -17,12 +17,13 @@ Plain data is what YAML and JSON hold. An annotation says what is taken, and not
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .quant.errors import PlanishError, nearest
+from .quant.named import Named as Named
 
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """Numbers that JSON lacks, by the texts that stand for them where a document may hold such numbers."""
@@ -31,16 +32,6 @@ Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | 
 T = TypeVar("T")
 
 _SCALARS: dict[Any, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Named:
-    """Annotation of a field that holds one of several classes: `Annotated[A | B, Named({"a": A, "b": B})]`.
-
-    Plain data: `a`, or `{a: {settings of A}}`.
-    """
-
-    classes: Mapping[str, type]
 
 
 class _Place(NamedTuple):

@@ -16,7 +16,7 @@ from .calib.runner import HEAD_TOKENS, BlockRunner
 from .calib.sites import reader_weight
 from .calib.workers import workers_for
 from .quant.solvers.gptq import PIECE
-from .quant.transforms import Flat, Keeping, SideStep
+from .quant.transforms import Auto, Flat, Keeping, SideStep
 from .recipe import Recipe
 from .resolve import Address, matches
 
@@ -26,6 +26,7 @@ LATER = 35_000_000  # what the program grows by after it is measured: text to ev
 HOLES = 0.35  # of all that waits and passes: lost at most in the heap between tensors that stay and tensors that went
 COPIES = 6  # of the rows that a solver rounds at a time, in float32: original, ordered, current, deviations, scales, zero points
 DOUBLES = 4  # square matrices in float64 with which a side path is found: the Hessian, flipped, its factor, and that flipped back
+CHOOSING = 6  # square matrices in float32 while auto chooses: moments of all tokens, of those fitted to, of the readers; the last two behind a step
 PASSING = 24  # bytes for each token of a batch and channel of the widest site, made and let go on the way
 LOGITS = 10  # of a piece of tokens, in float32: of both models, their logarithms, probabilities and differences
 
@@ -162,6 +163,7 @@ class Sizes:
         if site.packed is None:
             return 0
         matrices = 0 if not self.recipe.solver.needs_moments else 6 if self.recipe.solver.needs_cross else 4
+        matrices = max(matrices, CHOOSING if any(isinstance(step, Auto) for step in self.recipe.steps) else 0)
         beside = any(isinstance(step, SideStep) and step.needs_moments for step in self.recipe.steps)
         wide = 8 * (DOUBLES * site.width**2 + 3 * site.weights) if beside else 0
         learning = max((step.held_bytes(site.width, site.weights, self.tokens) for step in self._learning), default=0)

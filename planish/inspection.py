@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from .calib.checkpoint import Checkpoint, open_checkpoint
 from .calib.data import Calibration
@@ -19,6 +18,7 @@ from .calib.heap import separate_large
 from .calib.images import GENERATED, feature_change, token_labels
 from .calib.images import images as read_images
 from .calib.inspection import Subject, inspect_model
+from .calib.outlier_tokens import start_token
 from .calib.precision import pick_device, working_dtype
 from .calib.proof import check_structure
 from .calib.runner import BlockRunner
@@ -116,14 +116,9 @@ def _text(checkpoint: Checkpoint, calibration: Calibration) -> Subject:
         held_out=evaluation_windows(checkpoint, "builtin", HELD_OUT, calibration.length),
         ids_NL=ids_NL,
         text=lambda token: str(tokenizer.decode([token])),
-        start=_start_token(tokenizer),
+        start=start_token(tokenizer),
         source="builtin, calibration half" if calibration.source == "builtin" else calibration.source,
     )
-
-
-def _start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that begins a text: BOS, or EOS, which ends the text before."""
-    return next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if isinstance(token, int)), None)
 
 
 def _images(checkpoint: Checkpoint, source: str, calibration: Calibration) -> Subject:

@@ -28,6 +28,7 @@ from .fused import Fused, fused
 from .quant.errors import PlanishError
 from .quant.formats import Scheme
 from .quant.transforms import Prefix
+from .raising_check import check_raising
 from .recipe import Recipe, load_recipe
 from .resolve import SERVED_GROUPS, Address, Resolved, resolve
 from .units import size
@@ -101,6 +102,7 @@ def make_plan(
     resolved = resolve(recipe, topology, lambda _block, site: widths[site])
     packed = _packed(recipe, resolved)
     check_beside(recipe.steps, packed, runner)
+    raising = check_raising(recipe.steps, packed)
     ids = None if recipe.calibration is None else _ids(recipe.calibration, runner, ids_NL)
     _prove(runner)
     trim()
@@ -122,7 +124,7 @@ def make_plan(
         packed=packed,
         ids=ids,
         prefix=_prefix(recipe, checkpoint),
-        notes=resolved.notes + notes + _warnings(packed, topology, recipe.extended),
+        notes=resolved.notes + notes + raising + _warnings(packed, topology, recipe.extended),
         servers=("planish",) if recipe.extended else servers(packed, topology),
         quantized=sizes.quantized,
         bits_per_weight=sizes.bits,
@@ -164,7 +166,7 @@ def _layout(recipe: Recipe, scheme: Scheme) -> Layout:
 
 
 def _prefix(recipe: Recipe, checkpoint: Checkpoint) -> tuple[int, ...]:
-    tokens = [token for step in recipe.steps if isinstance(step, Prefix) for token in step.tokens]
+    tokens = [token for step in recipe.steps if isinstance(step, Prefix) and step.tokens != "auto" for token in step.tokens]
     return prefix_ids(tokens, checkpoint.tokenizer()) if tokens else ()
 
 

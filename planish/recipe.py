@@ -17,7 +17,7 @@ from .decode import Named, decode, encode
 from .quant.errors import PlanishError, nearest
 from .quant.formats import Scheme
 from .quant.solvers import SOLVERS, Solver
-from .quant.transforms import STEPS, Center, ScaleRms, Smooth, Step
+from .quant.transforms import STEPS, Center, RaiseActivations, ScaleRms, Smooth, Step
 from .shipped import shipped as shipped
 from .shipped import shipped_text as shipped_text
 from .shipped import shipped_texts
@@ -107,6 +107,11 @@ class Recipe:
             raise PlanishError(
                 f"scheme: static scales do not know what {mixing[0]} makes of inputs at run time. Set dynamic: true, or use shift, or steps that "
                 "weights absorb."
+            )
+        if any(isinstance(step, RaiseActivations) for step in self.steps) and not (activations and all(act.dynamic for act in activations)):
+            raise PlanishError(
+                "steps: raise_activations measures what dynamic activations lose, but here some are static or none are quantized. "
+                "Remove it, or set scheme.activations with dynamic: true."
             )
         if self.calibration is None and any(users.values()):
             needing = " and ".join(user for user, needs in users.items() if needs)

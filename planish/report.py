@@ -89,6 +89,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "arithmetic": {"dtype": str(plan.dtype).removeprefix("torch."), "device": str(plan.device)},
         "memory": {**asdict(plan.memory), "total": plan.memory.total},
         "memory_evaluating": {**asdict(plan.evaluation), "total": plan.evaluation.total},
+        "prefix": list(plan.prefix),
         "offload": plan.offload,
         "replay": plan.replay,
         "disk": plan.disk,

@@ -1,5 +1,6 @@
 """Plans, results and verifications as people read them."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -94,11 +95,22 @@ def result_table(result: Result, evaluation: Evaluation | None, peak: int, repor
         table.add_row("  KL divergence per token", "", f"{evaluation.comparison.kl:.4f}", "")
         table.add_row("  same likeliest token", "", f"{evaluation.comparison.agreement:.1%}", "")
     took = f"{duration(result.seconds)}, peak memory {size(peak)}"
-    rows = [("compressed in", took)]
+    rows = [("compressed in", took), *_choices(result)]
     if evaluation is not None:
         text = f"{duration(evaluation.seconds)}, on {evaluation.windows} x {evaluation.length} tokens of the built-in text, float32"
         rows.append(("evaluated in", text))
     return table, _pairs([*rows, ("checkpoint", str(result.out)), ("report", str(report))])
+
+
+def _choices(result: Result) -> list[tuple[str, str]]:
+    """What auto and raise_activations decided, over all blocks."""
+    chosen = Counter((name, site.chosen) for block in result.blocks for name, site in block.sites.items() if site.chosen is not None)
+    by_site: dict[str, list[str]] = {}
+    for (name, what), times in chosen.most_common():
+        by_site.setdefault(name, []).append(f"{what} ({times})")
+    raised = [f"{block.index}.{name}" for block in result.blocks for name, site in block.sites.items() if site.raised]
+    rows = [(f"auto at {name}", ", ".join(words)) for name, words in by_site.items()]
+    return [*rows, ("raised activations", ", ".join(raised))] if raised else rows
 
 
 def verification_table(verification: Verification) -> Table:

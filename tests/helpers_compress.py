@@ -29,6 +29,21 @@ def store(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.bfloa
     return folder
 
 
+def outlying(folder: Path, family: str = "llama") -> Path:
+    """A model whose norms make a few channels large, and whose tokens are alike: inputs that are correlated and hard to quantize."""
+    model = tiny(family, changes={"vocab_size": VOCABULARY})
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        embedding += torch.randn(VOCABULARY, 4, generator=generator) @ torch.randn(4, embedding.shape[1], generator=generator) * 0.3
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name:
+                parameter[::9] *= 15
+            elif "mlp.up_proj" in name:
+                parameter[::11] *= 15
+    return store(model, folder)
+
+
 def quick(name: str, *settings: str) -> Recipe:
     """A shipped recipe with little calibration text."""
     return with_settings(load_recipe(name), (*QUICK, *settings))

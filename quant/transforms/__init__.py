@@ -1,5 +1,6 @@
 """Transforms that flatten outliers: one algorithm a file, named in one dict."""
 
+from .auto import Auto as Auto
 from .flat import Flat as Flat
 from .fold import FoldNorms as FoldNorms
 from .fold import Untie as Untie
@@ -11,6 +12,7 @@ from .inputs import Hadamard as Hadamard
 from .inputs import Wush as Wush
 from .permute import Permute as Permute
 from .prefix import Prefix as Prefix
+from .raising import RaiseActivations as RaiseActivations
 from .rotate import Rotate as Rotate
 from .scale_rms import ScaleRms as ScaleRms
 from .side import Lorc as Lorc
@@ -24,26 +26,9 @@ SideStep = Lorc | Svdquant | SuperWeights
 """A step that runs something beside the codes and leaves the input as it is."""
 Keeping = Quad | Resq
 """A step that transforms the input and keeps its first channels out of the codes."""
-Transform = Center | Hadamard | Duquant | Cat | Wush | Flat | Keeping
+InputChoice = Center | Hadamard | Duquant | Cat | Wush | Flat | Auto
 """A step that transforms the input at run time."""
-Step = (
-    Prefix
-    | FoldNorms
-    | Untie
-    | Rotate
-    | Smooth
-    | ScaleRms
-    | Permute
-    | Center
-    | Hadamard
-    | Duquant
-    | Cat
-    | Wush
-    | Flat
-    | ClipSearch
-    | Keeping
-    | SideStep
-)
+Step = Prefix | FoldNorms | Untie | Rotate | Smooth | ScaleRms | Permute | InputChoice | ClipSearch | Keeping | SideStep | RaiseActivations
 """Any step of a recipe."""
 
 STEPS: dict[str, type[Step]] = {
@@ -60,10 +45,12 @@ STEPS: dict[str, type[Step]] = {
     "cat": Cat,
     "wush": Wush,
     "flat": Flat,
+    "auto": Auto,
     "quad": Quad,
     "resq": Resq,
     "clip": ClipSearch,
     "low_rank": Lorc,
     "svdquant": Svdquant,
     "super_weight": SuperWeights,
+    "raise_activations": RaiseActivations,
 }

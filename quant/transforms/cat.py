@@ -10,16 +10,20 @@ Shape suffixes: C channels, K blocks of B channels.
 import torch
 from torch import Tensor
 
-from .factors import Blocks, Chain, Hadamard
+from .factors import Blocks, Chain, Hadamard, Scale
 from .hadamard import hadamard_block
 from .positive import common_basis, level, positive_blocks
 
 
 def cat(second_x_CC: Tensor, second_w_CC: Tensor, block: int, damping: float, *, hadamard: bool = True) -> Chain:
-    """`cat_blocks`, then the largest Hadamard that fits all C channels, unless hadamard is False or the width is odd (and there is none)."""
+    """`cat_blocks`, then the largest Hadamard that fits all C channels, unless hadamard is False or the width is odd (and there is none).
+
+    Blocks of one channel are a scale, which costs less to run.
+    """
     blocks = cat_blocks(second_x_CC, second_w_CC, block, damping)
+    first = Scale(1 / blocks.matrix_KBB.flatten()) if block == 1 else blocks
     size = hadamard_block(len(second_x_CC))
-    return (blocks, Hadamard(size)) if hadamard and size > 1 else (blocks,)
+    return (first, Hadamard(size)) if hadamard and size > 1 else (first,)
 
 
 def cat_blocks(second_x_CC: Tensor, second_w_CC: Tensor, block: int, damping: float) -> Blocks:

@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, C channels, O out channels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
@@ -181,6 +182,17 @@ class Duquant:
     def chain(self, view: SiteView) -> Chain:
         """Three factors."""
         return duquant.duquant(view.sample_TC, divisor(len(view.second_CC), self.block), self.steps, self.seed)
+
+
+def chain_of(steps: Sequence[InputStep], view: SiteView) -> Chain:
+    """What the steps make of a site, one after the other, each of the view behind those before it."""
+    chain: Chain = ()
+    for i, step in enumerate(steps):
+        more = step.chain(view)
+        chain = (*chain, *more)
+        if i + 1 < len(steps):
+            view = view.through(more)
+    return chain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_compress import VOCABULARY, quick, source, store
+from helpers_compress import outlying, quick, source
 from helpers_front import tree
-from tiny_models import tiny
 from transformers import PreTrainedConfig
 
 import planish
@@ -26,21 +25,6 @@ from planish.recipe import Recipe
 W4 = Scheme(weights=WeightFormat(bits=4))
 W8A8 = Scheme(weights=WeightFormat(bits=8), activations=ActivationFormat(bits=8))
 CALIBRATION = planish.Calibration(samples=8, length=48, batch_size=3)
-
-
-def outlying(folder: Path, family: str = "llama") -> Path:
-    """A model whose norms make a few channels large, and whose tokens are alike: inputs that are correlated and hard to quantize."""
-    model = tiny(family, changes={"vocab_size": VOCABULARY})
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        embedding = model.get_input_embeddings().weight
-        embedding += torch.randn(VOCABULARY, 4, generator=generator) @ torch.randn(4, embedding.shape[1], generator=generator) * 0.3
-        for name, parameter in model.named_parameters():
-            if "layernorm" in name:
-                parameter[::9] *= 15
-            elif "mlp.up_proj" in name:
-                parameter[::11] *= 15
-    return store(model, folder)
 
 
 def recipe(scheme: Scheme, solver: object, steps: tuple[planish.Smooth, ...] = ()) -> Recipe:

@@ -27,6 +27,8 @@ STEPS = {
     "flat": "[flat: {steps: 4}]",
     "flat-blocks": "[flat: {structure: blocks, block: 16, steps: 4, start: hadamard}, clip]",
     "middle": "[shift: {by: middle}]",
+    "auto": "[auto]",
+    "auto-among-others": "[shift, auto: {candidates: [[hadamard], [cat: {block: 16}]], margin: 0.0}, hadamard: {block: 8}, clip]",
     "all": "[prefix: {tokens: [5]}, shift, duquant: {block: 16, steps: 4}, cat: {block: 16}, flat: {steps: 2}, clip]",
 }
 FINE = ("scheme.weights.bits=8", "scheme.activations.bits=8", "solver.gptaq.alpha=0")  # so that a wrong transform shows
@@ -42,6 +44,13 @@ def compressed(family: str, steps: str, folder: Path, *settings: str) -> Path:
 def test_every_family_with_all_steps(family: str, tmp_path: Path) -> None:
     """compress itself refuses where the reloaded checkpoint differs from the model in memory."""
     out = compressed(family, STEPS["all"], tmp_path, *FINE)
+    base, found = (score(opened, ids()) for opened in (open_checkpoint(tmp_path / "model"), open_stored(out)))
+    assert abs(found.nll - base.nll) < 0.2
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_with_a_choice(family: str, tmp_path: Path) -> None:
+    out = compressed(family, "[prefix: {tokens: [5]}, auto: {candidates: [[hadamard], [shift, cat: {block: 16}]]}, clip]", tmp_path, *FINE)
     base, found = (score(opened, ids()) for opened in (open_checkpoint(tmp_path / "model"), open_stored(out)))
     assert abs(found.nll - base.nll) < 0.2
 

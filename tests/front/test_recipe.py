@@ -35,6 +35,7 @@ NAMES = (
     "paper-svdquant",
     "w4a16-channel",
     "w4a16-g128",
+    "w4a4-auto",
     "w4a4-best",
     "w4a4-fast",
     "w4a4-portable-mixed",
