@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .beside import located
-from .block import BlockCompressor, BlockRecord, Streams, made_dynamic
+from .block import BlockCompressor, BlockRecord, Streams
 from .calib.heap import separate_large, trim
-from .calib.packing import Packed, clipped
+from .calib.packing import Packed, clipped, made_dynamic
 from .calib.precision import bfloat16_products
 from .calib.runner import BlockRunner
 from .calib.shards import read_header, read_tensor
@@ -259,6 +259,8 @@ def _describe(record: BlockRecord) -> str:
     parts += [f"smoothing {', '.join(strengths)}"] if strengths else []
     exponents = [f"{name} {site.exponent}" for name, site in record.sites.items() if site.exponent is not None]
     parts += [f"scaling {', '.join(exponents)}"] if exponents else []
+    chosen = [f"{name} {setting} {value:g}" for name, site in record.sites.items() for setting, value in site.settings.items()]
+    parts += [f"chosen {', '.join(chosen)}"] if chosen else []
     parts += [f"{name}: {site.note}" for name, site in record.sites.items() if site.note]
     return ", ".join(parts)
 
