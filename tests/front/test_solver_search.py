@@ -1,6 +1,7 @@
 """Settings that held-out text chooses, from the recipe to the record: what is read, refused, counted and taken down."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def test_a_list_is_read_and_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["solver.gptaq.held_out=0.5"], "solver.gptaq.held_out is 0.5, but nothing is to be chosen"),
+        (["solver.gptaq.held_out=0.5"], "solver.held_out is 0.5, but nothing is to be chosen"),
         (["solver.gptaq.alpha=[0.5]"], "at least 2 numbers"),
         (["solver.gptaq.alpha=[0, 2]"], "alpha is 2.0, but it is the part"),
         (["solver.gptaq.alpha=[0, x]"], "solver.gptaq.alpha.1: expected a number"),
@@ -59,8 +60,8 @@ class Standing:
     def __init__(self, batches: list[torch.Tensor]) -> None:
         self.batches = batches
 
-    def arrivals(self, _site: str, _then: object = None) -> list[Pass]:
-        return [Pass(lambda: torch.empty(0), x=x_TC) for x_TC in self.batches]
+    def arrivals(self, _site: str, _then: object = None) -> Iterator[Pass]:
+        return iter([Pass(lambda: torch.empty(0), x=x_TC) for x_TC in self.batches])
 
 
 def test_the_last_batches_are_held_out_of_everything_else() -> None:
