@@ -20,7 +20,8 @@ second order the divergence of a query's probabilities is ds' (diag p - p p') ds
 
 Exact for the error of one token's q or k alone; that tokens' errors go together, and that G and H are averaged apart, is left out.
 Divergence of the probabilities on unseen text in three layers of the demo model: with 4-bit q 0.39, 0.88, 0.87 of GPTQ's, with 4-bit k 0.18, 0.35,
-0.37.
+0.37. Of the whole of that model, whose other layers lose more, nothing is to be seen: perplexity 24.55 against 24.54 with 4-bit weights per channel,
+and with 4-bit activations too (w4a4-best) 23.26 against 22.81, divergence 0.146 against 0.144.
 
 Shape suffixes: T tokens, Q queries that count, P keys of a prefix, S = P + T keys, N heads, K key heads, G heads of a group, D channels of a head,
 O out channels, I in channels.
