@@ -47,6 +47,31 @@ def interleaved_v(sizes: Sizes) -> tuple[int, ...]:
     return _value_rows(sizes, 2 * sizes.head_dim, 3 * sizes.head_dim)
 
 
+def separate_q(sizes: Sizes) -> tuple[int, ...]:
+    """A q_proj of its own, or the first rows of one projection: rows [head, head_dim]."""
+    return tuple(range(sizes.heads * sizes.head_dim))
+
+
+def separate_k(sizes: Sizes) -> tuple[int, ...]:
+    """A k_proj of its own: rows [kv head, head_dim]."""
+    return tuple(range(sizes.kv_heads * sizes.head_dim))
+
+
+def stacked_k(sizes: Sizes) -> tuple[int, ...]:
+    """One projection with rows [all q; all k; all v]."""
+    return tuple(sizes.heads * sizes.head_dim + row for row in separate_k(sizes))
+
+
+def interleaved_q(sizes: Sizes) -> tuple[int, ...]:
+    """One projection with rows [head, (q, k, v), head_dim]."""
+    return tuple(3 * sizes.head_dim * head + i for head in range(sizes.heads) for i in range(sizes.head_dim))
+
+
+def interleaved_k(sizes: Sizes) -> tuple[int, ...]:
+    """One projection with rows [head, (q, k, v), head_dim]."""
+    return tuple(sizes.head_dim + row for row in interleaved_q(sizes))
+
+
 def separate_up(sizes: Sizes) -> tuple[int, ...]:
     """An up projection of its own."""
     return tuple(range(sizes.width))
@@ -73,9 +98,10 @@ class Family:
     classifier as its encoder). options: what the class is made with besides its config.
     embeddings, norm, head, input, call, lead, writers, stream_readers, norm_kind, norm_offset: as in sites.Topology; last_reader too, None: the head.
     qkv, up: readers of those sites (up with the gate, if gated). qkv_norm, up_norm: the norm that makes their input, None if no norm stands
-    between the residual stream and them, or one without weights. v, v_rows: the module and its rows that make o's input. up_host, up_rows:
-    those that make down's input, if the MLP is gated or its activation homogeneous. width: the MLP's inner size. activation: the config's name for
-    its function. refuse: conditions under which the table does not hold, each with the reason.
+    between the residual stream and them, or one without weights. q, q_rows, k, k_rows, rotary, obstacle: as in
+    sites.Attention. v, v_rows: the module and its rows that make o's input. up_host, up_rows: those that make down's input, if the MLP is gated or
+    its activation homogeneous. width: the MLP's inner size. activation: the config's name for its function. refuse: conditions under which the table
+    does not hold, each with the reason.
     """
 
     architecture: str
@@ -92,6 +118,12 @@ class Family:
 
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     qkv_norm: str | None = "input_layernorm"
+    q: str = "self_attn.q_proj"
+    q_rows: RowMap = separate_q
+    k: str = "self_attn.k_proj"
+    k_rows: RowMap = separate_k
+    rotary: bool = True
+    obstacle: str = ""
     o: str = "self_attn.o_proj"
     v: str = "self_attn.v_proj"
     v_rows: RowMap = separate_v
@@ -112,6 +144,7 @@ class Family:
     refuse: tuple[tuple[Callable[[PreTrainedConfig], bool], str], ...] = ()
 
 
+NORMED = "norms of queries and keys"
 LLAMA = Family(architecture="LlamaForCausalLM")
 
 GEMMA2 = replace(
@@ -121,12 +154,16 @@ GEMMA2 = replace(
     writers=("post_attention_layernorm", "post_feedforward_layernorm"),
     stream_readers=("input_layernorm", "pre_feedforward_layernorm"),
     norm_offset=1.0,
+    obstacle="a cap on the scores",
 )
 
 PHI3 = replace(
     LLAMA,
     architecture="Phi3ForCausalLM",
     qkv=("self_attn.qkv_proj",),
+    q="self_attn.qkv_proj",
+    k="self_attn.qkv_proj",
+    k_rows=stacked_k,
     v="self_attn.qkv_proj",
     v_rows=stacked_v,
     up=("mlp.gate_up_proj",),
@@ -141,6 +178,7 @@ OLMO2 = replace(
     up_norm=None,
     writers=("post_attention_layernorm", "post_feedforward_layernorm"),
     stream_readers=(*LLAMA.qkv, *LLAMA.up),
+    obstacle=NORMED,
 )
 
 GPT2 = Family(
@@ -150,6 +188,10 @@ GPT2 = Family(
     norm="transformer.ln_f",
     qkv=("attn.c_attn",),
     qkv_norm="ln_1",
+    q="attn.c_attn",
+    k="attn.c_attn",
+    k_rows=stacked_k,
+    rotary=False,
     o="attn.c_proj",
     v="attn.c_attn",
     v_rows=stacked_v,
@@ -172,6 +214,7 @@ OPT = Family(
     embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
     norm="model.decoder.final_layer_norm",
     qkv_norm="self_attn_layer_norm",
+    rotary=False,
     o="self_attn.out_proj",
     gated=False,
     up=("fc1",),
@@ -203,6 +246,10 @@ GPT_NEOX = Family(
     embeddings=("gpt_neox.embed_in",),
     norm="gpt_neox.final_layer_norm",
     qkv=("attention.query_key_value",),
+    q="attention.query_key_value",
+    q_rows=interleaved_q,
+    k="attention.query_key_value",
+    k_rows=interleaved_k,
     o="attention.dense",
     v="attention.query_key_value",
     v_rows=interleaved_v,
@@ -227,6 +274,10 @@ VIT = Family(
     lead=lambda config: 1,
     qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
     qkv_norm="layernorm_before",
+    q="attention.q_proj",
+    k="attention.k_proj",
+    rotary=False,
+    obstacle="no order of tokens",
     o="attention.o_proj",
     v="attention.v_proj",
     gated=False,
@@ -276,9 +327,9 @@ FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "mistral": replace(LLAMA, architecture="MistralForCausalLM"),
     "qwen2": replace(LLAMA, architecture="Qwen2ForCausalLM"),
-    "qwen3": replace(LLAMA, architecture="Qwen3ForCausalLM"),
+    "qwen3": replace(LLAMA, architecture="Qwen3ForCausalLM", obstacle=NORMED),
     "gemma2": GEMMA2,
-    "gemma3_text": replace(GEMMA2, architecture="Gemma3ForCausalLM"),
+    "gemma3_text": replace(GEMMA2, architecture="Gemma3ForCausalLM", obstacle=NORMED),
     "phi3": PHI3,
     "olmo2": OLMO2,
     "gpt2": GPT2,

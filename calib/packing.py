@@ -126,6 +126,13 @@ def _unclipped(packed: Packed) -> Packed:
     return packed if act is None or act.clip == 1 else clipped(packed, 1.0)
 
 
+def made_dynamic(packed: Packed) -> Packed:
+    """The same with activations dynamic per token, symmetric."""
+    assert packed.scheme.activations is not None
+    dynamic = ActivationFormat(bits=packed.scheme.activations.bits)
+    return Packed(Scheme(weights=packed.scheme.weights, activations=dynamic), packed.layout)
+
+
 def clipped(packed: Packed, clip: float) -> Packed:
     """The same with this clip of its activations."""
     act = packed.scheme.activations

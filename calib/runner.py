@@ -6,6 +6,7 @@ the blocks are, so that no family needs a forward pass of its own here.
 Shapes: batches are ids (B, L), token numbers, or images (B, 3, H, W), as the family takes them (Topology.input); hidden (B, L, D).
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,12 @@ class Call:
     """What the model hands to each of its blocks besides the hidden states, for one shape of input."""
 
     extra: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def arguments(self, block: nn.Module, index: int) -> dict[str, Any]:
+        """What the block is given besides the hidden states, by name."""
+        args, kwargs = self.extra[index]
+        found = inspect.signature(block.forward).bind(None, *args, **kwargs).arguments
+        return {**found, **found.get("kwargs", {})}
 
     def run(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """The block's output: (B, L, D)."""

@@ -49,6 +49,22 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """Which rows make queries and keys, head by head, `size` channels each, all of one site's readers.
+
+    rotary: whether RoPE turns them before their scores. module: the path of what has the scores' factor as its `scaling`. obstacle: what else stands
+    between these rows and the softmax, in words; empty if nothing does.
+    """
+
+    q: Rows
+    k: Rows
+    size: int
+    module: str
+    rotary: bool = True
+    obstacle: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Topology:
     """One model's sites, in the order in which a block runs them, and who writes and reads its residual stream.
 
@@ -58,7 +74,7 @@ class Topology:
     stream multiplies by norm_offset + weight. head: what makes logits, None for a vision encoder. last_reader: the linear layer that reads the
     last norm's output. heads: of queries; they share the channels of o's input evenly.
     The model is run as model(**{input: batch}, **dict(call)). lead: how many tokens stand before those of the input (a vision model's class and
-    register tokens, before its patches).
+    register tokens, before its patches). attention: how scores come about.
     """
 
     family: str
@@ -77,6 +93,7 @@ class Topology:
     input: Literal["input_ids", "pixel_values"] = "input_ids"
     call: tuple[tuple[str, bool], ...] = (("use_cache", False),)
     lead: int = 0
+    attention: Attention | None = None
 
     def block_name(self, index: int) -> str:
         """The full name of block `index`, as in the checkpoint's tensor names."""

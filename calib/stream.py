@@ -48,3 +48,9 @@ def relative_error(reference: Tensor, other: Tensor) -> float:
     size = torch.linalg.vector_norm(reference.float()).item()
     off = torch.linalg.vector_norm(other.float() - reference.float()).item()
     return off / size if size else float(off > 0)
+
+
+def squares(hidden: Tensor, keep_T: Tensor) -> float:
+    """The sum of the squares of the tokens kept. hidden: (B, L, D) of T = B * L tokens."""
+    norms_T = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).flatten()
+    return float(norms_T[keep_T].square().sum(dtype=torch.float64))

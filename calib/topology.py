@@ -11,6 +11,7 @@ from ..quant.errors import PlanishError
 from .families import FAMILIES, Family, Sizes, separate_up
 from .proof import check_structure as check_structure
 from .proof import prove as prove
+from .sites import Attention as Attention
 from .sites import Host as Host
 from .sites import Rows as Rows
 from .sites import Site as Site
@@ -44,6 +45,7 @@ def topology(config: PreTrainedConfig) -> Topology:
         input=family.input,
         call=family.call,
         lead=family.lead(config),
+        attention=_attention(family, _sizes(family, config)),
     )
 
 
@@ -100,6 +102,17 @@ def _sites(family: Family, config: PreTrainedConfig) -> tuple[Site, ...]:
         Site(name="o", readers=(family.o,), host=_row_host(value), makers=(value,)),
         Site(name="gate_up" if family.gated else "up", readers=family.up, host=_norm_host(family.up_norm, family), stream=True),
         Site(name="down", readers=(family.down,), host=_row_host(up) if linear_up else None, makers=(gate, up) if family.gated else (up,)),
+    )
+
+
+def _attention(family: Family, sizes: Sizes) -> Attention:
+    return Attention(
+        q=Rows(module=family.q, index=family.q_rows(sizes)),
+        k=Rows(module=family.k, index=family.k_rows(sizes)),
+        size=sizes.head_dim,
+        module=family.q.rpartition(".")[0],
+        rotary=family.rotary,
+        obstacle=family.obstacle,
     )
 
 

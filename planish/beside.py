@@ -17,6 +17,7 @@ from .calib.super_weights import search
 from .quant.errors import PlanishError
 from .quant.low_rank import LowRank, lorc, svdquant, weighted_lorc
 from .quant.solvers import Moments, Rtn, Solution, Solver
+from .quant.solvers.attention import Heads
 from .quant.transforms import (
     Auto,
     ClipSearch,
@@ -80,8 +81,13 @@ def take_out(readers: Readers, steps: Sequence[SideStep], block: int, stored: to
     return f"beside the codes: {', '.join(taken)}" if taken else ""
 
 
-def solve_beside(readers: Readers, steps: Sequence[SideStep], solver: Solver, moments: Moments | None, stored: torch.dtype) -> Solution | None:
-    """Quantize the site's readers, low-rank paths before and after. moments: of what becomes codes. Returns the last solution, for the record."""
+def solve_beside(
+    readers: Readers, steps: Sequence[SideStep], solver: Solver, moments: Moments | None, stored: torch.dtype, heads: Heads | None = None
+) -> Solution | None:
+    """Quantize the site's readers, low-rank paths before and after. Returns the last solution, for the record.
+
+    moments: of what becomes codes. heads: of attention, see `solving.solve`.
+    """
     if readers.packed is None or readers.packed.scheme.weights is None:
         return None
     fmt = readers.packed.scheme.weights
@@ -93,7 +99,7 @@ def solve_beside(readers: Readers, steps: Sequence[SideStep], solver: Solver, mo
                     w_OC, split.rank, lambda r_OC: Rtn().solve(r_OC, fmt, None, stored).weight.dequantize(), moments.second_II, split.rounds
                 )
                 readers.put_beside(path, low, stored)
-        solution = solve(readers, solver, moments, stored)
+        solution = solve(readers, solver, moments, stored, heads)
         for correction in (step for step in steps if isinstance(step, Lorc)):
             for path, solved in readers.solved.items():
                 readers.put_beside(path, _correction(correction, readers.weights[path] - solved.dequantize(), moments), stored)

@@ -11,24 +11,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .attention import heads_of
 from .beside import solve_beside, take_out
 from .blocksteps import BlockSteps
 from .calib.extension import SiteInput, chain_prefix, restored
 from .calib.heap import WORTH_TRIMMING, trim
 from .calib.observe import Observation, observe, sinks
-from .calib.packing import Packed, pack
+from .calib.packing import Packed, made_dynamic, pack
 from .calib.precision import bfloat16_products
 from .calib.prefix import PrefixStream, tensor_names
 from .calib.quantized import load_rest, quantized_readers
 from .calib.runner import BlockRunner, Call
 from .calib.side import side_name, side_tensors
-from .calib.stream import Stream
+from .calib.stream import Stream, squares
 from .calib.walk import Pass, SiteWalk, replaced, walking
 from .calib.workers import Workers, workers_for
 from .flatten import flatten
-from .quant.formats import ActivationFormat, Scheme
 from .quant.linear import StaticGrid
 from .quant.solvers import Solver
+from .quant.solvers.attention import Heads
 from .quant.transforms import Auto, ClipSearch, Step
 from .quant.transforms.factors import Chain, store
 from .quant.transforms.inputs import InputStep
@@ -78,13 +79,6 @@ class BlockResult:
     tensors: dict[str, Tensor]
     packed: dict[str, Packed]
     record: BlockRecord
-
-
-def made_dynamic(packed: Packed) -> Packed:
-    """The same with activations dynamic per token, symmetric."""
-    assert packed.scheme.activations is not None
-    dynamic = ActivationFormat(bits=packed.scheme.activations.bits)
-    return Packed(Scheme(weights=packed.scheme.weights, activations=dynamic), packed.layout)
 
 
 class BlockCompressor:
@@ -247,13 +241,12 @@ class Turn:
                 self._take_out(readers)
                 self._flatten(readers, walk)
                 if readers.packed is not None and (self.solver.needs_moments or any(step.needs_moments for step in self.beside[name])):
-                    moments = gather(readers, walk, self.observation.keep_T, full)
+                    moments = gather(readers, walk, self.observation.keep_T, full, self.solver.held_share)
                     if len(moments.second_II) == widest:
                         trim()
-                    solution = solve_beside(readers, self.beside[name], self.solver, moments, self.stored)
+                    solution = solve_beside(readers, self.beside[name], self.solver, moments, self.stored, self._heads(plain, walk, block, streams))
                     assert solution is not None
-                    record = self.record.sites[name]
-                    record.error, record.damping, record.repairs = output_error(readers, moments), solution.damping, solution.repairs
+                    self.record.sites[name].note_solution(solution, output_error(readers, moments))
                 else:
                     solve_beside(readers, self.beside[name], self.solver, None, self.stored)
                 settle(readers, walk, self.dtype, self.stored)
@@ -263,6 +256,15 @@ class Turn:
                 if readers.drop_solved() > WORTH_TRIMMING:
                     trim()
             self._finish(walk.outputs(), streams)
+
+    def _heads(self, plain: Readers, walk: SiteWalk, block: nn.Module, streams: Streams) -> Heads | None:
+        """What attention makes of the rows of q and k, at their site and where the solver asks for it."""
+        known, prefix = self.runner.topology.attention, self.runner.prefix
+        if not self.solver.attention or known is None or known.q.module not in plain.weights:
+            return None
+        before_PKD = None if prefix is None else prefix.tensors(self.index)["key"][0].transpose(0, 1).float()
+        scaling = float(block.get_submodule(known.module).scaling)  # type: ignore[arg-type]
+        return heads_of(plain, known, walk, scaling, [call.arguments(block, self.index) for call in streams.calls], before_PKD)
 
     def _take_out(self, readers: Readers) -> None:
         """Take super weights out, and note it."""
@@ -303,8 +305,8 @@ class Turn:
         off = size = 0.0
         for i, out in enumerate(outputs):
             keep_T, full = self.observation.keep_T[i], streams.full[i]
-            off += _squares(out - full, keep_T)
-            size += _squares(full, keep_T)
+            off += squares(out - full, keep_T)
+            size += squares(full, keep_T)
             streams.quant[i] = out
         self.record.error = (off / size) ** 0.5 if size else 0.0
 
@@ -343,9 +345,3 @@ class Turn:
         if self.runner.prefix is not None:
             tensors |= zip(tensor_names(prefix), (t.to(self.stored) for t in self.runner.prefix.tensors(self.index).values()), strict=True)
         return tensors
-
-
-def _squares(hidden: Tensor, keep_T: Tensor) -> float:
-    """The sum of the squares of the tokens kept. hidden: (B, L, D) of T = B * L tokens."""
-    norms_T = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).flatten()
-    return float(norms_T[keep_T].square().sum(dtype=torch.float64))

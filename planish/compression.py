@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .beside import located
-from .block import BlockCompressor, BlockRecord, Streams, made_dynamic
+from .block import BlockCompressor, BlockRecord, Streams
 from .calib.heap import separate_large, trim
 from .calib.outlier_tokens import search_prefix, start_token
-from .calib.packing import Packed, clipped
+from .calib.packing import Packed, clipped, made_dynamic
 from .calib.precision import bfloat16_products
 from .calib.runner import BlockRunner
 from .calib.shards import read_header, read_tensor
@@ -304,6 +304,8 @@ def _describe(record: BlockRecord) -> str:
     parts += [f"scaling {', '.join(exponents)}"] if exponents else []
     choices = [f"{name} {site.chosen}" for name, site in record.sites.items() if site.chosen is not None]
     parts += [f"auto {', '.join(choices)}"] if choices else []
+    chosen = [f"{name} {setting} {value:g}" for name, site in record.sites.items() for setting, value in site.settings.items()]
+    parts += [f"chosen {', '.join(chosen)}"] if chosen else []
     parts += [f"{name}: {site.note}" for name, site in record.sites.items() if site.note]
     return ", ".join(parts)
 

@@ -159,10 +159,13 @@ class Sizes:
         return batch * length * self.widest * PASSING + batch * self.heads * length * length * (2 * itemsize + 4)
 
     def _solver(self, site: _Site) -> int:
-        """Matrices: the Hessian, ordered, flipped, factored; with GPTAQ also what is missing and what follows; for side paths in float64."""
+        """Matrices: the Hessian, ordered, flipped, factored; with GPTAQ also what is missing and what follows; where settings are
+        chosen the held-out text's; for side paths in float64."""
         if site.packed is None:
             return 0
-        matrices = 0 if not self.recipe.solver.needs_moments else 6 if self.recipe.solver.needs_cross else 4
+        solver = self.recipe.solver
+        matrices = 0 if not solver.needs_moments else 6 if solver.needs_cross else 4
+        matrices += 0 if not solver.held_share else 2 if solver.needs_cross else 1
         matrices = max(matrices, CHOOSING if any(isinstance(step, Auto) for step in self.recipe.steps) else 0)
         beside = any(isinstance(step, SideStep) and step.needs_moments for step in self.recipe.steps)
         wide = 8 * (DOUBLES * site.width**2 + 3 * site.weights) if beside else 0

@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from .attention import check_attention
 from .beside import check_beside
 from .calib.checkpoint import Checkpoint, check_language, open_checkpoint
 from .calib.data import Calibration
@@ -103,6 +104,7 @@ def make_plan(
     packed = _packed(recipe, resolved)
     check_beside(recipe.steps, packed, runner)
     raising = check_raising(recipe.steps, packed)
+    check_attention(recipe.solver, topology, packed)
     ids = None if recipe.calibration is None else _ids(recipe.calibration, runner, ids_NL)
     _prove(runner)
     trim()

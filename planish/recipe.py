@@ -116,6 +116,11 @@ class Recipe:
         if self.calibration is None and any(users.values()):
             needing = " and ".join(user for user, needs in users.items() if needs)
             raise PlanishError(f"calibration is null, but {needing} cannot do without. Remove the line to use the built-in text.")
+        if self.calibration is not None and self.solver.held_share and self.calibration.samples <= self.calibration.batch_size:
+            raise PlanishError(
+                f"solver: settings are to be chosen by text that is held out, but calibration has one batch, of {self.calibration.samples} samples. "
+                "Give more samples, or a smaller batch_size."
+            )
 
     @property
     def extended(self) -> bool:

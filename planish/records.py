@@ -6,6 +6,7 @@ from typing import Any
 
 from .calib.extension import SiteInput
 from .quant.formats import QuantizedWeight
+from .quant.solvers import Solution
 from .quant.transforms import Smooth
 from .quant.transforms.auto import Choice
 from .smoothing import Scaling
@@ -21,7 +22,7 @@ class SiteRecord:
     clip: of its dynamic activations; chain: what its input goes through at run time, as factors.store describes it. kept, kept_bits, ranks: as of
     SiteInput. chosen: what auto took; candidates: the error of each one, of the readers' outputs on held-out tokens.
     activation_errors: what the activations alone put the outputs off by, by their format, where raise_activations looked; raised: whether it gave
-    them more bits.
+    them more bits. settings: of the solver, where held-out text chose them; judged: as of search.Choice, by candidate.
     """
 
     error: float | None = None
@@ -37,6 +38,8 @@ class SiteRecord:
     kept: int = 0
     kept_bits: int | None = None
     ranks: dict[str, int] = field(default_factory=dict)
+    settings: Mapping[str, float] = field(default_factory=dict)
+    judged: Mapping[str, float] = field(default_factory=dict)
     chosen: str | None = None
     candidates: Mapping[str, float] = field(default_factory=dict)
     activation_errors: Mapping[str, float] = field(default_factory=dict)
@@ -46,6 +49,11 @@ class SiteRecord:
     def site_input(self) -> SiteInput:
         """What a checkpoint says of it."""
         return SiteInput(self.clip, tuple(self.chain), self.kept, self.kept_bits, self.ranks)
+
+    def note_solution(self, solution: Solution, error: float) -> None:
+        """What the solver did."""
+        self.error, self.damping, self.repairs = error, solution.damping, solution.repairs
+        self.settings, self.judged = solution.settings, solution.judged
 
     def note_beside(self, readers: Readers) -> None:
         """Take down what runs beside the codes."""

@@ -4,7 +4,7 @@ Shape suffixes: T tokens of a batch, C = I in channels, O out channels, R channe
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from .quant.formats import ActivationFormat, QuantizedWeight, WeightFormat
 from .quant.linear import Kept, QuantizedInput, QuantizedLinear, Side, StaticGrid, quantize_input, without_first
 from .quant.low_rank import LowRank
 from .quant.solvers import Moments, Rtn, Solution, Solver
+from .quant.solvers.attention import Heads, solve_among
+from .quant.solvers.search import choose
 from .quant.transforms.factors import Chain, on_input, on_weight
 
 ERROR_ROWS = 256
@@ -143,56 +145,86 @@ class Readers:
         return None if self.packed is None else self.packed.scheme.activations
 
 
-def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWalk | None) -> Moments:
+def gather(readers: Readers, walk: SiteWalk, keep_T: list[Tensor], full: SiteWalk | None, held_share: float = 0.0) -> Moments:
     """Bring all batches to the site and add up the moments of its input as the readers will get it.
 
     Sink tokens (not in keep_T) count: their outputs are what all other tokens attend to, and a Hessian without them lets the solver spoil the few
     weights that make them. They do not set the damping. full: the full-precision walk that goes along; its inputs give the cross moment of GPTAQ.
+    held_share: the part of the batches, the last ones, that is held out.
     """
     name = readers.site.name
     act = readers.activations
-    width = readers.width
-    device = keep_T[0].device
-    second_II = torch.zeros(width, width, device=device)
-    cross_II = None if full is None else torch.zeros(width, width, device=device)
     full_arrivals = None if full is None else full.arrivals(name)
-    sink_trace = 0.0
+    held = held_batches(len(keep_T), held_share)
+    sums = [_Sums(readers.width, full is not None, keep_T[0].device) for _ in range(2 if held else 1)]
 
     def prepare(pass_: Pass) -> None:
         assert pass_.x is not None
         pass_.prepared = None if act is None else Prepared(name, readers.quantize(pass_.x))
 
-    for pass_, keep in zip(walk.arrivals(name, prepare), keep_T, strict=True):
+    for i, (pass_, keep) in enumerate(zip(walk.arrivals(name, prepare), keep_T, strict=True)):
         assert pass_.x is not None
         x_TC = readers.coded(pass_.x).float() if pass_.prepared is None else pass_.prepared.quantized.dequantize()
-        for start in range(0, width, STRIP):  # the upper triangle, strip by strip
-            second_II[start : start + STRIP, start:].addmm_(x_TC[:, start : start + STRIP].T, x_TC[:, start:])
-        sink_trace += x_TC[~keep].double().square().sum().item()
-        if full_arrivals is not None and cross_II is not None:
+        full_TC = None
+        if full_arrivals is not None:
             twin = next(full_arrivals).x
             assert twin is not None
-            cross_II.addmm_((readers.coded(twin).float() - x_TC).T, x_TC)
-    for start in range(STRIP, width, STRIP):
-        second_II[start:, start - STRIP : start] = second_II[start - STRIP : start, start:].T
-    trace = second_II.diagonal().double().sum().item()
-    ordinary = max(0.0, 1 - sink_trace / trace) if trace > 0 else 1.0
-    return Moments(second_II=second_II, tokens=sum(len(keep) for keep in keep_T), cross_II=cross_II, ordinary=ordinary)
+            full_TC = readers.coded(twin).float()
+        sums[-1 if i >= len(keep_T) - held else 0].add(x_TC, full_TC, keep)
+    moments = sums[0].moments()
+    return replace(moments, held_out=sums[1].moments()) if held else moments
 
 
-def solve(readers: Readers, solver: Solver, moments: Moments | None, scale_dtype: torch.dtype) -> Solution | None:
-    """Quantize the site's readers, all in one matrix unless the format has one scale per tensor. Returns the last solution, for the record."""
+def held_batches(batches: int, share: float) -> int:
+    """How many of the batches are held out: at least one where any are, and never all."""
+    return max(1, min(batches - 1, round(share * batches))) if share else 0
+
+
+class _Sums:
+    """The moments of a site's input as they are added up, batch by batch."""
+
+    def __init__(self, width: int, cross: bool, device: torch.device) -> None:
+        self.second_II = torch.zeros(width, width, device=device)  # its upper triangle, in strips
+        self.cross_II = torch.zeros(width, width, device=device) if cross else None
+        self.sink_trace, self.tokens = 0.0, 0
+
+    def add(self, x_TC: Tensor, full_TC: Tensor | None, keep_T: Tensor) -> None:
+        """A batch of the readers' inputs, and what they are in the full-precision model."""
+        for start in range(0, x_TC.shape[1], STRIP):
+            self.second_II[start : start + STRIP, start:].addmm_(x_TC[:, start : start + STRIP].T, x_TC[:, start:])
+        self.sink_trace += x_TC[~keep_T].double().square().sum().item()
+        self.tokens += len(keep_T)
+        if full_TC is not None and self.cross_II is not None:
+            self.cross_II.addmm_((full_TC - x_TC).T, x_TC)
+
+    def moments(self) -> Moments:
+        """Of all batches so far. To be called once."""
+        for start in range(STRIP, len(self.second_II), STRIP):
+            self.second_II[start:, start - STRIP : start] = self.second_II[start - STRIP : start, start:].T
+        trace = self.second_II.diagonal().double().sum().item()
+        ordinary = max(0.0, 1 - self.sink_trace / trace) if trace > 0 else 1.0
+        return Moments(second_II=self.second_II, tokens=self.tokens, cross_II=self.cross_II, ordinary=ordinary)
+
+
+def solve(readers: Readers, solver: Solver, moments: Moments | None, scale_dtype: torch.dtype, heads: Heads | None = None) -> Solution | None:
+    """Quantize the site's readers, all in one matrix unless the format has one scale per tensor. Returns the last solution, for the record.
+
+    heads: of attention among the rows, where they are to be rounded by what it makes of them.
+    """
     if readers.packed is None or readers.packed.scheme.weights is None:
         return None
     with bfloat16_products(False):
-        return _solve(readers, readers.packed.scheme.weights, solver, moments, scale_dtype)
+        return _solve(readers, readers.packed.scheme.weights, solver, moments, scale_dtype, heads)
 
 
-def _solve(readers: Readers, fmt: WeightFormat, solver: Solver, moments: Moments | None, scale_dtype: torch.dtype) -> Solution | None:
+def _solve(
+    readers: Readers, fmt: WeightFormat, solver: Solver, moments: Moments | None, scale_dtype: torch.dtype, heads: Heads | None
+) -> Solution | None:
     whole = fmt.granularity == "tensor"
     solution = None
     for paths in [[path] for path in readers.weights] if whole else [list(readers.weights)]:
         w_OI = readers.together(paths)
-        solution = solver.solve(w_OI, fmt, moments, scale_dtype)
+        solution = _chosen(solver, w_OI, fmt, moments, scale_dtype, heads)
         found, start = solution.weight, 0
         for path in paths:
             rows = slice(start, start + len(readers.weights[path]))
@@ -201,6 +233,18 @@ def _solve(readers: Readers, fmt: WeightFormat, solver: Solver, moments: Moments
             readers.solved[path] = QuantizedWeight(found.codes[rows], found.scale[grid], zero, fmt)
             start = rows.stop
     return solution
+
+
+def _chosen(solver: Solver, w_OI: Tensor, fmt: WeightFormat, moments: Moments | None, scale_dtype: torch.dtype, heads: Heads | None) -> Solution:
+    """The solution with the settings that held-out text chooses, where there are any to choose from."""
+    if moments is None or isinstance(solver, Rtn):
+        return solver.solve(w_OI, fmt, moments, scale_dtype)
+    choice = choose(solver, w_OI, fmt, moments, scale_dtype)
+    if heads is None:
+        solution = choice.solver.solve(w_OI, fmt, moments, scale_dtype)
+    else:
+        solution = solve_among(w_OI, fmt, moments, heads, choice.solver, scale_dtype)
+    return replace(solution, settings=choice.settings, judged=choice.judged)
 
 
 def output_error(readers: Readers, moments: Moments) -> float:

@@ -8,6 +8,6 @@ from .moments import Solution as Solution
 from .rtn import Rtn as Rtn
 
 Solver = Rtn | Gptq | Gptaq
-"""Any solver: `solve(w_OI, fmt, moments, scale_dtype) -> Solution`, `needs_moments`, `needs_cross`."""
+"""Any solver: `solve(w_OI, fmt, moments, scale_dtype) -> Solution`, `needs_moments`, `needs_cross`, `held_share`, `attention`."""
 
 SOLVERS: dict[str, type[Solver]] = {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq}

@@ -19,6 +19,7 @@ with which corrections pile up and the error rises again towards alpha 1 where t
 Shape suffixes: I in channels.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanishError
-from .gptq import Gptq, ordered
+from .gptq import Gptq, Setting, chosen, ordered
 from .moments import Moments
 
 
@@ -35,20 +36,16 @@ class Gptaq(Gptq):
     """GPTQ towards the full-precision outputs. alpha: part of the missing input that is made up for; 0 is GPTQ."""
 
     needs_cross: ClassVar[bool] = True
+    choosable: ClassVar[Mapping[str, str]] = {**Gptq.choosable, "alpha": "the part of the input's error to make up for, 0 to 1. Usual: 0.25"}
 
-    alpha: float = 0.25
-
-    def __post_init__(self) -> None:
-        Gptq.__post_init__(self)
-        if not 0 <= self.alpha <= 1:
-            raise PlanishError(f"solver.alpha is {self.alpha}, but it is the part of the input's error to make up for, 0 to 1. Usual: 0.25.")
+    alpha: Setting = 0.25
 
     def _offsets(self, lower_II: Tensor, moments: Moments, order_I: Tensor | None) -> Tensor | None:
         """S, which makes up for what is missing in the inputs: (I, I)."""
         if moments.cross_II is None:
             raise PlanishError("solver gptaq needs moments of the full-precision inputs as well, but only the quantized stream was run. Choose gptq.")
-        if not self.alpha:
+        if not (alpha := chosen(self.alpha)):
             return None
         D_II = ordered(moments.cross_II.to(lower_II.dtype), order_I)
         solved_II: Tensor = torch.linalg.solve_triangular(lower_II, D_II, upper=False, left=False)
-        return solved_II.triu_(1).mul_(self.alpha / lower_II.diagonal())
+        return solved_II.triu_(1).mul_(alpha / lower_II.diagonal())

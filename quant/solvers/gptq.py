@@ -27,9 +27,10 @@ demo model at 4 bits calibrated with 2,555 tokens: 0.98 at beta 0.1, 0.96 at 0.3
 Shape suffixes: O out channels, I in channels, G groups along I.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ from .cholesky import factor
 from .clip import Clip, Grid, fit_grid
 from .moments import Moments, Solution, require_moments
 
+Setting: TypeAlias = float | tuple[float, ...]
+"""A number, or several to choose from by text that is held out (search.py)."""
+
+HELD_OUT = 0.25  # of the calibration batches, where settings are chosen by them; they are in nothing else that a solver is told
 PIECE = 1 << 21  # weights rounded at a time, whole rows: what is held besides does not grow with the layer
 
 
@@ -79,33 +84,62 @@ class Gptq:
 
     order: natural, where a group's grid is fitted to the weights as they are when the columns reach it; or diagonal, columns by falling
     diagonal of H on grids fitted beforehand in natural groups, so that consumers need no channel order. beta: pull of every
-    column towards its original weights (FOEM); 0: none, 1: rounding to nearest.
+    column towards its original weights (FOEM); 0: none, 1: rounding to nearest. attention: rows of q and k make up for each other too, as what
+    the softmax sees weighs them (attention.py; the block's turn gathers it). Settings that are lists are chosen from, all their combinations, by
+    the part held_out of the calibration batches, None: 0.25.
     """
 
     needs_moments: ClassVar[bool] = True
     needs_cross: ClassVar[bool] = False
+    choosable: ClassVar[Mapping[str, str]] = {
+        "damping": "a part of the mean diagonal of the Hessian, 0 to 1. Usual: 0.01",
+        "beta": "the part of a column's way that is taken back, 0 to 1. Use 0, or 0.1 to 0.3",
+    }
 
-    damping: float = 0.01
+    damping: Setting = 0.01
     block_size: int = 128
     order: Literal["natural", "diagonal"] = "natural"
     clip: Clip | None = None
-    beta: float = 0.0
+    beta: Setting = 0.0
+    held_out: float | None = None
+    attention: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damping <= 1:
-            raise PlanishError(f"solver.damping is {self.damping}, but it is a part of the mean diagonal of the Hessian, 0 to 1. Usual: 0.01.")
+        for name, meaning in self.choosable.items():
+            _check_setting(name, getattr(self, name), meaning)
         if self.block_size < 1:
             raise PlanishError(f"solver.block_size is {self.block_size}, but a block has at least 1 column. Usual: 128.")
         if self.order not in ("natural", "diagonal"):
             raise PlanishError(f"solver.order is {self.order!r}. Choose natural or diagonal.")
-        if not 0 <= self.beta <= 1:
-            raise PlanishError(f"solver.beta is {self.beta}, but it is the part of a column's way that is taken back, 0 to 1. Use 0, or 0.1 to 0.3.")
+        if self.held_out is not None and not self.searched:
+            raise PlanishError(f"solver.held_out is {self.held_out}, but nothing is to be chosen by it. Make {' or '.join(self.choosable)} a list.")
+        if self.held_out is not None and not 0 < self.held_out < 1:
+            raise PlanishError(
+                f"solver.held_out is {self.held_out}, but it is a part of the calibration batches, above 0 and below 1. Usual: {HELD_OUT}."
+            )
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """The settings that are to be chosen."""
+        return tuple(name for name in self.choosable if isinstance(getattr(self, name), tuple))
+
+    @property
+    def held_share(self) -> float:
+        """The part of the calibration batches that is held out: 0 where nothing is to be chosen."""
+        return (HELD_OUT if self.held_out is None else self.held_out) if self.searched else 0.0
+
+    def candidates(self) -> list[tuple[dict[str, float], "Gptq"]]:
+        """All combinations of the settings to be chosen, each with the solver that has them."""
+        found: list[dict[str, Any]] = [
+            dict(zip(self.searched, values, strict=True)) for values in product(*(getattr(self, n) for n in self.searched))
+        ]
+        return [(settings, replace(self, held_out=None, **settings)) for settings in found]
 
     @torch.no_grad()
     def solve(self, w_OI: Tensor, fmt: WeightFormat, moments: Moments | None, scale_dtype: torch.dtype) -> Solution:
         """Quantize w_OI: (out, in), computing in its dtype. Scales are rounded to scale_dtype before codes are chosen.
 
-        Input channels that were always zero get weight 0. Raises PlanishError without moments, or if they hold NaN or Inf.
+        Input channels that were always zero get weight 0. Raises PlanishError without moments, or if they hold NaN or Inf, or settings to be chosen.
         """
         moments = require_moments(type(self).__name__.lower(), moments, w_OI.shape[1])
         plan = self.plan(moments, w_OI.dtype)
@@ -119,14 +153,15 @@ class Gptq:
         H_II = moments.second_II.to(dtype)
         dead_I = H_II.diagonal() == 0
         order_I = None if self.order == "natural" else H_II.diagonal().argsort(descending=True, stable=True)
-        found = factor(ordered(H_II, order_I), self.damping * moments.ordinary)
+        found = factor(ordered(H_II, order_I), chosen(self.damping) * moments.ordinary)
         offsets_II = self._offsets(found.lower_II, moments, order_I)
         shares_II, targets_II = found.lower_II.div_(found.lower_II.diagonal()[:, None].clone()), None
-        if offsets_II is not None and (targets or self.beta):
+        beta = chosen(self.beta)
+        if offsets_II is not None and (targets or beta):
             targets_II = torch.linalg.solve_triangular(shares_II.T, offsets_II, upper=True, left=False, unitriangular=True)
             offsets_II = None
-        if self.beta:
-            shares_II.mul_(1 - self.beta).diagonal().fill_(1)
+        if beta:
+            shares_II.mul_(1 - beta).diagonal().fill_(1)
         some_dead = bool(dead_I.any() and not dead_I.all())
         return Plan(shares_II, offsets_II, targets_II, order_I, dead_I if some_dead else None, found.damping, found.repairs)
 
@@ -158,6 +193,22 @@ class Gptq:
             columns.round(start, start + span, _per_column(grids[-1], span, out_channels), fmt.bits, self.block_size)
         zeros = [zero_O1 for _, zero_O1 in grids if zero_O1 is not None]
         return torch.cat([scale_O1 for scale_O1, _ in grids], dim=1), torch.cat(zeros, dim=1) if zeros else None
+
+
+def _check_setting(name: str, setting: Setting, meaning: str) -> None:
+    values = setting if isinstance(setting, tuple) else (setting,)
+    if isinstance(setting, tuple) and len(set(setting)) < max(2, len(setting)):
+        raise PlanishError(f"solver.{name} is {list(setting)}, but a list to choose from has at least 2 numbers, all different.")
+    for value in values:
+        if not 0 <= value <= 1:
+            raise PlanishError(f"solver.{name} is {value}, but it is {meaning}.")
+
+
+def chosen(setting: Setting) -> float:
+    """The number that a setting is. PlanishError if it is still to be chosen."""
+    if isinstance(setting, tuple):
+        raise PlanishError(f"{list(setting)} is a list of settings to choose from. Choose one before solving (solvers.search.choose).")
+    return setting
 
 
 def assembled(parts: Sequence[tuple[Tensor, Tensor, Tensor | None]], fmt: WeightFormat) -> QuantizedWeight:

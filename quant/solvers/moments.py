@@ -3,7 +3,8 @@
 Shape suffixes: O out channels, I in channels.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -19,12 +20,14 @@ class Moments:
     cross_II: (I, I) sum of (x_full - x)^T x, x_full the input in the full-precision model (D of GPTAQ); None if only one stream was run.
     ordinary: the share of second_II's trace that ordinary tokens make; the rest is of sink tokens, and damping is relative to the ordinary share,
     so that a massive activation protects its own weights without drowning the others in damping.
+    held_out: moments of other text, by which a solver's settings are chosen; it is in none of the above. None where nothing is to be chosen.
     """
 
     second_II: Tensor
     tokens: int
     cross_II: Tensor | None = None
     ordinary: float = 1.0
+    held_out: "Moments | None" = None
 
     def __post_init__(self) -> None:
         channels = self.second_II.shape[0]
@@ -40,11 +43,14 @@ class Solution:
     damping: relative damping really used, 0 where the solver has none; inf: no damping helped and the Hessian
     was left out, which is rounding to nearest.
     repairs: how often the damping had to be raised.
+    settings, judged: as in search.Choice, where held-out text chose the solver's settings.
     """
 
     weight: QuantizedWeight
     damping: float = 0.0
     repairs: int = 0
+    settings: Mapping[str, float] = field(default_factory=dict)
+    judged: Mapping[str, float] = field(default_factory=dict)
 
 
 def require_moments(solver: str, moments: Moments | None, in_channels: int) -> Moments:

@@ -20,6 +20,8 @@ class Rtn:
 
     needs_moments: ClassVar[bool] = False
     needs_cross: ClassVar[bool] = False
+    held_share: ClassVar[float] = 0.0
+    attention: ClassVar[bool] = False
 
     clip: Clip | None = None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from planish.quant.errors import PlanishError
 from planish.quant.formats import WeightFormat
 from planish.quant.solvers import Gptaq, Gptq, Moments
-from planish.quant.solvers.attention import key_metric, query_metric, softmax_metrics, solve_heads
+from planish.quant.solvers.attention import Heads, key_metric, query_metric, softmax_metrics, solve_among, solve_heads
 
 INT4 = WeightFormat(bits=4)
 FORMATS = [
@@ -112,6 +112,61 @@ def test_softmax_metrics_are_the_curvature_of_the_divergence(turned: int) -> Non
     for found, curve in ((query_NDD, curve_q), (key_KDD, curve_k)):
         for n in range(len(found)):
             torch.testing.assert_close(found[n] * 0.25, sum(curve[t, n, :, t, n, :] for t in range(6)), rtol=1e-6, atol=1e-8)
+
+
+def naive_metrics(q_TND: Tensor, k_TKD: Tensor, turn: Tensor, seen_TS: Tensor, before_PKD: Tensor, some: range) -> tuple[Tensor, Tensor]:
+    """Pair by pair: turn (T, D, D) is R of each token, q R a query after RoPE; scores are not scaled."""
+    past, group = len(before_PKD), q_TND.shape[1] // k_TKD.shape[1]
+    query_NDD, key_KDD = torch.zeros(q_TND.shape[1], 4, 4, dtype=torch.float64), torch.zeros(k_TKD.shape[1], 4, 4, dtype=torch.float64)
+    for i in some:
+        for n in range(q_TND.shape[1]):
+            seen = [j for j in range(seen_TS.shape[1]) if seen_TS[i, j]]
+            keys = {j: before_PKD[j, n // group] if j < past else k_TKD[j - past, n // group] @ turn[j - past] for j in seen}
+            q_D = q_TND[i, n] @ turn[i]
+            p = dict(zip(seen, torch.stack([q_D @ keys[j] for j in seen]).softmax(0), strict=True))
+            mean_D = sum((p[j] * keys[j] for j in seen), torch.zeros(4, dtype=torch.float64))
+            for j in seen:
+                away_D = (keys[j] - mean_D) @ turn[i].T
+                query_NDD[n] += p[j] * torch.outer(away_D, away_D)
+                if j >= past:
+                    seen_D = q_D @ turn[j - past].T
+                    key_KDD[n // group] += p[j] * (1 - p[j]) * torch.outer(seen_D, seen_D)
+    return query_NDD, key_KDD
+
+
+@pytest.mark.parametrize("turned", [4, 2, 0])
+@pytest.mark.parametrize("every", [1, 2, 3, 9])
+def test_softmax_metrics_pair_by_pair(turned: int, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a prefix, a mask, some of the queries, and without RoPE; in several pieces."""
+    monkeypatch.setattr("planish.quant.solvers.attention.TOKENS", 3)
+    q_TND, k_TKD, before_PKD = inputs(7, 16).view(7, 4, 4) * 0.3, inputs(7, 8, 3).view(7, 2, 4) * 0.3, inputs(2, 8, 4).view(2, 2, 4) * 0.3
+    seen_TS = torch.ones(7, 9, dtype=torch.bool).tril(2)
+    seen_TS[5:, 2:4] = False  # out of a window
+    cos_TD, sin_TD = angles(7, turned)
+    turn = rope(torch.eye(4, dtype=torch.float64).expand(7, 4, 4), cos_TD, sin_TD)
+    found = softmax_metrics(q_TND, k_TKD, cos_TD, sin_TD, 1.0, before_PKD=before_PKD, seen_TS=seen_TS, every=every)
+    expected = naive_metrics(q_TND, k_TKD, turn, seen_TS, before_PKD, range(min(every, 7) - 1, 7, every))
+    for metrics in zip(found, expected, strict=True):
+        torch.testing.assert_close(*metrics, rtol=1e-9, atol=1e-12)
+    alone = softmax_metrics(q_TND, k_TKD, cos_TD, sin_TD, 1.0, every=every)
+    expected = naive_metrics(q_TND, k_TKD, turn, torch.ones(7, 7).tril() > 0, before_PKD[:0], range(min(every, 7) - 1, 7, every))
+    for metrics in zip(alone, expected, strict=True):
+        torch.testing.assert_close(*metrics, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("fmt", [FORMATS[0], FORMATS[3]], ids=format_name)
+def test_heads_anywhere_among_the_rows(fmt: WeightFormat) -> None:
+    """Rows of heads as `solve_heads` alone, the others as the solver alone, each where it was."""
+    w_OI, told, metric_NDD = weights(14, 12), moments(inputs(80, 12)), heads(2, 5)
+    rows_ND = torch.tensor([[1, 2, 3, 4, 5], [13, 12, 11, 10, 9]])
+    found = solve_among(w_OI, fmt, told, Heads(rows_ND, metric_NDD), Gptq(), torch.float32)
+    aware = solve_heads(w_OI[rows_ND.flatten()], fmt, told, metric_NDD, Gptq(), torch.float32)
+    torch.testing.assert_close(hat(found.weight)[rows_ND.flatten()], hat(aware.weight), rtol=0, atol=0)
+    others = [0, 6, 7, 8]
+    torch.testing.assert_close(hat(found.weight)[others], hat(Gptq().solve(w_OI[others], fmt, told, torch.float32).weight), rtol=0, atol=0)
+    assert (found.damping, found.repairs) == (aware.damping, aware.repairs)
+    none = solve_among(w_OI[:10], fmt, told, Heads(torch.arange(10).view(2, 5), metric_NDD), Gptq(), torch.float32)
+    assert len(none.weight.codes) == 10
 
 
 @pytest.mark.parametrize("order", ["natural", "diagonal"])
