@@ -74,12 +74,12 @@ def test_a_shift_makes_fixed_scales_finer(tmp_path: Path) -> None:
         if name.endswith("self_attn_layer_norm.bias"):
             tensor[::8] += 30
     save_file(tensors, file, metadata={"format": "pt"})
-    scales = {}
-    for steps in ("[]", "[shift: {by: middle}]"):
-        planish.compress(quick("w8a8-static", f"steps={steps}", "scheme.activations.symmetric=true"), model, tmp_path / steps[1:6])
-        stored = load_file(tmp_path / steps[1:6] / "model.safetensors")
-        scales[steps] = float(next(tensor for name, tensor in stored.items() if name.endswith("0.self_attn.q_proj.input_scale")))
-    assert scales["[shift: {by: middle}]"] < 0.2 * scales["[]"]
+    scales = []
+    for out, steps in ((tmp_path / "plain", "[]"), (tmp_path / "shifted", "[shift: {by: middle}]")):
+        planish.compress(quick("w8a8-static", f"steps={steps}", "scheme.activations.symmetric=true"), model, out)
+        stored = load_file(out / "model.safetensors")
+        scales.append(float(next(tensor for name, tensor in stored.items() if name.endswith("0.self_attn.q_proj.input_scale"))))
+    assert scales[1] < 0.2 * scales[0]
 
 
 def test_fixed_scales_do_not_know_what_other_steps_make(tmp_path: Path) -> None:
