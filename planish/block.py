@@ -36,7 +36,7 @@ from .quant.transforms.inputs import InputStep
 from .records import BlockRecord as BlockRecord
 from .records import SiteRecord as SiteRecord
 from .resolve import matches
-from .smoothing import Probe, extent, static_grid
+from .smoothing import Probe, sink_ratio, static_grid
 from .solving import Readers, gather, output_error, settle
 
 STATIC_SINK_RATIO = 4.0  # a static range that sink tokens exceed by this would clip what makes them sinks
@@ -201,9 +201,7 @@ class Turn:
         self.static[name] = static_grid(seen, packed.scheme, scale_C, shifts)
         if self.static[name] is None:
             return
-        sinks_C = self.observation.sinks_C[name]
-        reach, limit = (extent(ends, scale_C, shifts) for ends in ((-sinks_C, sinks_C), (seen.minimum_C, seen.maximum_C)))
-        ratio = reach / limit
+        ratio = sink_ratio(seen, self.observation.sinks_C[name], scale_C, shifts)
         if ratio > STATIC_SINK_RATIO:
             self.packed[name] = made_dynamic(packed)
             self.static[name] = None

@@ -77,9 +77,15 @@ def _ends(ends_C: tuple[Tensor, Tensor], divisor_C: Tensor | None, shifts: Chain
     return on_input(shifts, both_2C if divisor_C is None else both_2C / divisor_C)
 
 
-def extent(ends_C: tuple[Tensor, Tensor], divisor_C: Tensor | None, shifts: Chain = ()) -> float:
-    """How far from zero channels with these ranges reach behind divisor and shifts."""
-    return float(_ends(ends_C, divisor_C, shifts).abs().amax())
+def sink_ratio(seen: Extremes, sinks_C: Tensor, divisor_C: Tensor | None, shifts: Chain = ()) -> float:
+    """How many times as far from zero as ordinary tokens sinks may reach behind divisor and shifts: at least 1, NaN if all is 0.
+
+    sinks_C: their absolute maxima. Only where these exceed the ordinary ones do sinks count: of their sign nothing is known, and a shift moves both.
+    """
+    beyond_C = sinks_C > seen.absmax_C
+    low_C, high_C = torch.where(beyond_C, -sinks_C, seen.minimum_C), torch.where(beyond_C, sinks_C, seen.maximum_C)
+    reach, usual = (_ends(ends, divisor_C, shifts).abs().amax() for ends in ((low_C, high_C), (seen.minimum_C, seen.maximum_C)))
+    return float(reach / usual)
 
 
 def scaler(steps: Sequence[Smooth | ScaleRms], block: int, site: str) -> Smooth | ScaleRms | None:
