@@ -103,11 +103,13 @@ def attach(model: PreTrainedModel, prefix: PrefixCache) -> None:
 
 
 class PrefixStream:
-    """The prefix on its way through the model in full precision, leaving keys and values of each block in `cache`."""
+    """The prefix on its way through the model in full precision, leaving keys and values of each block in `cache`, rounded to what is stored."""
 
-    def __init__(self, cache: PrefixCache, start: Callable[[Cache], tuple[Tensor, Callable[[nn.Module, int, Tensor], Tensor]]]) -> None:
+    def __init__(
+        self, cache: PrefixCache, stored: torch.dtype, start: Callable[[Cache], tuple[Tensor, Callable[[nn.Module, int, Tensor], Tensor]]]
+    ) -> None:
         """start(seen): what enters the first block (1, P, D), and what runs it through one, noting keys and values in `seen`."""
-        self.cache, self._seen = cache, DynamicCache()
+        self.cache, self._stored, self._seen = cache, stored, DynamicCache()
         self._hidden, self._run = start(self._seen)
 
     def advance(self, block: nn.Module, index: int) -> None:
@@ -117,7 +119,7 @@ class PrefixStream:
         assert isinstance(layer, DynamicLayer)
         assert layer.keys is not None
         assert layer.values is not None
-        self.cache.put(index, layer.keys, layer.values)
+        self.cache.put(index, *(tensor.to(self._stored).to(tensor.dtype) for tensor in (layer.keys, layer.values)))
 
 
 def prefix_ids(tokens: Sequence[str | int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

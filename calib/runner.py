@@ -151,7 +151,7 @@ class BlockRunner:
             return hidden, call.run
 
         self.prefix = None
-        stream = PrefixStream(PrefixCache(len(ids), self.topology.block_count), start)
+        stream = PrefixStream(PrefixCache(len(ids), self.topology.block_count), self.checkpoint.dtype, start)
         self.prefix = stream.cache
         return stream
 

@@ -10,6 +10,8 @@ from tiny_models import tiny
 
 import planish
 from planish.calib.outlier_tokens import start_token
+from planish.calib.stored import open_stored
+from planish.eval.probe import check_probe, read_probe
 from planish.report import plan_dict
 
 RECIPE = quick("w4a4-fast", "steps=[prefix: {tokens: auto}, hadamard]")
@@ -43,3 +45,12 @@ def test_outlier_tokens_become_the_prefix(tmp_path: Path) -> None:
 def test_without_outliers_there_is_no_prefix(tmp_path: Path) -> None:
     result = planish.compress(RECIPE, source("llama", tmp_path / "model"), tmp_path / "out")
     assert result.plan.prefix == ()
+
+
+def test_keys_and_values_are_rounded_to_what_is_stored(tmp_path: Path) -> None:
+    """Of a bfloat16 checkpoint in float32 arithmetic too: what is reloaded is what was measured."""
+    model = source("llama", tmp_path / "model")
+    result = planish.compress(quick("w4a4-fast", "steps=[prefix: {tokens: [5]}, cat: {block: 16}]"), model, tmp_path / "out", dtype=torch.float32)
+    probe = read_probe(result.out)
+    assert probe is not None
+    assert check_probe(open_stored(result.out), probe).identical
