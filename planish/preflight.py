@@ -114,8 +114,7 @@ def make_plan(
     elsewhere = None if offload_dir is None else Path(offload_dir)
     offload, replay = _saving(sizes, program, elsewhere is not None)
     moved = sizes.streams if offload else 0
-    needs = {} if out is None else {out: 2 * sizes.out_bytes + (moved if elsewhere is None else 0)}
-    check_room(needs if elsewhere is None else {**needs, elsewhere: moved})
+    _check_disk(out, 2 * sizes.out_bytes, elsewhere, moved)
     return Plan(
         recipe=recipe,
         checkpoint=checkpoint,
@@ -139,6 +138,12 @@ def make_plan(
         disk=2 * sizes.out_bytes + moved,
         seconds=sizes.seconds(replay),
     )
+
+
+def _check_disk(out: Path | None, written: int, elsewhere: Path | None, moved: int) -> None:
+    """PlanishError if there is no room for so many bytes written at `out`, and moved there or elsewhere."""
+    needs = {} if out is None else {out: written + (moved if elsewhere is None else 0)}
+    check_room(needs if elsewhere is None else {**needs, elsewhere: moved})
 
 
 def _opened(model: str | Path, device: str | None, dtype: torch.dtype | None, allow_pickle: bool) -> BlockRunner:
