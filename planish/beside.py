@@ -20,17 +20,13 @@ from .quant.solvers import Moments, Rtn, Solution, Solver
 from .quant.solvers.attention import Heads
 from .quant.transforms import (
     Auto,
-    ClipSearch,
     FoldNorms,
+    InputChoice,
     Keeping,
     Lorc,
-    Permute,
     Prefix,
-    RaiseActivations,
     Rotate,
-    ScaleRms,
     SideStep,
-    Smooth,
     Step,
     SuperWeights,
     Svdquant,
@@ -140,7 +136,7 @@ def _check_order(steps: Sequence[Step], where: str) -> None:
     """Of the steps at one site."""
     if sum(isinstance(step, Auto) for step in steps) > 1:
         raise PlanishError(f"steps: auto is given more than once at {where}, but it chooses one transform for a site. Narrow their sites.")
-    moving = [step for step in steps if not isinstance(step, (Smooth, ScaleRms, Permute, ClipSearch, SideStep, RaiseActivations))]
+    moving = [step for step in steps if isinstance(step, Rotate | InputChoice | Keeping)]
     if any(isinstance(step, Keeping) for step in moving[:-1]):
         raise PlanishError(f"steps: at {where} another transform follows quad or resq and would mix the channels that they keep. Put it before them.")
 

@@ -33,8 +33,7 @@ from .quant.solvers.attention import Heads
 from .quant.transforms import Auto, ClipSearch, Step
 from .quant.transforms.factors import Chain, store
 from .quant.transforms.inputs import InputStep
-from .records import BlockRecord as BlockRecord
-from .records import SiteRecord as SiteRecord
+from .records import BlockRecord, SiteRecord
 from .resolve import matches
 from .smoothing import Probe, sink_ratio, static_grid
 from .solving import Readers, gather, output_error, settle

@@ -18,20 +18,15 @@ from .quant.transforms import (
     Auto,
     Center,
     ClipSearch,
-    FoldNorms,
     Hadamard,
-    Lorc,
+    InputChoice,
+    Keeping,
     Permute,
-    Prefix,
-    RaiseActivations,
     Rotate,
     ScaleRms,
     SideStep,
     Smooth,
     Step,
-    SuperWeights,
-    Svdquant,
-    Untie,
 )
 from .quant.transforms.factors import Blocks, Chain, on_input
 from .quant.transforms.inputs import InputStep, SiteView, divisor
@@ -40,9 +35,6 @@ from .quant.transforms.rotate import AcrossHeads, across_heads
 from .resolve import matches
 from .smoothing import Probe, Scaling, absorb_scales, checked, choose, scaler
 from .steporder import late_value, step_name
-
-ELSEWHERE = Prefix | FoldNorms | Untie | Smooth | ScaleRms | Permute | ClipSearch | Lorc | Svdquant | SuperWeights | RaiseActivations
-"""Steps that are not carried out at the inputs of sites."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,9 +65,7 @@ class BlockSteps:
         for step in steps:
             if isinstance(step, Rotate):
                 inputs += [across_heads(step, known.heads)] if step.at == "heads" else []
-            elif not isinstance(
-                step, (Prefix, FoldNorms, Untie, Smooth, ScaleRms, Permute, ClipSearch, Lorc, Svdquant, SuperWeights, RaiseActivations)
-            ):
+            elif isinstance(step, InputChoice | Keeping):
                 inputs.append(step)
         value = late_value(steps, known)
         late = [step for step in steps if isinstance(step, Rotate) and step.at == "value" and value]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .beside import located
-from .block import BlockCompressor, BlockRecord, Streams
+from .block import BlockCompressor, Streams
 from .calib.heap import separate_large, trim
 from .calib.outlier_tokens import search_prefix, start_token
 from .calib.packing import Packed, clipped, made_dynamic
@@ -34,6 +34,7 @@ from .quant.transforms import Prefix, Step, SuperWeights
 from .raising import Need, decide, few_samples, noted, summary, with_raised
 from .raising_check import raising_step
 from .recipe import Recipe, digest
+from .records import BlockRecord
 from .resolve import Address
 
 JOURNAL, NEW_JOURNAL = "journal.json", "journal.json.new"  # the second is all there is where a run was killed as it began

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .block import BlockRecord
 from .calib.extension import KEY, Extension
 from .calib.packing import Packed, quantization_config, stored_names
 from .calib.rewritten import Rewritten, changed
@@ -27,6 +26,7 @@ from .journal import Journal, sync, write_text
 from .modelcard import model_card
 from .preflight import Plan
 from .recipe import digest, to_yaml
+from .records import BlockRecord
 from .shardwriter import write_shards
 
 FOLDER = "planish"  # inside the checkpoint: manifest, recipe, probe

@@ -16,8 +16,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .block import BlockRecord
 from .quant.errors import PlanishError
+from .records import BlockRecord
 
 
 class BusyError(PlanishError):

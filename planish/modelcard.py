@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from .block import BlockRecord
 from .preflight import Plan
 from .recipe import to_yaml
+from .records import BlockRecord
 
 
 def model_card(plan: Plan, blocks: Sequence[BlockRecord], stored: int, bits: float) -> str:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from planish.block import BlockRecord, SiteRecord
 from planish.journal import Journal
 from planish.quant.errors import PlanishError
+from planish.records import BlockRecord, SiteRecord
 
 
 def test_reads_back_what_was_added(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from helpers_front import tree
 from helpers_solvers import inputs
 
 import planish
-from planish.block import BlockRecord
 from planish.calib.sites import Site
 from planish.calib.walk import Pass
 from planish.preflight import make_plan
 from planish.quant.solvers import Gptaq, Moments
 from planish.recipe import digest, load_recipe, to_yaml, with_settings
+from planish.records import BlockRecord
 from planish.solving import Readers, gather, held_batches
 
 LIST = "solver.gptaq.alpha=[0, 0.25, 1]"
