@@ -17,7 +17,7 @@ from .attention import check_attention
 from .beside import check_beside
 from .calib.checkpoint import Checkpoint, check_language, open_checkpoint
 from .calib.data import Calibration
-from .calib.heap import trim
+from .calib.heap import separate_large, trim
 from .calib.packing import Layout, Packed, default_layout
 from .calib.precision import bfloat16_products, pick_device, working_dtype
 from .calib.prefix import prefix_ids
@@ -94,6 +94,7 @@ def make_plan(
     Raises PlanishError: anything wrong with model or recipe, a topology that does not hold, groups that do not divide, patterns without a site,
     too little text, disk or memory. ids_NL: the calibration's tokens, where they are known already.
     """
+    separate_large()
     if out is not None:
         _check_free(out)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
