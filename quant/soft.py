@@ -45,7 +45,7 @@ class SoftInput:
 class SoftLinear(nn.Module):
     """y = Q(x T) Ŵᵀ + b as QuantizedLinear's, with every scale of Ŵ multiplied by exp(log_OG), at first 1.
 
-    Gradients go to log_OG, to the input's clip and to x.
+    Gradients go to log_OG, to the input's clip and to x; through kept channels that are codes themselves none do.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, source: SoftInput, side: Side | None) -> None:
@@ -54,6 +54,7 @@ class SoftLinear(nn.Module):
         self.bias = None if bias is None else bias.float()
         self.log_OG = torch.zeros_like(weight.scale).requires_grad_()
         self.layer = None if side is None else QuantizedLinear(weight, None, side=side)
+        self.passes_back = side is None or side.kept is None or not isinstance(side.kept.weight, QuantizedWeight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., I). Returns (..., O) in x's dtype."""
@@ -64,6 +65,7 @@ class SoftLinear(nn.Module):
         else:
             w_OI = (by_group(self.matrix_OI, factor_OG.shape[1]) * factor_OG[:, :, None]).flatten(1)
             y_TO = nn.functional.linear(coded_TC, w_OI)
-        y_TO = y_TO if self.layer is None else self.layer.beside(x_TC, y_TO)
+        if self.layer is not None:
+            y_TO = self.layer.beside(x_TC if self.passes_back else x_TC.detach(), y_TO)
         y_TO = y_TO if self.bias is None else y_TO + self.bias
         return y_TO.to(x.dtype).reshape(*x.shape[:-1], y_TO.shape[1])

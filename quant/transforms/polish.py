@@ -1,8 +1,8 @@
-"""The step that polishes a block once its weights are codes: scales and clips are moved by descent, so that the block's output comes nearer
-to that of the full-precision model: what errors of one site can make up for another's, no site sees alone.
+"""The step that polishes a block once its weights are codes: scales and clips are moved by descent, so that the block's output comes nearer to
+that of the full-precision model: what errors of one site can make up for another's, no site sees alone.
 
-Only numbers that a checkpoint holds anyway are moved, so nothing runs slower: the weights' scales (their codes stay) and the activations' clips, as in
-OmniQuant's block-wise calibration (Shao et al. 2023, arXiv:2308.13137, section 3), but after the solver instead of in its place.
+Only numbers that a checkpoint holds anyway are moved, so nothing runs slower: the weights' scales (their codes stay) and the activations' clips,
+as in OmniQuant's block-wise calibration (Shao et al. 2023, arXiv:2308.13137, section 3), but after the solver instead of in its place.
 """
 
 from dataclasses import dataclass
