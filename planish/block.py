@@ -27,10 +27,11 @@ from .calib.stream import Stream, squares
 from .calib.walk import Pass, SiteWalk, replaced, walking
 from .calib.workers import Workers, workers_for
 from .flatten import flatten
+from .polishing import Flow, polish
 from .quant.linear import StaticGrid
 from .quant.solvers import Solver
 from .quant.solvers.attention import Heads
-from .quant.transforms import Auto, ClipSearch, Step
+from .quant.transforms import Auto, ClipSearch, Polish, Step
 from .quant.transforms.factors import Chain, store
 from .quant.transforms.inputs import InputStep
 from .records import BlockRecord, SiteRecord
@@ -252,7 +253,10 @@ class Turn:
                 del plain
                 if readers.drop_solved() > WORTH_TRIMMING:
                     trim()
-            self._finish(walk.outputs(), streams)
+            if self.steps.polish is None:
+                self._finish(walk.outputs(), streams)
+        if self.steps.polish is not None:
+            self._polish(self.steps.polish, block, streams)
 
     def _heads(self, plain: Readers, walk: SiteWalk, block: nn.Module, streams: Streams) -> Heads | None:
         """What attention makes of the rows of q and k, at their site and where the solver asks for it."""
@@ -284,6 +288,16 @@ class Turn:
         if done.choice is not None:
             record.note_choice(done.choice)
         self.record.equivalence = max(self.record.equivalence, done.error)
+
+    def _polish(self, step: Polish, block: nn.Module, streams: Streams) -> None:
+        """Move what may be moved of the block together, then let the batches go through it as it will run."""
+        flow = Flow(self.index, streams.calls, streams.quant, streams.full, self.observation.keep_T)
+        readers = {name: found for name, found in self.readers.items() if matches(step.sites, self.index, name)}
+        done = polish(step, block, readers, flow, self.stored)
+        self.record.polished = None if done is None else [done.before, done.after]
+        layers = {path: layer for found in self.readers.values() for path, layer in found.layers(self.dtype).items()}
+        with replaced(block, layers), Workers(self.workers) as crew:
+            self._finish(crew.map(lambda pass_: pass_.run(), self.passes(block, streams, streams.quant), ahead=not streams.replay), streams)
 
     def input_steps(self, name: str) -> tuple[list[InputStep | Auto], ClipSearch | None]:
         """The steps that transform the input of this site, and the search of its clip."""

@@ -22,6 +22,7 @@ from .quant.transforms import (
     InputChoice,
     Keeping,
     Permute,
+    Polish,
     Rotate,
     ScaleRms,
     SideStep,
@@ -48,7 +49,9 @@ class Absorbed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockSteps:
-    """Sorted by what they do. value: what the heads' values are turned by, if that is left for the turn; inputs: at run time; beside: side paths."""
+    """Sorted by what they do. value: what the heads' values are turned by, if that is left for the turn; inputs: at run time; beside: side paths.
+
+    polish: at the end of the turn."""
 
     scalers: tuple[Smooth | ScaleRms, ...]
     permutes: tuple[Permute, ...]
@@ -56,6 +59,7 @@ class BlockSteps:
     inputs: tuple[InputStep | Auto, ...]
     clips: tuple[ClipSearch, ...]
     beside: tuple[SideStep, ...]
+    polish: Polish | None
     names: tuple[str, ...]
 
     @classmethod
@@ -77,6 +81,7 @@ class BlockSteps:
             tuple(inputs),
             tuple(step for step in steps if isinstance(step, ClipSearch)),
             tuple(step for step in steps if isinstance(step, SideStep)),
+            next((step for step in steps if isinstance(step, Polish)), None),
             tuple(dict.fromkeys(map(step_name, absorbed))),
         )
 

@@ -298,6 +298,7 @@ def packed_linears(plan: Plan, record: BlockRecord) -> dict[str, Packed]:
 
 def _describe(record: BlockRecord) -> str:
     parts = [] if record.error is None else [f"error {record.error:.4f}"]
+    parts += [] if record.polished is None else [f"polished {record.polished[0]:.4f} to {record.polished[1]:.4f}"]
     strengths = [f"{name} {site.strength}" for name, site in record.sites.items() if site.strength is not None]
     parts += [f"smoothing {', '.join(strengths)}"] if strengths else []
     exponents = [f"{name} {site.exponent}" for name, site in record.sites.items() if site.exponent is not None]

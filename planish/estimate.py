@@ -15,8 +15,9 @@ from .calib.rewritten import Rewritten
 from .calib.runner import HEAD_TOKENS, BlockRunner
 from .calib.sites import reader_weight
 from .calib.workers import workers_for
+from .polishing import JUDGEMENTS
 from .quant.solvers.gptq import PIECE
-from .quant.transforms import Auto, Flat, Keeping, SideStep
+from .quant.transforms import Auto, Flat, Keeping, Polish, SideStep
 from .recipe import Recipe
 from .resolve import Address, matches
 
@@ -28,6 +29,7 @@ COPIES = 6  # of the rows that a solver rounds at a time, in float32: original, 
 DOUBLES = 4  # square matrices in float64 with which a side path is found: the Hessian, flipped, its factor, and that flipped back
 CHOOSING = 6  # square matrices in float32 while auto chooses: moments of all tokens, of those fitted to, of the readers; the last two behind a step
 PASSING = 24  # bytes for each token of a batch and channel of the widest site, made and let go on the way
+KEPT = 24  # bytes for each token of a batch and channel of each site that the way back needs
 LOGITS = 10  # of a piece of tokens, in float32: of both models, their logarithms, probabilities and differences
 
 
@@ -126,7 +128,19 @@ class Sizes:
         """The compression at its highest."""
         streams = 0 if offload else self.streams
         moments = [self._at_site(i, program, streams, replay, offload) for i in range(len(self.sites))]
-        return max(self._at_head(program, streams), *moments, key=lambda memory: memory.total)
+        return max(self._at_head(program, streams), self._polishing(program, streams), *moments, key=lambda memory: memory.total)
+
+    @property
+    def _polish(self) -> Polish | None:
+        return next((step for step in self.recipe.steps if isinstance(step, Polish)), None)
+
+    def _polishing(self, program: int, streams: int) -> Memory:
+        """A block polished: codes and their float32 matrices, and what a batch leaves behind for the way back."""
+        if self._polish is None:
+            return Memory(program=program, weights=0)
+        widths = sum(site.width for site in self.sites) + 4 * self.width
+        behind = self.batch * self.length * (KEPT * widths + 2 * self.heads * self.length * self.dtype.itemsize)
+        return Memory(program=program + LATER, weights=5 * self.block_parameters, streams=streams, passing=behind)
 
     def _at_site(self, at: int, program: int, streams: int, replay: bool, offload: bool) -> Memory:
         """All batches wait at this site, and it is being solved."""
@@ -207,7 +221,11 @@ class Sizes:
         hessians = self.tokens * sum(w * w for w in widths)
         solver = 6 * sum(w * self.block_parameters / len(widths) for w in widths)
         learning = sum(step.seconds(width) for step in self._learning for width in widths)
-        return self.block_count * (0.3 + passes / rate + hessians / slow + solver / slow + learning)
+        polishing = 0.0
+        if self._polish is not None and self.tokens:
+            held = round(self._polish.held_out * self.tokens) * (JUDGEMENTS + 1)
+            polishing = (3 * self._polish.steps * self.batch * self.length + held) * self.block_parameters / rate
+        return self.block_count * (0.3 + passes / rate + hessians / slow + solver / slow + learning + polishing)
 
 
 def products_per_second(dtype: torch.dtype, device: torch.device) -> float:

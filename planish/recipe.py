@@ -17,7 +17,7 @@ from .decode import Named, decode, encode
 from .quant.errors import PlanishError, nearest
 from .quant.formats import Scheme
 from .quant.solvers import SOLVERS, Solver
-from .quant.transforms import STEPS, Center, RaiseActivations, ScaleRms, Smooth, Step
+from .quant.transforms import STEPS, Center, Polish, RaiseActivations, ScaleRms, Smooth, Step
 from .shipped import shipped as shipped
 from .shipped import shipped_text as shipped_text
 from .shipped import shipped_texts
@@ -116,11 +116,16 @@ class Recipe:
         if self.calibration is None and any(users.values()):
             needing = " and ".join(user for user, needs in users.items() if needs)
             raise PlanishError(f"calibration is null, but {needing} cannot do without. Remove the line to use the built-in text.")
-        if self.calibration is not None and self.solver.held_share and self.calibration.samples <= self.calibration.batch_size:
-            raise PlanishError(
-                f"solver: settings are to be chosen by text that is held out, but calibration has one batch, of {self.calibration.samples} samples. "
-                "Give more samples, or a smaller batch_size."
-            )
+        if self.calibration is not None and self.calibration.samples <= self.calibration.batch_size:
+            users = {
+                "solver: settings are to be chosen": bool(self.solver.held_share),
+                "steps: polish is to be judged": any(isinstance(step, Polish) for step in self.steps),
+            }
+            for user in (user for user, holds_out in users.items() if holds_out):
+                raise PlanishError(
+                    f"{user} by text that is held out, but calibration has one batch, of {self.calibration.samples} samples. "
+                    "Give more samples, or a smaller batch_size."
+                )
 
     @property
     def extended(self) -> bool:

@@ -75,12 +75,16 @@ class SiteRecord:
 
 @dataclass(slots=True)
 class BlockRecord:
-    """What happened in one block. error: its quantized output against the full-precision one, relative, sink tokens left out."""
+    """What happened in one block. error: its quantized output against the full-precision one, relative, sink tokens left out.
+
+    polished: that error on the batches held out, before polish and after.
+    """
 
     index: int
     error: float | None = None
     sink_tokens: int = 0
     equivalence: float = 0.0
+    polished: list[float] | None = None
     sites: dict[str, SiteRecord] = field(default_factory=dict)
 
     @classmethod

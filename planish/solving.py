@@ -128,6 +128,13 @@ class Readers:
             self.weights[path], start = w_OI[rows], rows.stop
         return w_OI
 
+    def layers(self, dtype: torch.dtype) -> dict[str, QuantizedLinear]:
+        """The solved readers as modules, as they will run."""
+        return {
+            path: QuantizedLinear(weight, self.biases[path], self.activations, self.static, self.chain, dtype, self.side(path))
+            for path, weight in self.solved.items()
+        }
+
     def drop_solved(self) -> int:
         """Give back the float32 weights that have become codes, and say how many bytes that is."""
         dropped = sum(self.weights[path].nbytes for path in self.solved)

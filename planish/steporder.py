@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from .calib.fusing import head_rows
 from .calib.topology import Topology
 from .quant.errors import PlanishError
-from .quant.transforms import STEPS, FoldNorms, Permute, RaiseActivations, Rotate, ScaleRms, SideStep, Smooth, Step, SuperWeights, Untie
+from .quant.transforms import STEPS, FoldNorms, Permute, Polish, RaiseActivations, Rotate, ScaleRms, SideStep, Smooth, Step, SuperWeights, Untie
 from .quant.transforms.factors import Chain
 from .quant.transforms.rotate import mixing, rotation_at
 
@@ -25,8 +25,8 @@ def of_the_whole(step: Step) -> bool:
 
 
 def portable(step: Step) -> bool:
-    """Whether the weights absorb the step, or it only chooses formats, so that any consumer runs the checkpoint."""
-    return isinstance(step, (*FUSED, RaiseActivations)) or (isinstance(step, Rotate) and step.at != "heads")
+    """Whether the weights absorb the step, or it only chooses formats or scales, so that any consumer runs the checkpoint."""
+    return isinstance(step, (*FUSED, RaiseActivations, Polish)) or (isinstance(step, Rotate) and step.at != "heads")
 
 
 def needs_text(step: Step) -> bool:
@@ -43,7 +43,7 @@ def check_order(steps: Sequence[Step]) -> None:
     seen: list[str] = []
     for step in steps:
         name = step_name(step)
-        if isinstance(step, (FoldNorms, Untie, Rotate, RaiseActivations)) and name in seen:
+        if isinstance(step, (FoldNorms, Untie, Rotate, RaiseActivations, Polish)) and name in seen:
             raise PlanishError(f"steps: {name} is given twice. Once is all there is to do: remove one.")
         if of_the_whole(step):
             late = next((before for before, given in zip(seen, steps, strict=False) if not (of_the_whole(given) or before == "prefix")), None)

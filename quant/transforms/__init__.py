@@ -11,6 +11,7 @@ from .inputs import Duquant as Duquant
 from .inputs import Hadamard as Hadamard
 from .inputs import Wush as Wush
 from .permute import Permute as Permute
+from .polish import Polish as Polish
 from .prefix import Prefix as Prefix
 from .raising import RaiseActivations as RaiseActivations
 from .rotate import Rotate as Rotate
@@ -28,7 +29,7 @@ Keeping = Quad | Resq
 """A step that transforms the input and keeps its first channels out of the codes."""
 InputChoice = Center | Hadamard | Duquant | Cat | Wush | Flat | Auto
 """A step that transforms the input at run time."""
-Step = Prefix | FoldNorms | Untie | Rotate | Smooth | ScaleRms | Permute | InputChoice | ClipSearch | Keeping | SideStep | RaiseActivations
+Step = Prefix | FoldNorms | Untie | Rotate | Smooth | ScaleRms | Permute | InputChoice | ClipSearch | Keeping | SideStep | RaiseActivations | Polish
 """Any step of a recipe."""
 
 STEPS: dict[str, type[Step]] = {
@@ -53,4 +54,5 @@ STEPS: dict[str, type[Step]] = {
     "svdquant": Svdquant,
     "super_weight": SuperWeights,
     "raise_activations": RaiseActivations,
+    "polish": Polish,
 }

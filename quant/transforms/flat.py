@@ -16,19 +16,20 @@ Shape suffixes: T tokens, C = I channels, O out channels, N rows with the reader
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..descent import Adam
 from ..errors import PlanishError
 from ..formats import Scheme
 from ..products import bfloat16_products
 from ..straight_through import rounded_input, rounded_weight
 from .factors import Chain, on_input, on_weight
-from .flat_shapes import BlockShape, Group, KroneckerShape, Shape, Start
+from .flat_shapes import BlockShape, KroneckerShape, Shape, Start
 from .inputs import SiteView, check_block, divisor
 
 BATCH, ROWS = 512, 256  # tokens and rows of weights of a step of descent
@@ -131,26 +132,6 @@ def weight_error(y_TC: Tensor, w_OC: Tensor, scheme: Scheme, clip: Tensor) -> Te
     return (y_TC @ d_OC.T).square().sum() / len(y_TC)
 
 
-class _Adam:
-    """Adam (Kingma, Ba 2015, arXiv:1412.6980, algorithm 1) with its usual constants. torch's own brings a compiler along, which takes 2 seconds."""
-
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self.numbers = [number for numbers, _ in groups for number in numbers]
-        self.rates = [rate for numbers, rate in groups for _ in numbers]
-        self.mean, self.square = ([torch.zeros_like(number) for number in self.numbers] for _ in range(2))
-        self.steps = 0
-
-    @torch.no_grad()
-    def step(self, slopes: Sequence[Tensor], part: float) -> None:
-        """Against the slopes, by `part` of the rates."""
-        self.steps += 1
-        for number, rate, slope, mean, square in zip(self.numbers, self.rates, slopes, self.mean, self.square, strict=True):
-            mean.lerp_(slope, 0.1)
-            square.mul_(0.999).addcmul_(slope, slope, value=0.001)
-            size = (square / (1 - 0.999**self.steps)).sqrt_().add_(1e-8)
-            number.addcdiv_(mean, size, value=-part * rate / (1 - 0.9**self.steps))
-
-
 class _Descent:
     """From a shape's start on. x: tokens, held: those held out; W: all readers' rows; V: rows with the same second moments, C at most."""
 
@@ -193,7 +174,7 @@ class _Descent:
     def _steps(self) -> Iterator[int]:
         """Descend, and after each step say how many there were."""
         settings = self.settings
-        optimizer = _Adam([*self.shape.groups(settings.lr), (self.logits[not self.learns :], settings.lr)])
+        optimizer = Adam([*self.shape.groups(settings.lr), (self.logits[not self.learns :], settings.lr)])
         for i in range(settings.steps):
             with bfloat16_products(True):
                 slopes = torch.autograd.grad(self._loss(), optimizer.numbers)

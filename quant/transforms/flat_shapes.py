@@ -17,14 +17,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..descent import Group
 from .cat import cat_blocks
 from .factors import Blocks, Chain, Hadamard, Kronecker, Scale, on_input
 from .hadamard import hadamard_block
 from .inputs import SiteView, divisor
 from .rotate import mixing
 
-Group = tuple[list[Tensor], float]
-"""Numbers, and by how much the first step changes each."""
 Start = Literal["cat", "hadamard", "identity"]
 SCALE_RATE = 0.1  # of the lr: the step of a channel's log c
 

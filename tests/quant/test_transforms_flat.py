@@ -167,17 +167,6 @@ def test_loss_and_slope_are_those_of_dense_matrices(structure: str) -> None:
         torch.testing.assert_close(mine, twin, rtol=0, atol=1e-3 * float(twin.abs().max()))
 
 
-def test_adam_is_torchs() -> None:
-    mine, twin = (normal(3, 4).requires_grad_() for _ in range(2))
-    target, adam, torchs = normal(3, 4, seed=1), module._Adam([([mine], 0.1)]), torch.optim.Adam([twin], lr=0.1)
-    for _ in range(5):
-        adam.step(torch.autograd.grad((mine - target).pow(4).sum(), [mine]), 1.0)
-        torchs.zero_grad()
-        (twin - target).pow(4).sum().backward()  # type: ignore[no-untyped-call]
-        torchs.step()
-    torch.testing.assert_close(mine, twin)
-
-
 @pytest.mark.parametrize("structure", ["blocks", "kronecker"])
 @pytest.mark.parametrize("start", STARTS)
 def test_learns_is_exact_and_the_same_again(structure: str, start: str) -> None:
