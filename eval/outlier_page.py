@@ -24,10 +24,9 @@ from .outlier_view import (
     unchanged_quality,
     worst_first,
 )
-from .page import Card, Code, Column, Figure, Page, Section, Table, Words, render
+from .page import Card, Code, Column, Page, Part, Table, Words, render, section
 from .pictures import DARK, plotly_script
 
-Part = Table | Words | Code | Figure
 Row = tuple[object, ...]
 
 PUBLISHED = {True: "yes", False: "no", None: None}
@@ -67,29 +66,26 @@ def outlier_page(report: OutlierReport, against: OutlierReport | None = None) ->
     """
     views = [View("", report)] if against is None else [View(f"now: {report.model}", report), View(f"before: {against.model}", against)]
     sections = (
-        _section("findings", "Findings", _findings(views)),
-        _section("worst", "Worst sites", _worst(views)),
-        _section("massive", "Massive activations", _massive(views)),
-        _section("interventions", "Interventions", _interventions(views)),
-        _section("super-weights", "Super weights", _super_weights(views)),
-        _section("sinks-and-prefix", "Sinks and prefix" if report.quality == "perplexity" else "Sinks", [*_sinks(views), *_prefix(views)]),
-        _section("sites", "All sites", _sites(views)),
-        _section("recommendation", "Recommendation", _recommendation(report)),
-        _section("method", "How it was measured", _method(views)),
+        section("findings", "Findings", _findings(views)),
+        section("worst", "Worst sites", _worst(views)),
+        section("massive", "Massive activations", _massive(views)),
+        section("interventions", "Interventions", _interventions(views)),
+        section("super-weights", "Super weights", _super_weights(views)),
+        section("sinks-and-prefix", "Sinks and prefix" if report.quality == "perplexity" else "Sinks", [*_sinks(views), *_prefix(views)]),
+        section("sites", "All sites", _sites(views)),
+        section("recommendation", "Recommendation", _recommendation(report)),
+        section("method", "How it was measured", _method(views)),
     )
     page = Page(
         title=f"Outliers of {report.model}" + (" after compression" if against else ""),
         subtitle=_about(report) + (f" Beside it: {against.model}." if against else ""),
         cards=_cards(report),
-        sections=tuple(section for section in sections if section.parts),
+        sections=tuple(each for each in sections if each.parts),
         plotly=plotly_script(),
         dark=DARK,
+        about=f"inspect: {report.model}",
     )
     return render(page)
-
-
-def _section(name: str, title: str, parts: Iterable[Part | None]) -> Section:
-    return Section(name=name, title=title, parts=tuple(part for part in parts if part))
 
 
 def _about(report: OutlierReport) -> str:

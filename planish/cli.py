@@ -34,6 +34,7 @@ recipes_app = typer.Typer(help="List the recipes that come with planish, or show
 app.add_typer(recipes_app, name="recipes")
 app.command()(inspect)
 app.command()(compare)
+app.command("sweep", short_help="The same as compare.")(compare)
 
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a YAML or JSON file.", autocompletion=complete_recipe)]

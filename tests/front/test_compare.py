@@ -54,7 +54,7 @@ def test_what_it_says_and_writes(finished: tuple[Ran, Path]) -> None:
     for words in ("in all", "w8a8: blocks 3/3", "w8a8: texts 4/4", "1 of 2 recipes, about", "2 of 2 recipes)"):
         assert words in ran.err
     assert sorted(path.name for path in out.iterdir()) == [
-        *("about.json", "checkpoints", "comparison.json", "comparison.md", "comparison.svg", "results"),
+        *("about.json", "checkpoints", "comparison.html", "comparison.json", "comparison.md", "comparison.svg", "results"),
     ]
     table = [line for line in (out / "comparison.md").read_text().splitlines() if line.startswith("|")]
     assert [line.split()[1] for line in table] == ["recipe", "---", "(full", "w8a8", "w4a8"]
