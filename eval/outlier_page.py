@@ -2,10 +2,11 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 
 from ..calib.diagnosis import SCHEMES, Intervention, OutlierReport, SiteFigures, Thresholds
+from .markdown import escaped, page_table, points
 from .outlier_pictures import View, Views, channels, depth, difficulty_map, errors, landscape, massive_depth, sink_map
 from .outlier_view import (
     SCHEME_NAMES,
@@ -24,11 +25,12 @@ from .outlier_view import (
     unchanged_quality,
     worst_first,
 )
-from .page import Card, Code, Column, Page, Part, Table, Words, render, section
+from .page import Card, Code, Column, Links, Page, Part, Table, Words, render, section
 from .pictures import DARK, plotly_script
 
 Row = tuple[object, ...]
 
+NO_LINKS: Mapping[str, str] = {}
 PUBLISHED = {True: "yes", False: "no", None: None}
 
 
@@ -59,8 +61,9 @@ FIGURES = (
 BEFORE = (_number("difficulty before"), _number("kurtosis before"), _number("largest |x| before"))
 
 
-def outlier_page(report: OutlierReport, against: OutlierReport | None = None) -> str:
+def outlier_page(report: OutlierReport, against: OutlierReport | None = None, links: Mapping[str, str] = NO_LINKS) -> str:
     """The page as one HTML document. against: the base model's report, where `report` is of the compressed one; both are shown side by side.
+    links: other pages beside it -> what they are.
 
     Raises PlanishError if plotly is not installed.
     """
@@ -75,6 +78,7 @@ def outlier_page(report: OutlierReport, against: OutlierReport | None = None) ->
         section("sites", "All sites", _sites(views)),
         section("recommendation", "Recommendation", _recommendation(report)),
         section("method", "How it was measured", _method(views)),
+        section("links", "See also", [Links(to=links) if links else None]),
     )
     page = Page(
         title=f"Outliers of {report.model}" + (" after compression" if against else ""),
@@ -86,6 +90,14 @@ def outlier_page(report: OutlierReport, against: OutlierReport | None = None) ->
         about=f"inspect: {report.model}",
     )
     return render(page)
+
+
+def outlier_markdown(report: OutlierReport) -> str:
+    """The findings and the worst sites, for a pull request."""
+    table = next((part for part in _worst([View("", report)]) if isinstance(part, Table)), None)
+    sites = "" if table is None else f"\n{table.caption}:\n\n{page_table(table)}"
+    findings = points(report.findings or ("Nothing stands out.",))
+    return f"### Outliers of {escaped(report.model)}\n\n{escaped(_about(report))}\n\n{findings}{sites}"
 
 
 def _about(report: OutlierReport) -> str:

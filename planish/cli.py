@@ -41,6 +41,18 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped rec
 Evaluate = Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Measure perplexity and divergence before and after, on built-in text.")]
 
 
+def _print_schema(value: bool) -> None:
+    if value:
+        from .compress_report import CompressReport
+        from .schemas import schema_of, to_json
+
+        print(to_json(schema_of(CompressReport, "planish compress")))
+        raise typer.Exit
+
+
+Schema = Annotated[bool, typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON Schema of the JSON and exit.")]
+
+
 def _version(value: bool) -> None:
     if value:
         out_console().print(f"planish {version('planish')}")
@@ -66,7 +78,10 @@ def compress(
     offload_dir: Offload = None,
     allow_pickle: Pickle = False,
     evaluate: Evaluate = True,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="The report as a page. Default: DIR.report.html, beside DIR.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write a short table for a pull request there.")] = None,
     as_json: AsJson = False,
+    schema: Schema = False,
     quiet: Quiet = False,
     traceback: Traceback = False,
 ) -> None:
@@ -86,6 +101,8 @@ def compress(
             offload_dir=offload_dir,
             allow_pickle=allow_pickle,
             evaluate=evaluate,
+            html=html,
+            markdown=markdown,
         )
         plan, ids = job.plan()
     _run(job, plan, ids, as_json, quiet)
@@ -106,13 +123,14 @@ def plan(
     """Say what a compression would do and take, without doing it: sites, formats, memory, disk, time, servers."""
     with starting():
         from .preflight import make_plan
-        from .report import plan_dict, to_json
+        from .report import plan_report
+        from .schemas import to_json
         from .tables import plan_table
 
         loaded = _recipe(recipe, settings)
         made = make_plan(loaded, model, device=device, dtype=torch_dtype(dtype), offload_dir=offload_dir, allow_pickle=allow_pickle)
     if as_json:
-        print(to_json(plan_dict(made)))
+        print(to_json(plan_report(made)))
     else:
         out_console().print(plan_table(made, model))
 
@@ -137,7 +155,7 @@ def verify(
         from .calib.precision import pick_device
         from .compression import Silent
         from .eval.verify import verify as run_checks
-        from .report import to_json
+        from .schemas import to_json
         from .tables import verification_table
 
         where = pick_device(device)
@@ -211,7 +229,7 @@ def main() -> NoReturn:
 def _run(job: "Job", plan: "Plan", ids: "Tensor | None", as_json: bool, quiet: bool) -> None:
     """Do the job and print the result."""
     from .compression import Silent
-    from .report import to_json
+    from .schemas import to_json
     from .tables import plan_table, result_table
 
     if quiet:
@@ -222,9 +240,9 @@ def _run(job: "Job", plan: "Plan", ids: "Tensor | None", as_json: bool, quiet: b
         with showing(console) as progress:
             outcome = job.run(plan, ids, progress)
     if as_json:
-        print(to_json(outcome.data))
+        print(to_json(outcome.report))
     else:
-        out_console().print(*result_table(outcome.result, outcome.evaluation, outcome.peak, outcome.report), sep="\n")
+        out_console().print(*result_table(outcome.result, outcome.evaluation, outcome.report.peak_bytes, outcome.files), sep="\n")
 
 
 def _recipe(name: str, settings: list[str] | None) -> "Recipe":

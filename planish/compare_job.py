@@ -1,6 +1,5 @@
 """A comparison: the base model goes over the texts once, each recipe has a process of its own, what is done is kept and at the end written up."""
 
-import json
 import platform
 import shutil
 import time
@@ -36,7 +35,7 @@ from .pareto import COSTS, WITHIN, front, picks
 from .preflight import AVAILABLE_SHARE, check_room
 from .quant.errors import PlanishError
 from .recipe import Recipe
-from .schemas import plain
+from .schemas import to_json
 from .units import duration
 from .variants import named_recipes
 
@@ -152,7 +151,7 @@ class CompareJob:
                 raise KeyboardInterrupt(f"Stopped. {words}") from None
             report = self._report(plan)
             page = comparison_page(report, beside(self.folder.page))
-            self.folder.finish(page, json.dumps(plain(report), indent=2, allow_nan=False) + "\n", markdown(report), picture(report))
+            self.folder.finish(page, to_json(report) + "\n", markdown(report), picture(report))
         return report
 
     def _threads(self) -> AbstractContextManager[None]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from .comparison import ComparisonReport, Quality, Row
+from .eval.markdown import escaped, points, rows_table
 from .eval.scatter import Panel, Point, scatter
 from .pareto import other_servers
 from .units import duration, size
@@ -71,15 +72,14 @@ def markdown(report: ComparisonReport) -> str:
     for text in texts:
         base += [perplexity(report.base.perplexity[text]), "", "", ""]
     rows = [[*base, str(report.base.bits), size(report.base.bytes), "", "", ""], *(_row(row, texts, report.base.bytes) for row in report.rows)]
-    table = "\n".join(_line(cells) for cells in [heading, ["---"] * len(heading), *rows])
-    notes = "".join(f"- {_escaped(note)}\n" for note in all_notes(report))
-    chosen = "".join(f"- {pick.need}: {_escaped(pick.words)}\n" for pick in report.picks)
+    table, notes = rows_table(heading, rows), points(all_notes(report))
+    chosen = points(f"{pick.need}: {pick.words}" for pick in report.picks)
     return (
-        f"# Recipes on {_escaped(report.model)}\n\n{table}\n\n"
-        f"{_escaped(text_words(report))}. KL: mean divergence from full precision in nats per token. same token: share of tokens for which both "
+        f"# Recipes on {escaped(report.model)}\n\n{table}\n"
+        f"{escaped(text_words(report))}. KL: mean divergence from full precision in nats per token. same token: share of tokens for which both "
         "find the same next one likeliest. bits: of a quantized weight as it is stored, scales included. time and peak memory: of compressing, in a "
         "process of its own.\n\n"
-        f"{chosen}\n![KL divergence against size and time](comparison.svg)\n\n{notes}{chr(10) if notes else ''}{made_words(report)}\n"
+        f"{chosen}\n![KL divergence against size and time](comparison.svg)\n\n{notes}{chr(10) if notes else ''}{escaped(made_words(report))}\n"
     )
 
 
@@ -96,15 +96,6 @@ def _row(row: Row, texts: Sequence[str], before: int) -> list[str]:
         size(row.peak_bytes),
         ", ".join(row.servers),
     ]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(_escaped(cell) for cell in cells)} |"
-
-
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is, in a table too."""
-    return "".join(f"\\{letter}" if letter in "\\|*_<>`[]" else letter for letter in text)
 
 
 def picture(report: ComparisonReport) -> str:

@@ -16,9 +16,7 @@ def comparison_page(report: ComparisonReport, links: Mapping[str, str]) -> str:
     about = f"{len(report.rows)} recipes on {report.family}, {report.blocks} blocks; {text_words(report)}."
     chosen = tuple(f"{NEEDS.get(pick.need, pick.need)}: {pick.words}" for pick in report.picks)
     sections = (
-        section(
-            "picks", "Which to take", [Words(lines=tuple(f"{NEEDS.get(pick.need, pick.need)}: {pick.words}" for pick in report.picks), points=True)]
-        ),
+        section("picks", "Which to take", [Words(lines=chosen, points=True)]),
         section("front", "Quality against size and time", [_pictures(report)]),
         section("recipes", "All recipes", _tables(report)),
         section("notes", "Notes", [Words(lines=tuple(all_notes(report)), points=True) if all_notes(report) else None]),

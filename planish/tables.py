@@ -81,7 +81,7 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def result_table(result: Result, evaluation: Evaluation | None, peak: int, report: Path) -> tuple[Table, Table]:
+def result_table(result: Result, evaluation: Evaluation | None, peak: int, files: Iterable[Path]) -> tuple[Table, Table]:
     """What the compression did to the model, and what it took."""
     before, after = result.plan.checkpoint.nbytes, result.stored_bytes
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
@@ -99,7 +99,7 @@ def result_table(result: Result, evaluation: Evaluation | None, peak: int, repor
     if evaluation is not None:
         text = f"{duration(evaluation.seconds)}, on {evaluation.windows} x {evaluation.length} tokens of the built-in text, float32"
         rows.append(("evaluated in", text))
-    return table, _pairs([*rows, ("checkpoint", str(result.out)), ("report", str(report))])
+    return table, _pairs([*rows, ("checkpoint", str(result.out)), *(("report", str(file)) for file in files)])
 
 
 def _choices(result: Result) -> list[tuple[str, str]]:
