@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .calib.data import Calibration
     from .calib.diagnosis import OutlierReport, Thresholds
+    from .callbacks import Callback
     from .compare_job import compare
     from .comparison import ComparisonReport
     from .compression import Result, compress
     from .eval.verify import verify
+    from .gate import Gate
     from .inspection import inspect
     from .loading import load
     from .preflight import Plan
@@ -34,9 +36,11 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationFormat",
     "Calibration",
+    "Callback",
     "Clip",
     "ComparisonReport",
     "Export",
+    "Gate",
     "Gptaq",
     "Gptq",
     "OutlierReport",
@@ -64,10 +68,12 @@ __all__ = [
 _HOMES = {
     "calib.data": ["Calibration"],
     "calib.diagnosis": ["OutlierReport", "Thresholds"],
+    "callbacks": ["Callback"],
     "compare_job": ["compare"],
     "comparison": ["ComparisonReport"],
     "compression": ["Result", "compress"],
     "eval.verify": ["verify"],
+    "gate": ["Gate"],
     "inspection": ["inspect"],
     "loading": ["load"],
     "preflight": ["Plan", "make_plan"],

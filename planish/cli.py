@@ -1,6 +1,7 @@
 """The command line. What needs torch is imported by the commands that need it, so that help and lists are quick."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -9,9 +10,9 @@ import typer
 
 from .compare_command import compare
 from .inspect_command import inspect
-from .options import Arithmetic, AsJson, Device, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
+from .options import Arithmetic, AsJson, Device, Gates, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
 from .progress import showing, stages
-from .terminal import Front, Traceback, err_console, out_console
+from .terminal import Front, Traceback, end_by, err_console, out_console
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,19 +66,22 @@ def compress(
     offload_dir: Offload = None,
     allow_pickle: Pickle = False,
     evaluate: Evaluate = True,
+    gate: Gates = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     traceback: Traceback = False,
 ) -> None:
     """Compress a model: a recipe and a checkpoint go in, a smaller checkpoint and a report of what it cost come out.
 
-    After an interruption the same command goes on at the block where it was.
+    After an interruption the same command goes on at the block where it was. Exit code 3: the gate is missed; the checkpoint is there all the same.
     """
     with starting():
+        from .gate import with_thresholds
         from .job import Job
 
+        loaded = _recipe(recipe, settings)
         job = Job(
-            recipe=_recipe(recipe, settings),
+            recipe=replace(loaded, gate=with_thresholds(loaded.gate, gate or ())),
             model=model,
             out=out,
             device=device,
@@ -124,6 +128,7 @@ def verify(
     windows: Annotated[int, typer.Option(min=1, help="How many windows of it, at most.")] = 4,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each, at most.")] = 2048,
     server: Annotated[str | None, typer.Option(metavar="vllm", help="Let a real server score the same tokens, and compare.")] = None,
+    gate: Gates = None,
     server_env: Annotated[Path | None, typer.Option(envvar="PLANISH_VLLM_ENV", metavar="DIR", help="The server's virtual environment.")] = None,
     transformers: Annotated[bool, typer.Option(help="Let stock transformers load the whole model too, and compare.")] = True,
     device: Device = None,
@@ -131,14 +136,21 @@ def verify(
     quiet: Quiet = False,
     traceback: Traceback = False,
 ) -> None:
-    """Reload a compressed checkpoint from disk and check it. Exit code 1: a check failed."""
+    """Reload a compressed checkpoint from disk and check it. Exit code 1: a check failed; 3: none failed, but the gate is missed."""
     with starting():
         from .calib.precision import pick_device
         from .compression import Silent
+        from .eval.measured import COMPARED, figures_metrics
         from .eval.verify import verify as run_checks
+        from .gate import Gate, with_thresholds
         from .report import to_json
         from .tables import verification_table
 
+        thresholds = with_thresholds(Gate(), gate or ())
+        if against:
+            thresholds.check_measured(COMPARED, "planish verify", "planish eval measures tasks.")
+        else:
+            thresholds.check_measured((), "planish verify without --against", "Add --against MODEL, the original model.")
         where = pick_device(device)
     with nullcontext(Silent()) if quiet else showing(err_console()) as progress:
         found = run_checks(
@@ -153,12 +165,18 @@ def verify(
             device=where,
             report=stages(progress),
         )
+    judgement = None
+    if thresholds and found["against"].ok is not None:
+        judgement = thresholds.judge(
+            figures_metrics(found["against"].figures), f"{text} text, windows of {found['against'].figures['length']} tokens"
+        )
     if as_json:
-        print(to_json(found.to_dict()))
+        print(to_json({**found.to_dict(), "gate": None if judgement is None else judgement.to_dict()}))
     else:
         out_console().print(verification_table(found))
     if not found.ok:
         raise typer.Exit(1)
+    end_by(judgement)
 
 
 @app.command()
@@ -223,7 +241,8 @@ def _run(job: "Job", plan: "Plan", ids: "Tensor | None", as_json: bool, quiet: b
     if as_json:
         print(to_json(outcome.data))
     else:
-        out_console().print(*result_table(outcome.result, outcome.evaluation, outcome.peak, outcome.report), sep="\n")
+        out_console().print(*result_table(outcome.result, outcome.evaluation, outcome.peak, outcome.report, outcome.judgement), sep="\n")
+    end_by(outcome.judgement, f"The checkpoint {job.out} is there all the same.")
 
 
 def _recipe(name: str, settings: list[str] | None) -> "Recipe":

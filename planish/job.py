@@ -13,7 +13,9 @@ from torch import Tensor
 from .calib.checkpoint import open_checkpoint
 from .calib.shards import read_json
 from .compression import Progress, Result, carry_out
+from .eval.measured import COMPARED, comparison_metrics
 from .export import FOLDER, MANIFEST
+from .gate import Judgement
 from .journal import write_text
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
@@ -23,11 +25,12 @@ from .report import Evaluation, evaluate, peak_bytes, report_path, run_report, t
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """A finished compression with its measurements. peak: memory in bytes before the evaluation."""
+    """A finished compression with its measurements. peak: memory in bytes before the evaluation. judgement: of the recipe's gate, if it has one."""
 
     result: Result
     evaluation: Evaluation | None
     peak: int
+    judgement: Judgement | None
     report: Path
     data: dict[str, Any]
 
@@ -47,6 +50,10 @@ class Job:
 
     def plan(self) -> tuple[Plan, Tensor | None]:
         """The plan, and the windows of text to evaluate on. Raises PlanishError for all that can be refused beforehand."""
+        if self.evaluate:
+            self.recipe.gate.check_measured(COMPARED, "planish compress", "Ask planish eval for it, with the task, once the checkpoint is there.")
+        else:
+            self.recipe.gate.check_measured((), "planish compress --no-evaluate", "Leave out --no-evaluate, or the gate.")
         plan = make_plan(
             self.recipe,
             self.model,
@@ -73,9 +80,15 @@ class Job:
         except KeyboardInterrupt:
             again = f"planish verify {self.out} --against {self.model}"
             raise KeyboardInterrupt(f"Stopped while evaluating. The checkpoint {self.out} is complete; `{again}` measures it.") from None
-        data = run_report(result, self.model, peak, evaluation)
+        judgement = self._judged(evaluation)
+        data = run_report(result, self.model, peak, evaluation, judgement)
         write_text(report_path(self.out), to_json(data) + "\n")
-        return Outcome(result, evaluation, peak, report_path(self.out), data)
+        return Outcome(result, evaluation, peak, judgement, report_path(self.out), data)
+
+    def _judged(self, evaluation: Evaluation | None) -> Judgement | None:
+        if evaluation is None or not self.recipe.gate:
+            return None
+        return self.recipe.gate.judge(comparison_metrics(evaluation.comparison), evaluation.words)
 
     def _stopped(self, blocks: int) -> str:
         if self.out.exists():

@@ -25,6 +25,7 @@ from .decode import encode
 from .estimate import LENGTH, WINDOWS
 from .eval.score import Comparison, compare
 from .eval.verify import evaluation_windows
+from .gate import Judgement
 from .preflight import Plan
 from .quant.formats import Scheme
 
@@ -37,6 +38,11 @@ class Evaluation:
     windows: int
     length: int
     seconds: float
+
+    @property
+    def words(self) -> str:
+        """What it was measured on."""
+        return f"{self.windows} x {self.length} tokens of the built-in text"
 
     def to_dict(self) -> dict[str, object]:
         """As plain values, for JSON."""
@@ -131,7 +137,7 @@ def report_path(out: Path) -> Path:
     return out.with_name(out.name + ".report.json")
 
 
-def run_report(result: Result, model: str, peak: int, evaluation: Evaluation | None) -> dict[str, Any]:
+def run_report(result: Result, model: str, peak: int, evaluation: Evaluation | None, judgement: Judgement | None = None) -> dict[str, Any]:
     """Everything that is known of a finished compression, as plain values. peak: memory in bytes."""
     return {
         "planish": version("planish"),
@@ -141,6 +147,7 @@ def run_report(result: Result, model: str, peak: int, evaluation: Evaluation | N
         "bytes": {"before": result.plan.checkpoint.nbytes, "after": result.stored_bytes},
         "bits_per_weight": result.bits_per_weight,
         "evaluation": None if evaluation is None else evaluation.to_dict(),
+        "gate": None if judgement is None else judgement.to_dict(),
         "seconds": result.seconds,
         "peak_bytes": peak,
         "machine": {

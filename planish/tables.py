@@ -10,6 +10,7 @@ from rich.text import Text
 from .calib.packing import Packed
 from .compression import Result
 from .eval.check import Verification
+from .gate import Judgement
 from .preflight import Plan
 from .report import Evaluation, described, schemes
 from .units import duration, size
@@ -45,6 +46,7 @@ def plan_table(plan: Plan, model: str) -> Table:
         ("disk", f"about {size(plan.disk)} while it runs"),
         ("time", f"about {duration(plan.seconds)} in {_short(plan.dtype)} on {plan.device}"),
         ("runs in", ", ".join(plan.servers)),
+        *((("gate", plan.recipe.gate.words()),) if plan.recipe.gate else ()),
         *(("note", note) for note in plan.notes),
     ]
     return _pairs(rows)
@@ -81,7 +83,7 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def result_table(result: Result, evaluation: Evaluation | None, peak: int, report: Path) -> tuple[Table, Table]:
+def result_table(result: Result, evaluation: Evaluation | None, peak: int, report: Path, judgement: Judgement | None = None) -> tuple[Table, Table]:
     """What the compression did to the model, and what it took."""
     before, after = result.plan.checkpoint.nbytes, result.stored_bytes
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
@@ -97,8 +99,10 @@ def result_table(result: Result, evaluation: Evaluation | None, peak: int, repor
     took = f"{duration(result.seconds)}, peak memory {size(peak)}"
     rows = [("compressed in", took), *_choices(result)]
     if evaluation is not None:
-        text = f"{duration(evaluation.seconds)}, on {evaluation.windows} x {evaluation.length} tokens of the built-in text, float32"
+        text = f"{duration(evaluation.seconds)}, on {evaluation.words}, float32"
         rows.append(("evaluated in", text))
+    if judgement is not None:
+        rows.append(("gate", "; ".join(f"{'met' if one.met else 'MISSED'}: {one.words()}" for one in judgement.held)))
     return table, _pairs([*rows, ("checkpoint", str(result.out)), ("report", str(report))])
 
 
