@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
 from .decode import decode
-from .eval.measured import Measured
+from .eval.paired import Measured
 from .quant.errors import PlanishError, nearest
 from .yamltext import parse_yaml
 
