@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from .compare_job import compare
     from .comparison import ComparisonReport
     from .compression import Result, compress
+    from .eval.evaluation import Evaluation
     from .eval.verify import verify
+    from .eval_job import evaluate
     from .inspection import inspect
     from .loading import load
     from .preflight import Plan
@@ -36,6 +38,7 @@ __all__ = [
     "Calibration",
     "Clip",
     "ComparisonReport",
+    "Evaluation",
     "Export",
     "Gptaq",
     "Gptq",
@@ -53,6 +56,7 @@ __all__ = [
     "__version__",
     "compare",
     "compress",
+    "evaluate",
     "inspect",
     "load",
     "load_recipe",
@@ -67,7 +71,9 @@ _HOMES = {
     "compare_job": ["compare"],
     "comparison": ["ComparisonReport"],
     "compression": ["Result", "compress"],
+    "eval.evaluation": ["Evaluation"],
     "eval.verify": ["verify"],
+    "eval_job": ["evaluate"],
     "inspection": ["inspect"],
     "loading": ["load"],
     "preflight": ["Plan", "make_plan"],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from .compare_command import compare
+from .eval_command import evaluate_command
 from .inspect_command import inspect
 from .options import Arithmetic, AsJson, Device, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
 from .progress import showing, stages
@@ -34,6 +35,7 @@ recipes_app = typer.Typer(help="List the recipes that come with planish, or show
 app.add_typer(recipes_app, name="recipes")
 app.command()(inspect)
 app.command()(compare)
+app.command("eval")(evaluate_command)
 
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a YAML or JSON file.", autocompletion=complete_recipe)]
