@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from ..calib.checkpoint import Checkpoint
 from ..calib.shards import read_json
 from ..quant.errors import PlanishError, nearest
+from .evaluation import ServedBy
 
 SECONDS = 600.0  # for one answer
 KEY = "OPENAI_API_KEY"
@@ -105,16 +106,9 @@ class Server:
         """vLLM 0.32.0 at http://127.0.0.1:8000."""
         return f"{' '.join(filter(None, (self.engine, self.version))) or 'a server'} at {self.client.url}"
 
-    def to_dict(self) -> dict[str, object]:
-        """As plain values, for JSON."""
-        return {
-            "url": self.client.url,
-            "model": self.model,
-            "root": self.root,
-            "engine": self.engine,
-            "version": self.version,
-            "context": self.context,
-        }
+    def described(self) -> ServedBy:
+        """For a result."""
+        return ServedBy(url=self.client.url, model=self.model, root=self.root, engine=self.engine, version=self.version, context=self.context)
 
 
 def connect(url: str, checkpoint: Checkpoint, *, model: str | None = None, seconds: float = SECONDS) -> Server:

@@ -1,9 +1,10 @@
 """What an evaluation finds, as data: a text, tasks, and both against the base model. JSON of it: planish/schemas.py; how it is done: planish/eval_job.py."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from .gate import Judgement
 from .paired import Flips, Measured, average
 
 Bos = Literal["none", "window"]
@@ -12,12 +13,12 @@ Bos = Literal["none", "window"]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextBase:
     """The base model on the same text. perplexity: its own; ratio: compressed / base. kl: mean KL(base || compressed) per token in nats. agreement:
-    share of tokens for which both find the same next token likeliest. Errors: paired, over windows."""
+    share of tokens for which both find the same next token likeliest. Errors: paired, over windows. None: not measured, TextResult.missing says why."""
 
     perplexity: float
     ratio: Measured
-    kl: Measured
-    agreement: Measured
+    kl: Measured | None
+    agreement: Measured | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +27,7 @@ class TextResult:
     integers. windows of length tokens, which begin stride tokens of text apart and share no other context; each scores the tokens that none before it
     has scored, the first of a window never (it has nothing before it). bos: none: the text as the tokenizer makes it; window: each window begins with
     one more token, the tokenizer's for a beginning, which counts in length. tokens: predictions that were scored. dtype: of the arithmetic.
-    perplexity: exp of the mean negative log-likelihood; its error is that of means over windows, None for a single one."""
+    perplexity: exp of the mean negative log-likelihood; its error is that of means over windows, None for a single one. missing: figures that could not be measured, and why."""
 
     source: str
     sha256: str
@@ -38,6 +39,7 @@ class TextResult:
     dtype: str
     perplexity: Measured
     base: TextBase | None
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,10 +83,24 @@ class TaskResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServedBy:
+    """A server whose model was measured in place of the checkpoint in memory. model: its name there; root: where the server says that it has it from.
+    engine, version: vLLM or SGLang, where it tells. context: tokens of a text and its answer at most."""
+
+    url: str
+    model: str
+    root: str | None
+    engine: str | None
+    version: str | None
+    context: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
     """What a compression cost. planish: the version that wrote this. finished: date and time, UTC. model, against: as given; their sha256: of all
     configuration, weight and tokenizer files. limit: documents of each task at most, the first ones. dtype: of the tasks' arithmetic. batch_size: requests
-    that ran at once. versions: of the libraries. recovery: mean over the tasks that have one, in per cent."""
+    that ran at once. versions: of the libraries. recovery: mean over the tasks that have one, in per cent. served: by what server, None: in
+    this process. gate: thresholds and whether they are met."""
 
     planish: str
     finished: str
@@ -102,6 +118,8 @@ class Evaluation:
     text: TextResult | None
     tasks: tuple[TaskResult, ...]
     recovery: Measured | None
+    served: ServedBy | None = None
+    gate: Judgement | None = None
 
 
 def task_recovery(task: TaskResult) -> Measured | None:
@@ -123,7 +141,8 @@ def metrics(evaluation: Evaluation) -> dict[str, Measured]:
     if text is not None:
         found["perplexity"] = text.perplexity
         if text.base is not None:
-            found |= {"perplexity_ratio": text.base.ratio, "kl": text.base.kl, "agreement": text.base.agreement}
+            compared = {"perplexity_ratio": text.base.ratio, "kl": text.base.kl, "agreement": text.base.agreement}
+            found |= {name: measured for name, measured in compared.items() if measured is not None}
     if evaluation.recovery is not None:
         found["recovery"] = evaluation.recovery
     for task in evaluation.tasks:

@@ -7,7 +7,7 @@ loads too gets the very numbers of `lm_eval --model hf`, with the same batch siz
 import random
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .score import Report
 from .task_cache import Answers
 from .tasks import Task, quiet, seed
+
+if TYPE_CHECKING:
+    from .served_lm import ServedLM
 
 SEEDS = (0, 1234)  # lm-evaluation-harness's own: of random, and of numpy and torch
 
@@ -96,7 +99,7 @@ class LoadedLM(HFLM):  # type: ignore[misc]
         return super().generate_until(requests, disable_tqdm=True)
 
 
-def run_task(lm: LoadedLM, task: Task) -> dict[str, Any]:
+def run_task(lm: "LoadedLM | ServedLM", task: Task) -> dict[str, Any]:
     """lm-evaluation-harness's own results of one task, with all samples, standard errors left out. Seeds are its own, and each task's begin anew."""
     random.seed(SEEDS[0])
     np.random.seed(SEEDS[1])
@@ -107,7 +110,7 @@ def run_task(lm: LoadedLM, task: Task) -> dict[str, Any]:
     return results
 
 
-def answers(lm: LoadedLM, task: Task) -> Answers:
+def answers(lm: "LoadedLM | ServedLM", task: Task) -> Answers:
     """What the model makes of a task: its metrics, and those of every sample that they are means of."""
     results = run_task(lm, task)
     values: dict[str, float] = {}

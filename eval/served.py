@@ -4,7 +4,7 @@ vLLM's `prompt_logprobs` gives for each token of the prompt its log-probability 
 `logprobs` gives the first, and the likeliest only as text, which does not say which token it is. No server gives the whole distribution, so KL
 divergence cannot be measured through one.
 
-Shapes: ids (N, L) windows of token numbers; P = L - 1 predictions of each.
+Shapes: ids (N, L) windows of token numbers; P = L - 1 predictions of each; hidden (N, L, D) of the base model; logits (t, V) of t tokens.
 """
 
 import math
@@ -14,49 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calib.checkpoint import Checkpoint
 from ..calib.runner import BlockRunner
 from ..quant.errors import PlanishError
 from .client import Refused, Server
-from .score import Report, Score, arithmetic, final_hidden, next_log_probabilities, window_batches
+from .evaluation import TextResult
+from .score import Report, arithmetic, next_log_probabilities, window_batches
+from .text_score import BaseHidden, Sums, Windows, text_result
 
-NO_KL = "a server tells only the likeliest tokens, not the whole distribution that a KL divergence is computed from"
-NO_TOPS = "this server names no likeliest token by its number (vLLM's prompt_logprobs does)"
+NO_KL = "a server tells the likeliest tokens, not the whole distribution that a KL divergence is made of"
+NO_TOPS = "this server names no likeliest token by its number, as vLLM does with prompt_logprobs"
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Of each token of a prompt but the first: its log-probability in nats, whether it is the likeliest; tops: the likeliest one's number, None: not
+    told."""
+
+    logprobs: list[float]
+    greedy: list[bool]
+    tops: list[int] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenScores:
-    """What a model says of every token that follows. logprobs_NP: in nats, float64; tops_NP: the likeliest token instead, None: not known."""
+    """Of every prediction: logprobs_NP in nats, float64; tops_NP: the likeliest token, None: not known."""
 
     logprobs_NP: Tensor
     tops_NP: Tensor | None
-
-    @property
-    def score(self) -> Score:
-        """Over all windows."""
-        nll_N = -self.logprobs_NP.mean(1)
-        return Score(math.fsum(nll_N.tolist()) / len(nll_N), self.logprobs_NP.numel(), tuple(nll_N.tolist()))
-
-
-def own_scores(
-    checkpoint: Checkpoint, ids_NL: Tensor, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", report: Report | None = None
-) -> TokenScores:
-    """What planish computes, one block in memory at a time; score.score with every token for itself."""
-    batches = window_batches(ids_NL)
-    logprobs, tops = [], []
-    with arithmetic(dtype):
-        runner = BlockRunner(checkpoint, dtype, torch.device(device))
-        hidden = final_hidden(runner, batches, report)
-        with runner.head() as head:
-            for ids_L, hidden_LD in ((ids, out) for batch, outs in zip(batches, hidden, strict=True) for ids, out in zip(batch, outs, strict=True)):
-                next_t, done = ids_L[1:], 0
-                for logits_tV in head.logits(hidden_LD[:-1]):
-                    following = next_t[done : done + len(logits_tV)].to(logits_tV.device)
-                    logprobs.append(next_log_probabilities(logits_tV, following).double().cpu())
-                    tops.append(logits_tV.argmax(1).cpu())
-                    done += len(logits_tV)
-    shape = (ids_NL.shape[0], ids_NL.shape[1] - 1)
-    return TokenScores(torch.cat(logprobs).reshape(shape), torch.cat(tops).reshape(shape))
 
 
 def served_scores(server: Server, ids_NL: Tensor, report: Report | None = None) -> TokenScores:
@@ -66,19 +50,19 @@ def served_scores(server: Server, ids_NL: Tensor, report: Report | None = None) 
     or an answer about other tokens.
     """
     window_batches(ids_NL)
-    _check_context(server, ids_NL.shape[1])
-    logprobs, tops = [], []
-    for done, ids in enumerate(ids_NL.tolist()):
-        likely, likeliest = _window(server, ids)
-        logprobs.append(likely)
-        tops.append(likeliest)
+    check_context(server, ids_NL.shape[1])
+    windows = []
+    for ids in ids_NL.tolist():
+        windows.append(said_of(server, ids))
         if report is not None:
-            report(done + 1, len(ids_NL))
-    known = [top for top in tops if top is not None]
-    return TokenScores(torch.tensor(logprobs, dtype=torch.float64), torch.tensor(known) if len(known) == len(tops) else None)
+            report(len(windows), len(ids_NL))
+    tops = [said.tops for said in windows if said.tops is not None]
+    logprobs_NP = torch.tensor([said.logprobs for said in windows], dtype=torch.float64)
+    return TokenScores(logprobs_NP, torch.tensor(tops) if len(tops) == len(windows) else None)
 
 
-def _check_context(server: Server, length: int) -> None:
+def check_context(server: Server, length: int) -> None:
+    """PlanishError if windows of so many tokens are too long for the server."""
     if server.context is not None and length + 1 > server.context:
         raise PlanishError(
             f"{server.words}: windows of {length} tokens and one for the answer need a context of {length + 1}, but the server has {server.context}. "
@@ -86,15 +70,39 @@ def _check_context(server: Server, length: int) -> None:
         )
 
 
-def agreement(base: TokenScores, served: TokenScores) -> float | None:
-    """The share of predictions at which both have the same likeliest token; None where one does not say."""
-    if base.tops_NP is None or served.tops_NP is None:
-        return None
-    return (base.tops_NP == served.tops_NP).double().mean().item()
+def measure_served(
+    server: Server, text: Windows, base: BaseHidden | None, *, dtype: torch.dtype, device: torch.device, report: Report | None = None
+) -> TextResult:
+    """text_score.measure_text of a server's model. dtype, device: where the base model's head runs. Errors as of served_scores."""
+    scores, sums = served_scores(server, text.ids, report), Sums()
+    for window, logprobs_P in enumerate(scores.logprobs_NP):
+        sums.nll.append(-logprobs_P[text.first(window) - 1 :].sum().item())
+    missing = {}
+    if base is not None:
+        with arithmetic(dtype):
+            _add_base(sums, scores, text, base, dtype, device)
+        missing = {"kl": NO_KL, **({} if scores.tops_NP is not None else {"agreement": NO_TOPS})}
+    return text_result(text, sums, "the server's" + ("" if base is None else f", base model {str(dtype).removeprefix('torch.')}"), missing)
 
 
-def _window(server: Server, ids: list[int]) -> tuple[list[float], list[int] | None]:
-    """Log-probabilities of all tokens but the first, and the likeliest ones, where the server names them."""
+def _add_base(sums: Sums, scores: TokenScores, text: Windows, base: BaseHidden, dtype: torch.dtype, device: torch.device) -> None:
+    with BlockRunner(base.checkpoint, dtype, device).head() as head:
+        for window, ids_L in enumerate(text.ids):
+            start, nll, same = text.first(window), 0.0, 0
+            done = start - 1  # predictions, of which number i is about token i + 1
+            for logits_tV in head.logits(base.hidden[window, start - 1 : -1].to(device)):
+                count = len(logits_tV)
+                nll -= next_log_probabilities(logits_tV, ids_L[done + 1 : done + 1 + count].to(device)).sum(dtype=torch.float64).item()
+                if scores.tops_NP is not None:
+                    same += int((logits_tV.argmax(1).cpu() == scores.tops_NP[window, done : done + count]).sum())
+                done += count
+            sums.base_nll.append(nll)
+            if scores.tops_NP is not None:
+                sums.same.append(float(same))
+
+
+def said_of(server: Server, ids: list[int]) -> Said:
+    """What the server says of a prompt's tokens. Raises PlanishError: it says nothing of them, or something about others."""
     asked = {"model": server.model, "prompt": ids, "max_tokens": 1, "temperature": 0}
     try:
         choice = _choice(server, server.client.post("/v1/completions", {**asked, "prompt_logprobs": 1}))
@@ -105,13 +113,20 @@ def _window(server: Server, ids: list[int]) -> tuple[list[float], list[int] | No
     if choice.get("prompt_logprobs"):
         return _by_number(server, ids, choice["prompt_logprobs"])
     choice = _choice(server, server.client.post("/v1/completions", {**asked, "echo": True, "logprobs": 1}))
-    values = (choice.get("logprobs") or {}).get("token_logprobs") or []
-    if len(values) < len(ids) or any(value is None for value in values[1 : len(ids)]):
+    said = choice.get("logprobs") or {}
+    values, tops = ((said.get(name) or [])[1 : len(ids)] for name in ("token_logprobs", "top_logprobs"))
+    if not len(values) == len(tops) == len(ids) - 1 or None in values or None in tops:
         raise PlanishError(
             f"{server.words}: gives no log-probabilities of a prompt's tokens, neither with prompt_logprobs nor with echo. "
             "Use a server that does, such as vLLM, or evaluate without one."
         )
-    return [float(value) for value in values[1 : len(ids)]], None
+    return Said([float(value) for value in values], [value >= max(top.values()) for value, top in zip(values, tops, strict=True)], None)
+
+
+def generate(server: Server, ids: list[int], settings: dict[str, Any]) -> str:
+    """The text that the server goes on with. settings: of /v1/completions."""
+    choice = _choice(server, server.client.post("/v1/completions", {"model": server.model, "prompt": ids, **settings}))
+    return str(choice.get("text", ""))
 
 
 def _choice(server: Server, answer: Any) -> dict[str, Any]:
@@ -122,15 +137,20 @@ def _choice(server: Server, answer: Any) -> dict[str, Any]:
     return found
 
 
-def _by_number(server: Server, ids: list[int], entries: list[dict[str, dict[str, Any]] | None]) -> tuple[list[float], list[int]]:
+def _by_number(server: Server, ids: list[int], entries: list[dict[str, dict[str, Any]] | None]) -> Said:
     """Of vLLM's prompt_logprobs: for each token but the first a mapping of token numbers, as text, to logprob and rank."""
-    logprobs, tops = [], []
+    logprobs: list[float] = []
+    tops: list[int] = []
     for token, entry in zip(ids[1:], entries[1:], strict=False):
         if entry is None or str(token) not in entry:
             break
         logprobs.append(float(entry[str(token)]["logprob"]))
-        # of equal ones the first in rank is what the server would have taken
-        tops.append(int(min(entry, key=lambda number: (entry[number].get("rank") or math.inf, -entry[number]["logprob"]))))
+        tops.append(int(min(entry, key=lambda number: _order(entry[number]))))
     if len(logprobs) != len(ids) - 1:
         raise PlanishError(f"{server.words}: log-probabilities are not those of the tokens sent (of {len(ids) - 1}, {len(logprobs)} fit).")
-    return logprobs, tops
+    return Said(logprobs, [token == top for token, top in zip(ids[1:], tops, strict=True)], tops)
+
+
+def _order(entry: dict[str, Any]) -> tuple[float, float]:
+    """By rank, for of equally likely tokens the first in rank is what the server would have taken."""
+    return entry.get("rank") or math.inf, -entry["logprob"]

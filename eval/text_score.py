@@ -11,6 +11,7 @@ Shapes: ids (N, L) windows of token numbers; hidden (N, L, D) what the last bloc
 
 import hashlib
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -84,7 +85,9 @@ def cut(checkpoint: Checkpoint, settings: TextSettings) -> Windows:
     if bos and len(text_T) and int(text_T[0]) == bos[0]:
         text_T = text_T[1:]
     if len(text_T) < body:
-        raise PlanishError(f"evaluation.source {settings.source} holds {len(text_T)} tokens, not one window of {body}. Lower length, or give more text.")
+        raise PlanishError(
+            f"evaluation.source {settings.source} holds {len(text_T)} tokens, not one window of {body}. Lower length, or give more text."
+        )
     body_Nb = text_T.unfold(0, body, stride)[: settings.windows]
     start_N1 = torch.tensor([bos] * len(body_Nb), dtype=torch.int64).reshape(len(body_Nb), len(bos))
     return Windows(ids=torch.cat([start_N1, body_Nb], 1), stride=stride, settings=settings)
@@ -115,8 +118,8 @@ def hidden_states(checkpoint: Checkpoint, text: Windows, *, dtype: torch.dtype, 
 
 
 @dataclass(slots=True)
-class _Sums:
-    """Of each window: negative log-likelihoods of both models, divergences, agreeing tokens."""
+class Sums:
+    """Of each window: negative log-likelihoods of both models, divergences, agreeing tokens; empty where not measured."""
 
     nll: list[float] = field(default_factory=list)
     base_nll: list[float] = field(default_factory=list)
@@ -136,6 +139,11 @@ def measure_text(
     hidden_NLD = hidden_states(checkpoint, text, dtype=dtype, device=device, report=report)
     with arithmetic(dtype):
         sums = _sums(checkpoint, text, hidden_NLD, base, dtype, device)
+    return text_result(text, sums, str(dtype).removeprefix("torch."), {})
+
+
+def text_result(text: Windows, sums: Sums, dtype: str, missing: Mapping[str, str]) -> TextResult:
+    """What the sums come to. missing: figures that were not measured, and why."""
     settings, counts = text.settings, [float(count) for count in text.counts()]
     return TextResult(
         source=settings.source,
@@ -145,19 +153,20 @@ def measure_text(
         stride=text.stride,
         bos=settings.bos,
         tokens=sum(text.counts()),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         perplexity=_exp(_ratio(sums.nll, counts)),
-        base=None if base is None else _against(sums, counts),
+        base=_against(sums, counts) if sums.base_nll else None,
+        missing=missing,
     )
 
 
-def _against(sums: _Sums, counts: list[float]) -> TextBase:
+def _against(sums: Sums, counts: list[float]) -> TextBase:
     worse = [after - before for after, before in zip(sums.nll, sums.base_nll, strict=True)]
     return TextBase(
         perplexity=_exp(_ratio(sums.base_nll, counts)).value,
         ratio=_exp(_ratio(worse, counts)),
-        kl=_ratio(sums.kl, counts),
-        agreement=_ratio(sums.same, counts),
+        kl=_ratio(sums.kl, counts) if sums.kl else None,
+        agreement=_ratio(sums.same, counts) if sums.same else None,
     )
 
 
@@ -173,9 +182,9 @@ def _exp(figure: Measured) -> Measured:
     return Measured(value=value, error=None if figure.error is None else value * figure.error)
 
 
-def _sums(checkpoint: Checkpoint, text: Windows, hidden_NLD: Tensor, base: BaseHidden | None, dtype: torch.dtype, device: torch.device) -> _Sums:
+def _sums(checkpoint: Checkpoint, text: Windows, hidden_NLD: Tensor, base: BaseHidden | None, dtype: torch.dtype, device: torch.device) -> Sums:
     """Both heads are in memory together."""
-    sums = _Sums()
+    sums = Sums()
     with ExitStack() as stack:
         heads = [(stack.enter_context(BlockRunner(checkpoint, dtype, device).head()), hidden_NLD)]
         if base is not None:
@@ -186,7 +195,7 @@ def _sums(checkpoint: Checkpoint, text: Windows, hidden_NLD: Tensor, base: BaseH
     return sums
 
 
-def _add(sums: _Sums, sides: list[tuple[Head, Tensor]], next_t: Tensor) -> None:
+def _add(sums: Sums, sides: list[tuple[Head, Tensor]], next_t: Tensor) -> None:
     """One window: sides hold hidden states (t, D) of the compressed model and, if there is one, of the base; next_t the tokens that follow."""
     nll, divergence, done = [0.0 for _ in sides], Divergence(), 0
     for logits in zip(*(head.logits(hidden_tD) for head, hidden_tD in sides), strict=True):

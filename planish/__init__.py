@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from .compare_job import compare
     from .comparison import ComparisonReport
     from .compression import Result, compress
+    from .eval.evaluation import Evaluation
+    from .eval.gate import Gate
     from .eval.verify import verify
-    from .gate import Gate
+    from .eval_job import evaluate
     from .inspection import inspect
     from .loading import load
     from .preflight import Plan
@@ -39,6 +41,7 @@ __all__ = [
     "Callback",
     "Clip",
     "ComparisonReport",
+    "Evaluation",
     "Export",
     "Gate",
     "Gptaq",
@@ -57,6 +60,7 @@ __all__ = [
     "__version__",
     "compare",
     "compress",
+    "evaluate",
     "inspect",
     "load",
     "load_recipe",
@@ -72,8 +76,10 @@ _HOMES = {
     "compare_job": ["compare"],
     "comparison": ["ComparisonReport"],
     "compression": ["Result", "compress"],
+    "eval.evaluation": ["Evaluation"],
+    "eval.gate": ["Gate"],
     "eval.verify": ["verify"],
-    "gate": ["Gate"],
+    "eval_job": ["evaluate"],
     "inspection": ["inspect"],
     "loading": ["load"],
     "preflight": ["Plan", "make_plan"],

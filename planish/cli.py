@@ -1,7 +1,7 @@
 """The command line. What needs torch is imported by the commands that need it, so that help and lists are quick."""
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from .compare_command import compare
+from .eval_command import evaluate_command
 from .inspect_command import inspect
 from .options import Arithmetic, AsJson, Device, Gates, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
 from .progress import showing, stages
@@ -35,6 +36,7 @@ recipes_app = typer.Typer(help="List the recipes that come with planish, or show
 app.add_typer(recipes_app, name="recipes")
 app.command()(inspect)
 app.command()(compare)
+app.command("eval")(evaluate_command)
 
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a YAML or JSON file.", autocompletion=complete_recipe)]
@@ -76,8 +78,8 @@ def compress(
     After an interruption the same command goes on at the block where it was. Exit code 3: the gate is missed; the checkpoint is there all the same.
     """
     with starting():
-        from .gate import with_thresholds
         from .job import Job
+        from .thresholds import with_thresholds
 
         loaded = _recipe(recipe, settings)
         job = Job(
@@ -142,11 +144,11 @@ def verify(
         from .compression import Silent
         from .eval.measured import COMPARED, figures_metrics
         from .eval.verify import verify as run_checks
-        from .gate import Gate, with_thresholds
         from .report import to_json
         from .tables import verification_table
+        from .thresholds import read_gate
 
-        thresholds = with_thresholds(Gate(), gate or ())
+        thresholds = read_gate(gate or ())
         if against:
             thresholds.check_measured(COMPARED, "planish verify", "planish eval measures tasks.")
         else:
@@ -171,7 +173,7 @@ def verify(
             figures_metrics(found["against"].figures), f"{text} text, windows of {found['against'].figures['length']} tokens"
         )
     if as_json:
-        print(to_json({**found.to_dict(), "gate": None if judgement is None else judgement.to_dict()}))
+        print(to_json({**found.to_dict(), "gate": None if judgement is None else asdict(judgement)}))
     else:
         out_console().print(verification_table(found))
     if not found.ok:

@@ -13,9 +13,9 @@ from torch import Tensor
 from .calib.checkpoint import open_checkpoint
 from .calib.shards import read_json
 from .compression import Progress, Result, carry_out
+from .eval.gate import Judgement
 from .eval.measured import COMPARED, comparison_metrics
 from .export import FOLDER, MANIFEST
-from .gate import Judgement
 from .journal import write_text
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError

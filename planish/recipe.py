@@ -14,7 +14,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from .calib.data import Calibration
 from .decode import Named, decode, encode
-from .gate import Gate
+from .eval.gate import Gate
 from .quant.errors import PlanishError, nearest
 from .quant.formats import Scheme
 from .quant.solvers import SOLVERS, Solver

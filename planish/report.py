@@ -23,9 +23,9 @@ from .calib.stored import open_stored
 from .compression import Progress, Result
 from .decode import encode
 from .estimate import LENGTH, WINDOWS
+from .eval.gate import Judgement
 from .eval.score import Comparison, compare
 from .eval.verify import evaluation_windows
-from .gate import Judgement
 from .preflight import Plan
 from .quant.formats import Scheme
 
@@ -147,7 +147,7 @@ def run_report(result: Result, model: str, peak: int, evaluation: Evaluation | N
         "bytes": {"before": result.plan.checkpoint.nbytes, "after": result.stored_bytes},
         "bits_per_weight": result.bits_per_weight,
         "evaluation": None if evaluation is None else evaluation.to_dict(),
-        "gate": None if judgement is None else judgement.to_dict(),
+        "gate": None if judgement is None else asdict(judgement),
         "seconds": result.seconds,
         "peak_bytes": peak,
         "machine": {

@@ -10,7 +10,7 @@ from rich.text import Text
 from .calib.packing import Packed
 from .compression import Result
 from .eval.check import Verification
-from .gate import Judgement
+from .eval.gate import Judgement
 from .preflight import Plan
 from .report import Evaluation, described, schemes
 from .units import duration, size
@@ -102,8 +102,13 @@ def result_table(result: Result, evaluation: Evaluation | None, peak: int, repor
         text = f"{duration(evaluation.seconds)}, on {evaluation.words}, float32"
         rows.append(("evaluated in", text))
     if judgement is not None:
-        rows.append(("gate", "; ".join(f"{'met' if one.met else 'MISSED'}: {one.words()}" for one in judgement.held)))
+        rows += gate_rows(judgement)
     return table, _pairs([*rows, ("checkpoint", str(result.out)), ("report", str(report))])
+
+
+def gate_rows(judgement: Judgement) -> list[tuple[str, str]]:
+    """Every threshold with what was measured."""
+    return [("gate" if not i else "", f"{'met' if one.met else 'MISSED'}: {one.words()}") for i, one in enumerate(judgement.held)]
 
 
 def _choices(result: Result) -> list[tuple[str, str]]:

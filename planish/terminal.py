@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from .quant.errors import PlanishError
 
 if TYPE_CHECKING:
-    from .gate import Judgement
+    from .eval.gate import Judgement
 
 USER_ERROR = 2
 MISSED = 3  # a gate
@@ -72,7 +72,7 @@ def _end(ctx: Any, error: BaseException, message: str, code: int) -> typer.Exit:
 
 def end_by(judgement: "Judgement | None", more: str = "") -> None:
     """Say so and exit with 3 if a gate is missed. more: what else to say then."""
-    if judgement is not None and not judgement.ok:
+    if judgement is not None and not judgement.met:
         err_console().print(Text(f"{judgement.sentence()} {more}".strip()), soft_wrap=True)
         raise typer.Exit(MISSED)
 

@@ -8,20 +8,15 @@ a gate neither easier nor harder.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
-from .decode import decode
-from .eval.paired import Measured
-from .quant.errors import PlanishError, nearest
-from .yamltext import parse_yaml
+from ..quant.errors import PlanishError
+from .paired import Measured
 
 BOUND = 1.645  # standard errors: a normal variable is that much below its mean in 5 % of cases
-BY_TASK = ("recovery", "accuracy")
 MEAN = "mean"  # the key of recovery that means the mean over tasks
-
-Verdict: TypeAlias = Literal["met", "missed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +43,6 @@ METRICS: Mapping[str, Metric] = {
     "accuracy": Metric(True, 0, 1, example="0.6, a share of a task's questions"),
 }
 """By name; recovery and accuracy also of one task: `recovery.TASK`."""
-
-_DECIDED = {"value": "the value decides", "fail": "in_doubt is fail", "pass": "in_doubt is pass"}
 
 
 def kind(name: str) -> str:
@@ -119,105 +112,63 @@ class Gate:
                 raise PlanishError(f"gate: {name} is not measured by {where}. {instead}")
 
     def judge(self, metrics: Mapping[str, Measured], on: Mapping[str, str] | str = "") -> "Judgement":
-        """Hold what was measured against the thresholds. on: which text or tasks, in words, for all or by the metric's first name.
+        """Hold what was measured against the thresholds; what is not among the metrics is missed.
 
-        Raises PlanishError if a metric is missing.
+        on: which text or tasks, in words, for all or by the metric's first name.
         """
-        missing = [name for name in self.thresholds() if name not in metrics]
-        if missing:
-            raise PlanishError(f"gate: {missing[0]} was not measured. {nearest(missing[0], metrics)}")
         texts = dict.fromkeys(METRICS, on) if isinstance(on, str) else on
-        return Judgement(
-            tuple(Held(name, metrics[name], threshold, self.in_doubt, texts.get(kind(name), "")) for name, threshold in self.thresholds().items())
+        unknown = Measured(value=math.nan)
+        held = tuple(
+            hold(name, metrics.get(name, unknown), threshold, self.in_doubt, texts.get(kind(name), ""))
+            for name, threshold in self.thresholds().items()
         )
+        return Judgement(met=all(one.met for one in held), held=held)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Held:
-    """One metric against its threshold. on: the text or the tasks, in words."""
+    """One metric against its threshold. on: the text or the tasks, in words. doubtful: whether the threshold lies within the 95 % bound of the value;
+    decided_by: the value, or the gate's in_doubt."""
 
-    name: str
-    measured: Measured
+    metric: str
+    value: float
+    error: float | None
     threshold: float
-    in_doubt: Literal["value", "fail", "pass"]
-    on: str = ""
-
-    @property
-    def metric(self) -> Metric:
-        """What kind of metric it is."""
-        return METRICS[kind(self.name)]
-
-    @property
-    def doubtful(self) -> bool:
-        """Whether the threshold lies within BOUND standard errors."""
-        error = self.measured.error
-        return error is not None and math.isfinite(self.measured.value) and abs(self.measured.value - self.threshold) < BOUND * error
-
-    @property
-    def met(self) -> bool:
-        """Whether it is as good as is asked for."""
-        if self.doubtful and self.in_doubt != "value":
-            return self.in_doubt == "pass"
-        value = self.measured.value
-        return value >= self.threshold if self.metric.least else value <= self.threshold
+    on: str
+    doubtful: bool
+    decided_by: str
+    met: bool
 
     def words(self) -> str:
         """recovery is 97.1 % ± 0.6, at least 98 % asked for, on arc_easy."""
-        error = "" if self.measured.error is None else f" ± {self.measured.error:.2g}"
-        text = f"{self.name} is {self.metric.words(self.measured.value)}{error}, {bound(self.name, self.threshold)} asked for"
-        text += f", on {self.on}" if self.on else ""
-        return f"{text} (too close to tell at 95 %: {_DECIDED[self.in_doubt]})" if self.doubtful else text
-
-    def to_dict(self) -> dict[str, object]:
-        """As plain values, for JSON."""
-        return {
-            "metric": self.name,
-            "value": self.measured.value,
-            "error": self.measured.error,
-            "threshold": self.threshold,
-            "must_be": "at least" if self.metric.least else "at most",
-            "on": self.on,
-            "in_doubt": self.doubtful,
-            "met": self.met,
-        }
+        asked = f"{bound(self.metric, self.threshold)} asked for" + (f", on {self.on}" if self.on else "")
+        if math.isnan(self.value):
+            return f"{self.metric} could not be measured, {asked}"
+        error = "" if self.error is None else f" ± {self.error:.2g}"
+        text = f"{self.metric} is {METRICS[kind(self.metric)].words(self.value)}{error}, {asked}"
+        decided = "the value decides" if self.decided_by == "value" else f"in_doubt: {self.decided_by}"
+        return f"{text} (too close to tell at 95 %; {decided})" if self.doubtful else text
 
 
-@dataclass(frozen=True, slots=True)
+def hold(name: str, measured: Measured, threshold: float, in_doubt: str, on: str = "") -> Held:
+    """One metric against its threshold."""
+    value, error = measured.value, measured.error
+    doubtful = error is not None and math.isfinite(value) and abs(value - threshold) < BOUND * error
+    met = value >= threshold if METRICS[kind(name)].least else value <= threshold
+    if doubtful and in_doubt != "value":
+        met = in_doubt == "pass"
+    decided_by = in_doubt if doubtful else "value"
+    return Held(metric=name, value=value, error=error, threshold=threshold, on=on, doubtful=doubtful, decided_by=decided_by, met=met)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
-    """What a gate says of a model."""
+    """What a gate says of a model. met: whether all thresholds are."""
 
+    met: bool
     held: tuple[Held, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether all thresholds are met."""
-        return all(one.met for one in self.held)
 
     def sentence(self) -> str:
         """Gate met, or which thresholds are missed and by what values."""
         missed = [one.words() for one in self.held if not one.met]
         return f"Gate missed: {'; '.join(missed)}." if missed else f"Gate met: {'; '.join(one.words() for one in self.held)}."
-
-    def to_dict(self) -> dict[str, object]:
-        """As plain values, for JSON."""
-        return {"ok": self.ok, "held": [one.to_dict() for one in self.held]}
-
-
-def with_thresholds(gate: Gate, settings: Sequence[str]) -> Gate:
-    """The gate with `metric=threshold` settings, such as `kl=0.1`, `recovery.arc_easy=95` or `in_doubt=fail`. Raises PlanishError."""
-    data: dict[str, Any] = {}
-    for key in fields(gate):
-        if (value := getattr(gate, key.name)) != key.default:
-            data[key.name] = value
-    for setting in settings:
-        name, sign, text = setting.partition("=")
-        if not sign or not name:
-            raise PlanishError(f"--gate {setting!r} is no threshold. Write metric=threshold, such as kl=0.1.")
-        first, _, task = name.partition(".")
-        value = parse_yaml(text, f"--gate {setting}")
-        if first in BY_TASK and (task or first == "recovery"):
-            before = data.get(first, {})
-            data[first] = {**(before if isinstance(before, Mapping) else {MEAN: before}), task or MEAN: value}
-        else:
-            data[name] = value
-    return decode(Gate, data, "--gate") if settings else gate
