@@ -1,4 +1,7 @@
-"""What an evaluation finds, as data: a text, tasks, and both against the base model. JSON of it: planish/schemas.py; how it is done: planish/eval_job.py."""
+"""What an evaluation finds, as data: a text, tasks, and both against the base model.
+
+JSON of it: planish/schemas.py; how it is done: planish/eval_job.py.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,8 +45,8 @@ class TextResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricBase:
-    """The base model on the same samples. difference: compressed - base, paired. recovery: 100 * compressed / base in per cent, with the delta method's
-    paired error; None where the base model scores zero. flips: for metrics that call each answer right or wrong."""
+    """The base model on the same samples. difference: compressed - base, paired. recovery: 100 * compressed / base in per cent, with the paired error
+    of the delta method; None where the base model scores zero. flips: for metrics that call each answer right or wrong."""
 
     value: float
     error: float | None
@@ -66,9 +69,9 @@ class MetricResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskResult:
-    """One task. version: the task's own. samples: documents that were answered; shots: examples shown before each. sha256: of all requests made to a
-    model. main: the first of its metrics that calls each answer right or wrong, None if it has none; this is the task's accuracy. metrics: by name; with
-    a comma and the filter's name where answers are filtered. base_cached: the base model's answers were kept from an earlier evaluation."""
+    """One task. version: the task's own. samples: documents that were answered; shots: examples shown before each. sha256: of all requests made to
+    a model. main: the first of its metrics that calls each answer right or wrong, None if it has none; this is the task's accuracy. metrics: by name,
+    with a comma and the filter's name where answers are filtered. base_cached: the base model's answers were kept from an earlier evaluation."""
 
     name: str
     version: str
@@ -83,8 +86,8 @@ class TaskResult:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
     """What a compression cost. planish: the version that wrote this. finished: date and time, UTC. model, against: as given; their sha256: of all
-    configuration, weight and tokenizer files. limit: documents of each task at most, the first ones. dtype: of the tasks' arithmetic. batch_size: requests
-    that ran at once. versions: of the libraries. recovery: mean over the tasks that have one, in per cent."""
+    configuration, weight and tokenizer files. limit: documents of each task at most, the first ones. dtype: of the tasks' arithmetic. batch_size:
+    requests that ran at once. versions: of the libraries. recovery: mean over the tasks that have one, in per cent."""
 
     planish: str
     finished: str

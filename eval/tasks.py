@@ -26,7 +26,8 @@ _BROKEN = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeE
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Task:
-    """A task that is ready to run. harness: lm-evaluation-harness's object. sha256: of its requests, documents and metrics. limit: documents at most."""
+    """A task that is ready to run. harness: lm-evaluation-harness's object. sha256: of its requests, documents and metrics. limit: documents at most;
+    samples: documents there are."""
 
     name: str
     harness: Any
