@@ -2,10 +2,11 @@
 
     python -m planish.lm_eval run --model planish --model_args pretrained=DIR --tasks arc_easy --batch_size 8
 
-That library (0.4.13) finds no third party's models by itself, neither by entry points nor in --include_path: a model is known once its module has been
-imported. This module is `lm_eval` with that one import; in scripts, `import planish.lm_eval` before `lm_eval.simple_evaluate(model="planish", ...)`.
+That library (0.4.13) finds no third party's models by itself, neither by entry points nor in --include_path: a model is known once its module has
+been imported. This module is `lm_eval` with that one import; in scripts, `import planish.lm_eval` before `lm_eval.simple_evaluate(model="planish", ...)`.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -56,7 +57,10 @@ def main() -> None:
     """`lm_eval`, which knows the model `planish`."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except PlanishError as error:
+        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":
