@@ -1,4 +1,7 @@
-"""What an evaluation finds, as data: a text, tasks, and both against the base model. JSON of it: planish/schemas.py; how it is done: planish/eval_job.py."""
+"""What an evaluation finds, as data: a text, tasks, and both against the base model.
+
+JSON of it: planish/schemas.py; how it is done: planish/eval_job.py.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +16,8 @@ Bos = Literal["none", "window"]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextBase:
     """The base model on the same text. perplexity: its own; ratio: compressed / base. kl: mean KL(base || compressed) per token in nats. agreement:
-    share of tokens for which both find the same next token likeliest. Errors: paired, over windows. None: not measured, TextResult.missing says why."""
+    share of tokens for which both find the same next token likeliest. Errors: paired, over windows. None: not
+    measured, and TextResult.missing says why."""
 
     perplexity: float
     ratio: Measured
@@ -27,7 +31,8 @@ class TextResult:
     integers. windows of length tokens, which begin stride tokens of text apart and share no other context; each scores the tokens that none before it
     has scored, the first of a window never (it has nothing before it). bos: none: the text as the tokenizer makes it; window: each window begins with
     one more token, the tokenizer's for a beginning, which counts in length. tokens: predictions that were scored. dtype: of the arithmetic.
-    perplexity: exp of the mean negative log-likelihood; its error is that of means over windows, None for a single one. missing: figures that could not be measured, and why."""
+    perplexity: exp of the mean negative log-likelihood; its error is that of means over windows, None for a single one. missing: figures
+    that could not be measured, and why."""
 
     source: str
     sha256: str
@@ -44,8 +49,8 @@ class TextResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricBase:
-    """The base model on the same samples. difference: compressed - base, paired. recovery: 100 * compressed / base in per cent, with the delta method's
-    paired error; None where the base model scores zero. flips: for metrics that call each answer right or wrong."""
+    """The base model on the same samples. difference: compressed - base, paired. recovery: 100 * compressed / base in per cent, with the paired error
+    of the delta method; None where the base model scores zero. flips: for metrics that call each answer right or wrong."""
 
     value: float
     error: float | None
@@ -68,9 +73,9 @@ class MetricResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskResult:
-    """One task. version: the task's own. samples: documents that were answered; shots: examples shown before each. sha256: of all requests made to a
-    model. main: the first of its metrics that calls each answer right or wrong, None if it has none; this is the task's accuracy. metrics: by name; with
-    a comma and the filter's name where answers are filtered. base_cached: the base model's answers were kept from an earlier evaluation."""
+    """One task. version: the task's own. samples: documents that were answered; shots: examples shown before each. sha256: of all requests made to
+    a model. main: the first of its metrics that calls each answer right or wrong, None if it has none; this is the task's accuracy. metrics: by name,
+    with a comma and the filter's name where answers are filtered. base_cached: the base model's answers were kept from an earlier evaluation."""
 
     name: str
     version: str
@@ -98,9 +103,9 @@ class ServedBy:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
     """What a compression cost. planish: the version that wrote this. finished: date and time, UTC. model, against: as given; their sha256: of all
-    configuration, weight and tokenizer files. limit: documents of each task at most, the first ones. dtype: of the tasks' arithmetic. batch_size: requests
-    that ran at once. versions: of the libraries. recovery: mean over the tasks that have one, in per cent. served: by what server, None: in
-    this process. gate: thresholds and whether they are met."""
+    configuration, weight and tokenizer files. limit: documents of each task at most, the first ones. dtype: of the tasks' arithmetic. batch_size:
+    requests that ran at once. versions: of the libraries. recovery: mean over the tasks that have one, in per cent. served: by what server, None:
+    in this process. gate: thresholds, and whether they are met."""
 
     planish: str
     finished: str

@@ -27,9 +27,10 @@ SEEDS = (0, 1234)  # lm-evaluation-harness's own: of random, and of numpy and to
 
 
 class LoadedLM(HFLM):  # type: ignore[misc]
-    """A causal language model of transformers, such as `planish.load` gives. prefix: tokens that stand before every text, for which a text has less room.
+    """A causal language model of transformers, such as `planish.load` gives.
 
-    report: told of batches done and in all; every kind of request begins anew. The other settings are HFLM's.
+    prefix: tokens that stand before every text, for which a text has less room. The other settings are HFLM's.
+    report: told of batches done and in all; every kind of request begins anew.
     """
 
     def __init__(

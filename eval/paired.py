@@ -1,4 +1,6 @@
-"""Two models on the same samples: what changed, how surely, and what share was kept. x: the compressed model's scores, y: the base model's, in one order.
+"""Two models on the same samples: what changed, how surely, and what share was kept.
+
+x: the compressed model's scores, y: the base model's, in one order.
 
 Standard errors are of means over n samples that are taken for independent. A difference is paired: its error is that of the mean of x_i - y_i, far
 smaller than two separate errors would say, for most answers do not change. A ratio R = mean(x) / mean(y) has the error of the delta method (Cochran,

@@ -1,7 +1,7 @@
 """What the base model said, kept in the user's cache folder, so that evaluating the next compressed checkpoint costs half.
 
-Everything that decides a number is in a file's name, as one digest: the model's files, the requests, versions of the libraries, arithmetic, device and
-batch size. Files appear whole, and can be deleted at any time.
+Everything that decides a number is in a file's name, as one digest: the model's files, the requests, versions of the libraries, arithmetic, device
+and batch size. Files appear whole, and can be deleted at any time.
 """
 
 import hashlib

@@ -26,7 +26,8 @@ _BROKEN = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeE
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Task:
-    """A task that is ready to run. harness: lm-evaluation-harness's object. sha256: of its requests, documents and metrics. limit: documents at most."""
+    """A task that is ready to run. harness: lm-evaluation-harness's object. sha256: of its requests, documents and metrics. limit: documents at most;
+    samples: documents there are."""
 
     name: str
     harness: Any
@@ -95,9 +96,10 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
 
 
 def _load(manager: Any, name: str) -> dict[str, Any]:
+    broken: tuple[type[Exception], ...] = (*_BROKEN, *_hub_errors())
     try:
         found: dict[str, Any] = manager.load([name])["tasks"]
-    except (*_BROKEN, *_hub_errors()) as error:
+    except broken as error:
         raise PlanishError(
             f"Task {name} cannot be loaded: {type(error).__name__}: {error} Check its file, the data that it names (relative to the working folder), "
             "and the network."
@@ -105,9 +107,10 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
     return found
 
 
-def _hub_errors() -> tuple[type[Exception], ...]:
+def _hub_errors() -> tuple[type[Exception], type[Exception]]:
     """What fetching data raises besides the ordinary."""
-    hub, exceptions = importlib.import_module("huggingface_hub.errors"), importlib.import_module("datasets.exceptions")
+    hub: Any = importlib.import_module("huggingface_hub.errors")
+    exceptions: Any = importlib.import_module("datasets.exceptions")
     return hub.HTTPError, exceptions.DatasetsError
 
 
@@ -154,7 +157,8 @@ def _named(value: object) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars of datasets and of lm-evaluation-harness while the `with` lasts."""
-    bars, task = importlib.import_module("datasets.utils.tqdm"), importlib.import_module("lm_eval.api.task")
+    bars: Any = importlib.import_module("datasets.utils.tqdm")
+    task: Any = importlib.import_module("lm_eval.api.task")
     shown, bar = not bars.are_progress_bars_disabled(), task.tqdm
     bars.disable_progress_bars()
     task.tqdm = functools.partial(bar, disable=True)

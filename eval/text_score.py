@@ -31,8 +31,8 @@ SPARE = 64  # tokens read beyond those that are used: the last one may end where
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextSettings:
-    """How a text is measured. source: as of `planish verify --text`. windows, length: at most so many, of so many tokens. stride: tokens of text from one
-    window's beginning to the next one's; None: windows do not overlap. bos: see the module."""
+    """How a text is measured. source: as of `planish verify --text`. windows, length: at most so many, of so many tokens. stride: tokens of text from
+    one window's beginning to the next one's; None: windows do not overlap. bos: see the module."""
 
     source: str = "builtin"
     windows: int = 4
@@ -70,7 +70,7 @@ class Windows:
 def cut(checkpoint: Checkpoint, settings: TextSettings) -> Windows:
     """The windows of a text for this model: fewer than asked for where the text is short, shorter where the model is.
 
-    Raises PlanishError: the text holds not one window, a stride that leaves tokens out, a tokenizer without a token for a beginning where one is needed.
+    Raises PlanishError: the text holds not one window; a stride that leaves tokens out; no token for a beginning where one is needed.
     """
     tokenizer = checkpoint.tokenizer()
     length = min(settings.length, getattr(checkpoint.config.get_text_config(), "max_position_embeddings", settings.length))

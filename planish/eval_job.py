@@ -1,4 +1,7 @@
-"""What a compression cost, on a text and on tasks: the base model first (or what is kept of it), then the compressed one; one model in memory at a time."""
+"""What a compression cost, on a text and on tasks.
+
+The base model is asked first (or what is kept of it is read), then the compressed one: one model is in memory at a time.
+"""
 
 import json
 import platform
@@ -65,11 +68,12 @@ def evaluate(
 
     model: a checkpoint that planish wrote, or anything that compress takes. against: the base model; what it says is kept in the user's cache folder.
     tasks: names, with the first `limit` documents of each (None: all); include_path: a folder with more tasks. They need the extra planish[eval].
-    text: builtin, a file as of calib.data, or none; windows, length, stride, bos: how it is cut, see eval.text_score. batch_size: requests of a task that
-    run at once. dtype: of the arithmetic; default: tasks as each model is stored, as lm-evaluation-harness has it, and the text in float32, as
-    everywhere in planish. server: address of a running OpenAI-compatible server, whose model is measured in place of the one in memory; served_name: what
-    the model is called there, if several are; server_timeout: seconds for one answer. gate: thresholds, judged in the result's `gate`. progress: who shows
-    what happens; callbacks: who else is told, and gets all metrics. Raises PlanishError, for what is wrong with any of these before anything is computed.
+    text: builtin, a file as of calib.data, or none; windows, length, stride, bos: how it is cut, see eval.text_score. batch_size: requests of a task
+    that run at once. dtype: of the arithmetic; default: tasks as each model is stored, as lm-evaluation-harness has it, and the text in float32, as
+    everywhere in planish. server: address of a running OpenAI-compatible server, whose model is measured in place of the one in memory; served_name:
+    what the model is called there, if several are; server_timeout: seconds for one answer. gate: thresholds, judged in the result's `gate`.
+    progress: who shows what happens; callbacks: who else is told, and gets all metrics. Raises PlanishError, for what is wrong with any of these
+    before anything is computed.
     """
     job = EvalJob(
         model=str(model),
@@ -168,7 +172,10 @@ class EvalJob:
         """Measure all that was asked for."""
         digests = [model_digest(one) for one in (plan.checkpoint, *([] if plan.base is None else [plan.base]))]
         text = None if plan.windows is None else self._text(plan, plan.windows, digests[-1], progress)
-        base, cached = ([None] * len(plan.tasks), frozenset()) if plan.base is None else self._base_answers(plan, plan.base, digests[-1], progress)
+        base: Sequence[Answers | None] = [None] * len(plan.tasks)
+        cached: frozenset[str] = frozenset()
+        if plan.base is not None:
+            base, cached = self._base_answers(plan, plan.base, digests[-1], progress)
         own = self._answers(plan.checkpoint, plan.tasks, plan.device, "compressed" if plan.base else "model", progress, server=plan.server)
         tasks = tuple(task_result(task, one, other, task.name in cached) for task, one, other in zip(plan.tasks, own, base, strict=True))
         evaluation = Evaluation(
@@ -215,16 +222,14 @@ class EvalJob:
             return measure_served(plan.server, windows, base, dtype=dtype, device=plan.device, report=report)
         return measure_text(plan.checkpoint, windows, base, dtype=dtype, device=plan.device, report=report)
 
-    def _base_answers(self, plan: EvalPlan, base: Checkpoint, digest: str, progress: Progress) -> tuple[list[Answers], set[str]]:
+    def _base_answers(self, plan: EvalPlan, base: Checkpoint, digest: str, progress: Progress) -> tuple[list[Answers], frozenset[str]]:
         """Of every task, and the names of those that were kept."""
-        facts = {
-            **_facts(self.dtype or base.dtype, plan.device),
-            "batch_size": self.batch_size,
-            "lm-eval": version("lm-eval") if plan.tasks else None,
-        }
+        if not plan.tasks:
+            return [], frozenset()
+        facts = {**_facts(self.dtype or base.dtype, plan.device), "batch_size": self.batch_size, "lm-eval": version("lm-eval")}
         keys = {task.name: key_of(kind="answers", model=digest, task=task.sha256, **facts) for task in plan.tasks}
         found = {name: kept for name, key in keys.items() if (kept := kept_answers(key)) is not None}
-        cached, missing = set(found), [task for task in plan.tasks if task.name not in found]
+        cached, missing = frozenset(found), [task for task in plan.tasks if task.name not in found]
         new = self._answers(base, missing, plan.device, "base", progress, [keys[task.name] for task in missing])
         found |= {task.name: one for task, one in zip(missing, new, strict=True)}
         return [found[task.name] for task in plan.tasks], cached

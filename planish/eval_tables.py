@@ -30,12 +30,10 @@ def evaluation_tables(evaluation: Evaluation) -> tuple[RenderableType, ...]:
 
 def _title(evaluation: Evaluation) -> str:
     served = evaluation.served
-    by = "" if served is None else f", served by {' '.join(filter(None, (served.engine, served.version))) or 'a server'} at {served.url}"
-    return (
-        evaluation.model
-        + by
-        + (f", against {evaluation.against}" if served and evaluation.against else f" against {evaluation.against}" if evaluation.against else "")
-    )
+    engine = "" if served is None else " ".join(filter(None, (served.engine, served.version))) or "a server"
+    by = "" if served is None else f" served by {engine} at {served.url},"
+    against = f" against {evaluation.against}" if evaluation.against else ""
+    return f"{evaluation.model}{by}{against}".rstrip(",")
 
 
 def _dim(words: str) -> Text:
@@ -45,7 +43,7 @@ def _dim(words: str) -> Text:
 def _table(*headings: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
     return table
 
 
@@ -83,12 +81,13 @@ def _text_words(text: TextResult) -> str:
 def _task_table(evaluation: Evaluation) -> Table:
     if not any(metric.base for task in evaluation.tasks for metric in task.metrics.values()):
         return _plain_table(evaluation.tasks)
-    table = _table("  task", "metric", "base", "compressed", "difference", "recovery %", "lost, gained", "p")
+    table = _table("  task, metric", "base", "now", "change", "recovery", "-, +", "p")
     for task in evaluation.tasks:
-        for i, (name, metric) in enumerate(task.metrics.items()):
-            table.add_row("" if i else f"  {task.name}", name, *_cells(metric))
+        main_first = sorted(task.metrics, key=lambda name: name != task.main)
+        for i, name in enumerate(main_first):
+            table.add_row(f"    {name}" if i else f"  {task.name} {name}", *_cells(task.metrics[name]))
     if evaluation.recovery is not None:
-        table.add_row("  mean recovery", "", "", "", "", Text(figure(evaluation.recovery, 1), style="bold"), "", "")
+        table.add_row("  mean recovery", "", "", "", Text(_close(evaluation.recovery), style="bold"), "", "")
     return table
 
 
@@ -105,19 +104,26 @@ def _value(metric: MetricResult) -> str:
     return figure(_percent(own), 1) + " %" if metric.right_or_wrong else figure(own, 3)
 
 
+def _close(measured: Measured, sign: bool = False) -> str:
+    """12.3±0.1: narrow, for a table of many columns."""
+    return figure(measured, 1, sign).replace(" ", "")
+
+
 def _cells(metric: MetricResult) -> list[RenderableType]:
-    base = metric.base
+    """In per cent, unless the metric is none of right and wrong."""
+    base, share = metric.base, metric.right_or_wrong
+    now = f"{100 * metric.value:.1f}" if share else f"{metric.value:.3f}"
     if base is None:
-        return ["", _value(metric), "", "", "", ""]
-    before = f"{100 * base.value:.1f} %" if metric.right_or_wrong else f"{base.value:.3f}"
+        return ["", now, "", "", "", ""]
+    before = f"{100 * base.value:.1f}" if share else f"{base.value:.3f}"
     if base.difference is None:
-        return [before, _value(metric), "", "", "", ""]
-    apart = figure(_percent(base.difference), 1, sign=True) if metric.right_or_wrong else figure(base.difference, 3, sign=True)
-    recovery = "" if base.recovery is None else figure(base.recovery, 1)
+        return [before, now, "", "", "", ""]
+    apart = _close(_percent(base.difference), sign=True) if share else figure(base.difference, 3, sign=True).replace(" ", "")
+    recovery = "" if base.recovery is None else _close(base.recovery)
     if base.flips is None:
-        return [before, _value(metric), apart, recovery, "", ""]
+        return [before, now, apart, recovery, "", ""]
     p_value = Text(f"{base.flips.p_value:.3f}", style="bold" if base.flips.p_value < SURE else "")
-    return [before, _value(metric), apart, recovery, f"{base.flips.lost}, {base.flips.gained}", p_value]
+    return [before, now, apart, recovery, f"{base.flips.lost}, {base.flips.gained}", p_value]
 
 
 def _task_words(evaluation: Evaluation) -> list[str]:
@@ -125,7 +131,8 @@ def _task_words(evaluation: Evaluation) -> list[str]:
     words = [f"lm-eval {evaluation.versions['lm-eval']}, {documents}, batches of {evaluation.batch_size}, {evaluation.dtype}; ± is a standard error"]
     if evaluation.against is None:
         return words
-    words.append("lost, gained: answers right before and wrong now, and the reverse; p: McNemar's exact test, bold below 0.05")
+    words[0] = f"in per cent; {words[0]}, paired"
+    words.append("-, +: answers lost (right before, wrong now) and gained; p: McNemar's exact test")
     counted = [task.main for task in evaluation.tasks if task_recovery(task) is not None]
     words.append(f"recovery: compressed / base, paired error by the delta method; mean over the {len(counted)} tasks' first metric")
     kept = [task.name for task in evaluation.tasks if task.base_cached]

@@ -14,7 +14,7 @@ BY_TASK = ("recovery", "accuracy")
 
 
 def read_gate(settings: Sequence[str]) -> Gate:
-    """A gate of `metric=threshold` settings; one without a sign names a recipe whose gate is taken, and changed by the others. Raises PlanishError."""
+    """A gate of `metric=threshold` settings; one without "=" names a recipe whose gate is taken, for the others to change. Raises PlanishError."""
     gate = Gate()
     for name in (setting for setting in settings if "=" not in setting):
         gate = load_recipe(name).gate

@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from helpers_checkpoint import merge, rewrite
 from helpers_compress import quick
 from helpers_front import SHORT, Ran, tree
 
@@ -207,3 +209,62 @@ def test_plan_says_the_gate(planish: Planish, original: Path) -> None:
 
 def test_shipped_recipes_hold_no_gate() -> None:
     assert not quick("w8a8").gate
+
+
+def doubled(folder: Path, name: str) -> None:
+    """Break a checkpoint: one layer's scales are twice what they should be."""
+    tensors = merge(folder)
+    tensors[f"{name}.weight_scale"] *= 2
+    rewrite(folder, tensors)
+
+
+def test_eval_tells_a_broken_checkpoint_from_a_good_one(planish: Planish, original: Path, tmp_path: Path) -> None:
+    planish_api.compress(quick("w8a8"), original, tmp_path / "good")
+    shutil.copytree(tmp_path / "good", tmp_path / "broken")
+    doubled(tmp_path / "broken", "model.layers.1.mlp.down_proj")
+    command = ("--against", original, "--windows", "2", "--length", "64", "--quiet", "--gate", "kl=0.005", "--gate", "perplexity_ratio=1.05")
+    ran = planish("eval", tmp_path / "good", *command, "--json")
+    assert (ran.code, ran.err) == (0, "")
+    good = json.loads(ran.out)
+    assert good["gate"]["met"] is True
+    ran = planish("eval", tmp_path / "broken", *command, "--out", "broken.json")
+    assert ran.code == 3
+    (line,) = ran.err.splitlines()
+    broken = json.loads((tmp_path / "broken.json").read_text())
+    kl = broken["text"]["base"]["kl"]
+    assert kl["value"] > 5 * good["text"]["base"]["kl"]["value"]
+    assert line.startswith(
+        f"Gate missed: kl is {kl['value']:.4g} nats per token ± {kl['error']:.2g}, at most 0.005 nats per token asked for, on 2 x 64"
+    )
+    assert "MISSED: kl" in ran.out
+    assert [one["met"] for one in broken["gate"]["held"] if one["metric"] == "kl"] == [False]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--gate", "kl=0.1"), "gate: kl is not measured by this evaluation"),
+        (("--gate", "recovery=98"), "--tasks for recovery"),
+        (("--text", "none", "--gate", "perplexity=10"), "no task is given"),
+    ],
+)
+def test_eval_refuses_at_once(options: tuple[str, ...], words: str, planish: Planish, original: Path) -> None:
+    ran = planish("eval", original, "--quiet", *options)
+    assert (ran.code, ran.out) == (2, "")
+    assert words in ran.err
+
+
+@pytest.mark.slow
+@pytest.mark.demo
+def test_demo_model_broken_and_good(planish: Planish, tmp_path: Path) -> None:
+    """The bar for CI: one layer of 210 with scales twice as large is noticed, a good checkpoint is let through."""
+    command = ("--set", "calibration.samples=8", "--set", "calibration.length=256", "--set", "gate.perplexity_ratio=1.05", "--set", "gate.kl=0.05")
+    assert planish("compress", "w8a8", "--model", "demo:smollm2", "--out", "good", *command, "--quiet").code == 0
+    shutil.copytree(tmp_path / "good", tmp_path / "broken")
+    doubled(tmp_path / "broken", "model.layers.15.mlp.down_proj")
+    recipe = tmp_path / "good" / "planish" / "recipe.yaml"
+    options = ("--against", "demo:smollm2", "--windows", "4", "--length", "512", "--quiet", "--gate", recipe)
+    assert planish("eval", "good", *options).code == 0
+    ran = planish("eval", "broken", *options)
+    assert ran.code == 3
+    assert "Gate missed: " in ran.err
