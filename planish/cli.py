@@ -1,6 +1,7 @@
 """The command line. What needs torch is imported by the commands that need it, so that help and lists are quick."""
 
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -8,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from .compare_command import compare
+from .eval_command import evaluate_command
 from .inspect_command import inspect
-from .options import Arithmetic, AsJson, Device, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
+from .options import Arithmetic, AsJson, Device, Gates, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
 from .progress import showing, stages
-from .terminal import Front, Traceback, err_console, out_console
+from .terminal import Front, Traceback, end_by, err_console, out_console
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +37,7 @@ app.add_typer(recipes_app, name="recipes")
 app.command()(inspect)
 app.command()(compare)
 app.command("sweep", short_help="The same as compare.")(compare)
+app.command("eval")(evaluate_command)
 
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a YAML or JSON file.", autocompletion=complete_recipe)]
@@ -80,6 +83,7 @@ def compress(
     evaluate: Evaluate = True,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="The report as a page. Default: DIR.report.html, beside DIR.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write a short table for a pull request there.")] = None,
+    gate: Gates = None,
     as_json: AsJson = False,
     schema: Schema = False,
     quiet: Quiet = False,
@@ -87,13 +91,15 @@ def compress(
 ) -> None:
     """Compress a model: a recipe and a checkpoint go in, a smaller checkpoint and a report of what it cost come out.
 
-    After an interruption the same command goes on at the block where it was.
+    After an interruption the same command goes on at the block where it was. Exit code 3: the gate is missed; the checkpoint is there all the same.
     """
     with starting():
         from .job import Job
+        from .thresholds import with_thresholds
 
+        loaded = _recipe(recipe, settings)
         job = Job(
-            recipe=_recipe(recipe, settings),
+            recipe=replace(loaded, gate=with_thresholds(loaded.gate, gate or ())),
             model=model,
             out=out,
             device=device,
@@ -143,6 +149,7 @@ def verify(
     windows: Annotated[int, typer.Option(min=1, help="How many windows of it, at most.")] = 4,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each, at most.")] = 2048,
     server: Annotated[str | None, typer.Option(metavar="vllm", help="Let a real server score the same tokens, and compare.")] = None,
+    gate: Gates = None,
     server_env: Annotated[Path | None, typer.Option(envvar="PLANISH_VLLM_ENV", metavar="DIR", help="The server's virtual environment.")] = None,
     transformers: Annotated[bool, typer.Option(help="Let stock transformers load the whole model too, and compare.")] = True,
     device: Device = None,
@@ -150,14 +157,21 @@ def verify(
     quiet: Quiet = False,
     traceback: Traceback = False,
 ) -> None:
-    """Reload a compressed checkpoint from disk and check it. Exit code 1: a check failed."""
+    """Reload a compressed checkpoint from disk and check it. Exit code 1: a check failed; 3: none failed, but the gate is missed."""
     with starting():
         from .calib.precision import pick_device
         from .compression import Silent
+        from .eval.measured import COMPARED, figures_metrics
         from .eval.verify import verify as run_checks
         from .schemas import to_json
         from .tables import verification_table
+        from .thresholds import read_gate
 
+        thresholds = read_gate(gate or ())
+        if against:
+            thresholds.check_measured(COMPARED, "planish verify", "planish eval measures tasks.")
+        else:
+            thresholds.check_measured((), "planish verify without --against", "Add --against MODEL, the original model.")
         where = pick_device(device)
     with nullcontext(Silent()) if quiet else showing(err_console()) as progress:
         found = run_checks(
@@ -172,12 +186,18 @@ def verify(
             device=where,
             report=stages(progress),
         )
+    judgement = None
+    if thresholds and found["against"].ok is not None:
+        judgement = thresholds.judge(
+            figures_metrics(found["against"].figures), f"{text} text, windows of {found['against'].figures['length']} tokens"
+        )
     if as_json:
-        print(to_json(found.to_dict()))
+        print(to_json({**found.to_dict(), "gate": None if judgement is None else asdict(judgement)}))
     else:
         out_console().print(verification_table(found))
     if not found.ok:
         raise typer.Exit(1)
+    end_by(judgement)
 
 
 @app.command()
@@ -242,7 +262,8 @@ def _run(job: "Job", plan: "Plan", ids: "Tensor | None", as_json: bool, quiet: b
     if as_json:
         print(to_json(outcome.report))
     else:
-        out_console().print(*result_table(outcome.result, outcome.evaluation, outcome.report.peak_bytes, outcome.files), sep="\n")
+        out_console().print(*result_table(outcome.result, outcome.evaluation, outcome.report, outcome.files), sep="\n")
+    end_by(outcome.report.gate, f"The checkpoint {job.out} is there all the same.")
 
 
 def _recipe(name: str, settings: list[str] | None) -> "Recipe":

@@ -7,6 +7,7 @@ from typing import Any
 
 from .compare_text import change, perplexity
 from .compress_report import CompressReport, EvaluationReport
+from .eval.gate import Judgement
 from .eval.markdown import escaped, points, rows_table
 from .eval.outlier_view import number, ranges
 from .eval.page import Card, Code, Column, Links, Page, Part, Picture, Table, Words, render, section
@@ -25,6 +26,7 @@ def compress_page(report: CompressReport, links: Mapping[str, str]) -> str:
     sections = (
         section("notes", "To know", [Words(lines=plan.notes, points=True) if plan.notes else None]),
         section("quality", "Before and after", [_before_and_after(report)]),
+        section("gate", "Gate", [Words(lines=gate_lines(report.gate), points=True) if report.gate else None]),
         section("errors", "Errors along depth", _pictures(report)),
         section("choices", "Choices at every site", [_choices(report)]),
         section("formats", "Formats", [_formats(report)]),
@@ -49,8 +51,14 @@ def markdown(report: CompressReport) -> str:
         f"{duration(report.seconds)}, {size(report.peak_bytes)} of memory; runs in {', '.join(report.plan.servers)}; "
         f"{report.plan.arithmetic.dtype} on {report.plan.arithmetic.device}, planish {report.planish}."
     )
+    gate = "" if report.gate is None else "\n" + points(gate_lines(report.gate))
     heading, notes = f"### {escaped(_recipe(report))} on {escaped(report.model)}", points(report.plan.notes)
-    return f"{heading}\n\n{rows_table(HEADINGS, _rows(report))}\n{escaped(about)}\n{chr(10) if notes else ''}{notes}"
+    return f"{heading}\n\n{rows_table(HEADINGS, _rows(report))}\n{escaped(about)}\n{gate}{chr(10) if notes else ''}{notes}"
+
+
+def gate_lines(gate: Judgement) -> tuple[str, ...]:
+    """Every threshold with what was measured."""
+    return tuple(f"{'met' if one.met else 'MISSED'}: {one.words()}" for one in gate.held)
 
 
 def _recipe(report: CompressReport) -> str:
@@ -67,6 +75,8 @@ def _rows(report: CompressReport) -> Iterator[tuple[str, str, str, str]]:
         yield "perplexity", perplexity(base), perplexity(quantized), f"{quantized / base:.3f}"
         yield "KL divergence, nats per token", "", f"{found.kl:.4f}", ""
         yield "same likeliest token", "", f"{found.agreement:.1%}", ""
+    if report.gate is not None:
+        yield "gate", "", "met" if report.gate.met else "MISSED", ""
 
 
 def _cards(report: CompressReport) -> Iterator[Card]:
@@ -77,6 +87,8 @@ def _cards(report: CompressReport) -> Iterator[Card]:
         base, quantized = found.base.perplexity, found.quantized.perplexity
         yield Card(label="Perplexity", value=perplexity(quantized), note=f"{change(quantized / base - 1)} from {perplexity(base)}", target="quality")
         yield Card(label="KL divergence", value=f"{found.kl:.4f}", note=f"nats per token; {found.agreement:.1%} same token", target="quality")
+    if report.gate is not None:
+        yield Card(label="Gate", value="met" if report.gate.met else "missed", note=f"{len(report.gate.held)} thresholds", target="gate")
     yield Card(label="Time", value=duration(report.seconds), note=f"{report.machine.threads} threads", target="method")
     yield Card(label="Memory", value=size(report.peak_bytes), note="at its highest", target="method")
     servers = [server for server in report.plan.servers if server != "planish"]

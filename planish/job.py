@@ -15,6 +15,8 @@ from .calib.shards import read_json
 from .compress_page import compress_page, markdown
 from .compress_report import CompressReport
 from .compression import Progress, Result, carry_out
+from .eval.gate import Judgement
+from .eval.measured import COMPARED, comparison_metrics
 from .export import FOLDER, MANIFEST
 from .journal import write_text
 from .page_links import beside, check_file
@@ -63,6 +65,10 @@ class Job:
 
     def plan(self) -> tuple[Plan, Tensor | None]:
         """The plan, and the windows of text to evaluate on. Raises PlanishError for all that can be refused beforehand."""
+        if self.evaluate:
+            self.recipe.gate.check_measured(COMPARED, "planish compress", "Ask planish eval for it, with the task, once the checkpoint is there.")
+        else:
+            self.recipe.gate.check_measured((), "planish compress --no-evaluate", "Leave out --no-evaluate, or the gate.")
         plan = make_plan(
             self.recipe,
             self.model,
@@ -91,12 +97,17 @@ class Job:
         except KeyboardInterrupt:
             again = f"planish verify {self.out} --against {self.model}"
             raise KeyboardInterrupt(f"Stopped while evaluating. The checkpoint {self.out} is complete; `{again}` measures it.") from None
-        report = run_report(result, self.model, peak, evaluation)
+        report = run_report(result, self.model, peak, evaluation, self._judged(evaluation))
         write_text(report_path(self.out), to_json(report) + "\n")
         write_text(self.page, compress_page(report, beside(self.page)))
         if self.markdown is not None:
             write_text(self.markdown, markdown(report))
         return Outcome(result, evaluation, report, self.files)
+
+    def _judged(self, evaluation: Evaluation | None) -> Judgement | None:
+        if evaluation is None or not self.recipe.gate:
+            return None
+        return self.recipe.gate.judge(comparison_metrics(evaluation.comparison), evaluation.words)
 
     def _stopped(self, blocks: int) -> str:
         if self.out.exists():

@@ -21,6 +21,7 @@ from .compress_report import ArithmeticReport, Bytes, CompressReport, Evaluation
 from .compression import Progress, Result
 from .decode import encode
 from .estimate import LENGTH, WINDOWS
+from .eval.gate import Judgement
 from .eval.score import Comparison, Score, compare
 from .eval.verify import evaluation_windows
 from .preflight import Plan
@@ -36,6 +37,11 @@ class Evaluation:
     windows: int
     length: int
     seconds: float
+
+    @property
+    def words(self) -> str:
+        """What it was measured on."""
+        return f"{self.windows} x {self.length} tokens of the built-in text"
 
     def report(self) -> EvaluationReport:
         """With the numbers alone."""
@@ -152,7 +158,7 @@ def page_path(out: Path) -> Path:
     return out.with_name(out.name + ".report.html")
 
 
-def run_report(result: Result, model: str, peak: int, evaluation: Evaluation | None) -> CompressReport:
+def run_report(result: Result, model: str, peak: int, evaluation: Evaluation | None, judgement: Judgement | None = None) -> CompressReport:
     """Everything that is known of a finished compression. peak: memory in bytes."""
     versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "compressed-tensors")}}
     return CompressReport(
@@ -165,6 +171,7 @@ def run_report(result: Result, model: str, peak: int, evaluation: Evaluation | N
         bytes=Bytes(before=result.plan.checkpoint.nbytes, after=result.stored_bytes),
         bits_per_weight=result.bits_per_weight,
         evaluation=None if evaluation is None else evaluation.report(),
+        gate=judgement,
         seconds=result.seconds,
         peak_bytes=peak,
         machine=Machine(platform=platform.platform(), cpus=os.cpu_count(), threads=torch.get_num_threads(), versions=versions),

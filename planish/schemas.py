@@ -37,7 +37,7 @@ def _spelled(value: Any) -> Any:
     """The same with texts for the numbers that are not finite."""
     if isinstance(value, dict):
         return {key: _spelled(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_spelled(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return next(text for text, number in NONFINITE.items() if number == value or (math.isnan(number) and math.isnan(value)))
