@@ -13,6 +13,7 @@ from .eval_command import evaluate_command
 from .inspect_command import inspect
 from .options import Arithmetic, AsJson, Device, Gates, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
 from .progress import showing, stages
+from .report_command import report
 from .terminal import Front, Traceback, end_by, err_console, out_console
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ app.command()(inspect)
 app.command()(compare)
 app.command("sweep", short_help="The same as compare.")(compare)
 app.command("eval")(evaluate_command)
+app.command()(report)
 
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a YAML or JSON file.", autocompletion=complete_recipe)]

@@ -36,11 +36,11 @@ def compress_page(report: CompressReport, links: Mapping[str, str]) -> str:
     )
     return render(
         Page(
-            title=f"{Path(report.checkpoint).name}: {_recipe(report)} on {report.model}",
+            title=compress_title(report),
             subtitle=f"{plan.family}, {plan.blocks} blocks, {plan.arithmetic.dtype} on {plan.arithmetic.device}; {report.finished}.",
             cards=tuple(_cards(report)),
             sections=tuple(each for each in sections if each.parts),
-            about=f"compress: {Path(report.checkpoint).name}, {_recipe(report)} on {report.model}",
+            about=f"compress: {compress_title(report)}",
         )
     )
 
@@ -59,6 +59,11 @@ def markdown(report: CompressReport) -> str:
 def gate_lines(gate: Judgement) -> tuple[str, ...]:
     """Every threshold with what was measured."""
     return tuple(f"{'met' if one.met else 'MISSED'}: {one.words()}" for one in gate.held)
+
+
+def compress_title(report: CompressReport) -> str:
+    """The checkpoint, the recipe and the model."""
+    return f"{Path(report.checkpoint).name}: {_recipe(report)} on {report.model}"
 
 
 def _recipe(report: CompressReport) -> str:

@@ -98,8 +98,8 @@ class Machine:
 class CompressReport:
     """A finished compression. planish: the version that wrote this. finished: date and time, UTC. model: as given; model_sha256: its fingerprint.
     recipe_sha256: the recipe's digest. checkpoint: the folder. bits_per_weight: of quantized weights, scales and transforms included. evaluation:
-    None if left out; gate: None if nothing was asked for. seconds: to compress, check and write, in the last run. peak_bytes: the most memory that the
-    process held."""
+    None if left out; gate: None if nothing was asked for. seconds: to compress, check and write, in the last run. peak_bytes: the most memory that
+    the process held."""
 
     planish: str
     finished: str

@@ -43,6 +43,8 @@ Bos = Annotated[Beginning, typer.Option("--bos", help="none: text as it is. wind
 Batch = Annotated[int, typer.Option("--batch-size", help="Requests of a task that run at once. At least 1.")]
 Numbers = Annotated[Dtype | None, typer.Option("--dtype", help="Arithmetic. Default: tasks as the model is stored, text in float32.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the result there too, as JSON.")]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the result there too, as a page.")]
+Markdown = Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write tables for a pull request there.")]
 Server = Annotated[
     str | None, typer.Option(metavar="URL", help="Measure the model that this running OpenAI-compatible server has of DIR: http://127.0.0.1:8000")
 ]
@@ -64,6 +66,8 @@ def evaluate_command(
     bos: Bos = Beginning.none,
     batch_size: Batch = 8,
     out: Out = None,
+    html: Html = None,
+    markdown: Markdown = None,
     server: Server = None,
     served_name: ServedName = None,
     server_timeout: Timeout = 600,
@@ -98,6 +102,8 @@ def evaluate_command(
             device=device,
             dtype=torch_dtype(dtype),
             out=out,
+            html=html,
+            markdown=markdown,
             server=server,
             served_name=served_name,
             server_timeout=server_timeout,

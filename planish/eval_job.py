@@ -3,7 +3,6 @@
 The base model is asked first (or what is kept of it is read), then the compressed one: one model is in memory at a time.
 """
 
-import json
 import platform
 import time
 from collections.abc import Sequence
@@ -30,10 +29,12 @@ from .eval.served import check_context, measure_served
 from .eval.task_cache import Answers, keep_answers, keep_hidden, kept_answers, kept_hidden, key_of, model_digest
 from .eval.tasks import Task, open_tasks
 from .eval.text_score import BaseHidden, TextSettings, Windows, cut, hidden_states, measure_text
+from .eval_page import eval_markdown, eval_page
 from .journal import write_text
 from .loading import load
+from .page_links import beside, check_file
 from .quant.errors import PlanishError
-from .schemas import plain
+from .schemas import to_json
 
 if TYPE_CHECKING:
     from .eval.harness import LoadedLM
@@ -108,7 +109,7 @@ class EvalPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalJob:
-    """What the user asked for, as of `evaluate`. text None: no text. out: a file for the result."""
+    """What the user asked for, as of `evaluate`. text None: no text. out: a file for the result; html, markdown: for it as a page and as Markdown."""
 
     model: str
     against: str | None
@@ -120,6 +121,8 @@ class EvalJob:
     device: str | torch.device | None
     dtype: torch.dtype | None
     out: Path | None = None
+    html: Path | None = None
+    markdown: Path | None = None
     server: str | None = None
     served_name: str | None = None
     server_timeout: float = SECONDS
@@ -135,6 +138,9 @@ class EvalJob:
             raise PlanishError("no task is given. Name some with --tasks, such as arc_easy,piqa, or measure a text alone, without --include-path.")
         if self.out is not None and not self.out.absolute().parent.is_dir():
             raise PlanishError(f"{self.out}: no folder {self.out.absolute().parent} to write it in. Make it, or give another file.")
+        for file in (self.html, self.markdown):
+            if file is not None:
+                check_file(file, advice="Choose another name, or remove this file.")
         device = pick_device(self.device)
         checkpoint = open_any(self.model)
         base = None if self.against is None else open_any(self.against)
@@ -203,7 +209,11 @@ class EvalJob:
         if isinstance(progress, Callback):
             progress.on_metrics({name: measured.value for name, measured in found.items()})
         if self.out is not None:
-            write_text(self.out, json.dumps(plain(evaluation), indent=2, allow_nan=False) + "\n")
+            write_text(self.out, to_json(evaluation) + "\n")
+        if self.html is not None:
+            write_text(self.html, eval_page(evaluation, beside(self.html)))
+        if self.markdown is not None:
+            write_text(self.markdown, eval_markdown(evaluation))
         return evaluation
 
     def _text(self, plan: EvalPlan, windows: Windows, base_digest: str, progress: Progress) -> TextResult:

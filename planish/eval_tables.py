@@ -17,18 +17,19 @@ SURE = 0.05  # below this p value, answers that flipped are marked
 
 def evaluation_tables(evaluation: Evaluation) -> tuple[RenderableType, ...]:
     """The text, the tasks, and how to read them."""
-    parts: list[RenderableType] = [Text(_title(evaluation), style="bold"), ""]
+    parts: list[RenderableType] = [Text(title(evaluation), style="bold"), ""]
     if evaluation.text is not None:
         missing = [f"{name} not measured: {why}" for name, why in evaluation.text.missing.items()]
-        parts += [_text_table(evaluation.text), _dim(_text_words(evaluation.text)), *map(_dim, missing), ""]
+        parts += [_text_table(evaluation.text), _dim(text_words(evaluation.text)), *map(_dim, missing), ""]
     if evaluation.tasks:
-        parts += [_task_table(evaluation), *map(_dim, _task_words(evaluation)), ""]
+        parts += [_task_table(evaluation), *map(_dim, task_words(evaluation)), ""]
     if evaluation.gate is not None:
         parts += [*(Text(f"  {name:<6}{words}") for name, words in gate_rows(evaluation.gate)), ""]
     return (*parts, _dim(f"took {duration(evaluation.seconds)} on {evaluation.device}, {evaluation.threads} threads"))
 
 
-def _title(evaluation: Evaluation) -> str:
+def title(evaluation: Evaluation) -> str:
+    """What was measured, against what."""
     served = evaluation.served
     engine = "" if served is None else " ".join(filter(None, (served.engine, served.version))) or "a server"
     by = "" if served is None else f" served by {engine} at {served.url},"
@@ -53,7 +54,8 @@ def figure(measured: Measured, digits: int, sign: bool = False) -> str:
     return value if measured.error is None or not math.isfinite(measured.error) else f"{value} ± {measured.error:.{digits}f}"
 
 
-def _percent(measured: Measured) -> Measured:
+def percent(measured: Measured) -> Measured:
+    """A share with its error, in per cent."""
     return Measured(value=100 * measured.value, error=None if measured.error is None else 100 * measured.error)
 
 
@@ -64,14 +66,15 @@ def _text_table(text: TextResult) -> Table:
         return table
     table = _table("  text", "base", "compressed", "")
     change = Measured(value=text.base.ratio.value - 1, error=text.base.ratio.error)
-    table.add_row("  perplexity", f"{text.base.perplexity:.3f}", figure(text.perplexity, 3), f"{figure(_percent(change), 2, sign=True)} %")
+    table.add_row("  perplexity", f"{text.base.perplexity:.3f}", figure(text.perplexity, 3), f"{figure(percent(change), 2, sign=True)} %")
     kl, agreement = text.base.kl, text.base.agreement
     table.add_row("  KL divergence per token", "", "not measured" if kl is None else figure(kl, 4), "")
-    table.add_row("  same likeliest token", "", "not measured" if agreement is None else f"{figure(_percent(agreement), 1)} %", "")
+    table.add_row("  same likeliest token", "", "not measured" if agreement is None else f"{figure(percent(agreement), 1)} %", "")
     return table
 
 
-def _text_words(text: TextResult) -> str:
+def text_words(text: TextResult) -> str:
+    """How the text was cut, and what was scored."""
     source = "the built-in text" if text.source == "builtin" else text.source
     overlap = "no overlap" if text.stride >= text.length - (text.bos == "window") else f"stride {text.stride}"
     bos = "each after a token for a beginning" if text.bos == "window" else "no token added before them"
@@ -101,7 +104,7 @@ def _plain_table(tasks: Sequence[TaskResult]) -> Table:
 
 def _value(metric: MetricResult) -> str:
     own = Measured(value=metric.value, error=metric.error)
-    return figure(_percent(own), 1) + " %" if metric.right_or_wrong else figure(own, 3)
+    return figure(percent(own), 1) + " %" if metric.right_or_wrong else figure(own, 3)
 
 
 def _close(measured: Measured, sign: bool = False) -> str:
@@ -118,7 +121,7 @@ def _cells(metric: MetricResult) -> list[RenderableType]:
     before = f"{100 * base.value:.1f}" if share else f"{base.value:.3f}"
     if base.difference is None:
         return [before, now, "", "", "", ""]
-    apart = _close(_percent(base.difference), sign=True) if share else figure(base.difference, 3, sign=True).replace(" ", "")
+    apart = _close(percent(base.difference), sign=True) if share else figure(base.difference, 3, sign=True).replace(" ", "")
     recovery = "" if base.recovery is None else _close(base.recovery)
     if base.flips is None:
         return [before, now, apart, recovery, "", ""]
@@ -126,7 +129,8 @@ def _cells(metric: MetricResult) -> list[RenderableType]:
     return [before, now, apart, recovery, f"{base.flips.lost}, {base.flips.gained}", p_value]
 
 
-def _task_words(evaluation: Evaluation) -> list[str]:
+def task_words(evaluation: Evaluation) -> list[str]:
+    """How to read the tasks."""
     documents = f"the first {evaluation.limit} documents of each" if evaluation.limit else "all documents"
     words = [f"lm-eval {evaluation.versions['lm-eval']}, {documents}, batches of {evaluation.batch_size}, {evaluation.dtype}; ± is a standard error"]
     if evaluation.against is None:
