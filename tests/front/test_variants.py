@@ -17,10 +17,8 @@ def test_a_grid_has_every_combination_once() -> None:
     assert len(found) == 12
     assert list(found)[:2] == ["w8a8-samples=8-seed=0", "w8a8-samples=8-seed=1"]
     one = found["w4a8-samples=16-seed=2"]
-    assert (one.name, one.calibration and (one.calibration.samples, one.calibration.seed, one.calibration.length)) == (
-        "w4a8-samples=16-seed=2",
-        (16, 2, 64),
-    )
+    assert one.calibration is not None
+    assert (one.name, one.calibration.samples, one.calibration.seed, one.calibration.length) == ("w4a8-samples=16-seed=2", 16, 2, 64)
     assert len({digest(recipe) for recipe in found.values()}) == 12
 
 
