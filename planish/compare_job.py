@@ -4,7 +4,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -173,13 +173,15 @@ class CompareJob:
         needs = {name: plan.memory(name) for name in pending}
         room = int(psutil.virtual_memory().available * AVAILABLE_SHARE)
         steps = 2 * next(iter(plan.plans.values())).topology.block_count + 1
-        for name, done in side_by_side(measure, pending, jobs=self.jobs, needs=needs, room=room, steps=steps, progress=progress):
-            over.append(name)
-            slower = (time.monotonic() - start) / plan.seconds(over)
-            rest = [name for name in pending if name not in over]
-            left = f", about {duration(slower * plan.seconds(rest))} left" if rest else ""
-            words = "; ".join(f"{text} {quality_words(quality)}" for text, quality in done.row.quality.items())
-            progress.say(f"{name}: {words} ({len(plan.plans) - len(rest)} of {len(plan.plans)} recipes{left})")
+        lanes = side_by_side(measure, pending, jobs=self.jobs, needs=needs, room=room, steps=steps, progress=progress)
+        with closing(lanes) as results:
+            for name, done in results:
+                over.append(name)
+                slower = (time.monotonic() - start) / plan.seconds(over)
+                rest = [name for name in pending if name not in over]
+                left = f", about {duration(slower * plan.seconds(rest))} left" if rest else ""
+                words = "; ".join(f"{text} {quality_words(quality)}" for text, quality in done.row.quality.items())
+                progress.say(f"{name}: {words} ({len(plan.plans) - len(rest)} of {len(plan.plans)} recipes{left})")
 
     def _reference(self, plan: ComparisonPlan, progress: Progress) -> None:
         """The base model's hidden states, unless they are there."""
@@ -228,7 +230,7 @@ class CompareJob:
             dtype="bfloat16" if one.dtype is torch.bfloat16 else "float32",
             offload_dir=None if self.offload_dir is None else str(self.offload_dir),
             allow_pickle=self.allow_pickle,
-            threads=torch.get_num_threads(),
+            threads=plan.threads,
         )
 
     def _done(self, plan: ComparisonPlan, name: str, found: Mapping[str, Any]) -> Done:

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
 from .decode import encode
@@ -36,8 +37,7 @@ def run_child(task: "Task", progress: "Progress", started: Started = lambda _: N
             encoding="utf-8",
             start_new_session=True,  # Ctrl-C at the terminal is for the parent, which passes it on
         )
-        assert process.stdin is not None
-        started(process.stdin.close)
+        started(partial(_tell_to_stop, process))
         try:
             found = _converse(process, task, progress)
             code = process.wait()
@@ -80,6 +80,13 @@ def listen(lines: Iterable[str], name: str, progress: "Progress") -> dict[str, A
         elif shown:
             progress.step(*rest)
     return None
+
+
+def _tell_to_stop(process: "subprocess.Popen[str]") -> None:
+    """It stops when its input ends, if it has not ended itself."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.close()
 
 
 def _stop(process: "subprocess.Popen[str]") -> None:

@@ -30,7 +30,8 @@ STARTING = 8.0  # seconds in which a process imports its libraries and plans
 @dataclass(frozen=True, slots=True, eq=False)
 class ComparisonPlan:
     """What a comparison would do, and what it takes. plans: by the recipes' names. ids: of the texts. measuring: seconds for one model.
-    waiting: bytes that this process holds while the recipes' processes work. jobs: these, at most, at once."""
+    waiting: bytes that this process holds while the recipes' processes work. jobs: these, at most, at once, each with so many
+    threads."""
 
     checkpoint: Checkpoint
     plans: Mapping[str, Plan]
@@ -39,6 +40,7 @@ class ComparisonPlan:
     measuring: float
     waiting: int
     jobs: int = 1
+    threads: int = 1
 
     def seconds(self, names: Iterable[str]) -> float:
         """To compress with these recipes and measure, without the base model."""
@@ -82,7 +84,7 @@ class ComparisonPlan:
             "texts": {text.name: text.sha256 for text in self.texts},
             "arithmetic": str(plan.dtype).removeprefix("torch."),
             "device": plan.device.type,
-            "threads": torch.get_num_threads(),
+            "threads": self.threads,
             "versions": {name: version(name) for name in LIBRARIES},
         }
 
@@ -146,7 +148,7 @@ def plan_comparison(
     where = next(iter(plans.values())).device
     products = sum(ids_NL.numel() for ids_NL in ids.values()) * checkpoint.nbytes / checkpoint.dtype.itemsize
     measuring = products / products_per_second(torch.float32, where)
-    return ComparisonPlan(checkpoint, plans, described, tuple(ids.values()), measuring, resident(), jobs)
+    return ComparisonPlan(checkpoint, plans, described, tuple(ids.values()), measuring, resident(), jobs, torch.get_num_threads())
 
 
 def notes(plan: ComparisonPlan) -> tuple[str, ...]:

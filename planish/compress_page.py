@@ -132,8 +132,8 @@ def _pictures(report: CompressReport) -> Iterator[Part]:
     if drawn:
         yield Picture(
             title="Errors along depth",
-            caption="Left: of the layers that read a site, quantized, on the inputs that really arrive there, against the unquantized layers on the "
-            "same. Right: of the hidden states after the block against full precision, all blocks before it quantized too. Sink tokens are left out.",
+            caption="By site: of the quantized layers that read it, on the inputs that really arrive there. So far: of the hidden states after the "
+            "block against full precision, all blocks before it quantized too. Sink tokens are left out.",
             svgs=tuple(drawn),
         )
 
@@ -172,8 +172,13 @@ def _choices(report: CompressReport) -> Table:
             for heading, (_, numeric, note) in shown.items()
         ),
     )
-    rows = tuple((name, *(cell(site) or None for cell, _, _ in shown.values())) for name, site in found)
+    rows = tuple((name, *(_cell(cell(site)) for cell, _, _ in shown.values())) for name, site in found)
     return Table(caption="Every site; click a heading to sort", columns=columns, rows=rows)
+
+
+def _cell(value: object) -> object:
+    """Empty texts are shown as what is missing."""
+    return None if value == "" else value
 
 
 def _chain(factors: list[dict[str, Any]]) -> str:

@@ -1,7 +1,7 @@
 """Recipes side by side: so many at once, as far as memory goes, with one progress for all of them."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -74,7 +74,7 @@ class Lane:
 
 def side_by_side(
     work: Work[R], names: Sequence[str], *, jobs: int, needs: Mapping[str, int], room: int, steps: int, progress: "Progress"
-) -> Iterator[tuple[str, R]]:
+) -> Generator[tuple[str, R], None, None]:
     """work of every name, at most `jobs` at once, and of several only as many as need no more than `room` bytes; (name, result) as they end.
 
     needs: bytes by name. steps: of each. When one fails, or this generator is left, the others are stopped and waited for.
@@ -83,12 +83,17 @@ def side_by_side(
         for name in names:
             yield name, work(name, progress, lambda _: None)
         return
-    total, waiting, stops = Total(progress, steps * len(names)), list(names), dict[str, Callable[[], None]]()
+    total, waiting, stops, over = Total(progress, steps * len(names)), list(names), list[Callable[[], None]](), threading.Event()
     running: dict[Future[R], str] = {}
+
+    def started(stop: Callable[[], None]) -> None:
+        stops.append(stop)
+        if over.is_set():  # it began as the others were being stopped
+            stop()
 
     def lane(name: str) -> R:
         own = Lane(total, steps)
-        found = work(name, own, lambda stop: stops.__setitem__(name, stop))
+        found = work(name, own, started)
         own.end()
         return found
 
@@ -106,5 +111,6 @@ def side_by_side(
                     name = running.pop(future)
                     yield name, future.result()
         finally:
-            for name in running.values():
-                stops.get(name, lambda: None)()
+            over.set()
+            for stop in list(stops):
+                stop()
