@@ -155,6 +155,8 @@ def test_another_comparison_is_refused(original: Path, tmp_path: Path, monkeypat
         (("w8a8", "--text", "wiki=missing.txt"), "missing.txt"),
         (("w8a8", "--out", "there"), "is no comparison"),
         (("w8a8", "--device", "tpu"), "tpu"),
+        (("w8a8", "--vary", "calibration.samples=4,4"), "stands there twice"),
+        (("w8a8", "--vary", "solver.rtn.damping=0.1,0.2"), "damping"),
     ],
 )
 def test_refused_before_anything_runs(
