@@ -139,7 +139,6 @@ class Picture:
     """Pictures side by side that need no script. svgs: of scatter.py, or others of our own making: they become part of the page as they are."""
 
     kind: ClassVar[str] = "picture"
-    title: str
     caption: str
     svgs: tuple[str, ...]
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 from .pictures import BLACK, DARK, GREY, LINES, limits, log_ticks, plain
 
 WIDTH, HEIGHT = 400, 330  # of a panel, in pixels
+NARROW = 310  # likewise: for a page that is read on phones, too
 LEFT, TOP, RIGHT, BOTTOM, GAP = 74, 82, 24, 56, 30
 LETTER, LINE = 8.4, 15  # what a letter of a label takes at most, as fonts go, and a line
 MARK = 5.0  # half a mark's width
@@ -30,13 +31,14 @@ class Point:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
     """One plot. x: what its x axis shows. zero: whether that begins at 0. front: labels of points, from left to right, whose topmost marks are
-    joined by steps. joined: the points are a line for each series, in their order, without names."""
+    joined by steps. joined: the points are a line for each series, in their order, without names. width: in pixels."""
 
     x: str
     points: tuple[Point, ...]
     zero: bool = False
     front: tuple[str, ...] = ()
     joined: bool = False
+    width: int = WIDTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +77,21 @@ def scatter(title: str, y: str, series: Sequence[str], panels: Sequence[Panel], 
     values = [[value for point in panel.points for value in point.values] for panel in panels]
     low, high = limits([values], log=True)
     down = _Scale(math.log10(low / 1.3), math.log10(high * 1.3), TOP + HEIGHT, TOP)
-    width, height = LEFT + len(panels) * WIDTH + (len(panels) - 1) * GAP + RIGHT, TOP + HEIGHT + BOTTOM
+    top = 0 if heading else 34  # what is above the legend
+    width, height = LEFT + sum(panel.width + GAP for panel in panels) - GAP + RIGHT, TOP + HEIGHT + BOTTOM - top
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {top} {width} {height}" width="{width}" height="{height}" role="img">',
         f"<title>{plain(title)}</title>",
         f"<style>{_style()}</style>",
-        f'<rect class="ground" width="{width}" height="{height}"/>',
+        f'<rect class="ground" y="{top}" width="{width}" height="{height}"/>',
         *([_text(LEFT, 26, title, "heading")] if heading else []),
         *_legend(series),
         f'<text class="name" transform="translate(20 {TOP + HEIGHT / 2:.0f}) rotate(-90)" text-anchor="middle">{plain(y)}</text>',
     ]
-    for i, panel in enumerate(panels):
-        parts += _panel(panel, LEFT + i * (WIDTH + GAP), down, log_ticks(low / 1.3, high * 1.3), first=i == 0)
+    left = LEFT
+    for panel in panels:
+        parts += _panel(panel, left, down, log_ticks(low / 1.3, high * 1.3), first=left == LEFT)
+        left += panel.width + GAP
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -129,23 +134,23 @@ def _panel(panel: Panel, left: float, down: _Scale, ticks: Sequence[float], *, f
     xs = [point.x for point in panel.points] or [1.0]
     pad = 0.12 * (max(xs) if panel.zero else max(xs) - min(xs)) or 0.1 * max(xs)
     low, high = 0.0 if panel.zero else min(xs) - pad, max(xs) + pad
-    across = _Scale(low, high, left, left + WIDTH)
+    across = _Scale(low, high, left, left + panel.width)
     for tick in ticks:
         height = down.at(math.log10(tick))
-        yield f'<line class="grid" x1="{left:.1f}" x2="{left + WIDTH:.1f}" y1="{height:.1f}" y2="{height:.1f}"/>'
+        yield f'<line class="grid" x1="{left:.1f}" x2="{left + panel.width:.1f}" y1="{height:.1f}" y2="{height:.1f}"/>'
         if first:
             yield _text(left - 8, height + 4, f"{tick:.4g}", "tick", "end")
     for tick in round_ticks(low, high):
         at = across.at(tick)
         yield f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{TOP + HEIGHT}"/>'
         yield _text(at, TOP + HEIGHT + 18, f"{tick:,.6g}", "tick", "middle")
-    yield f'<rect class="edge" x="{left:.1f}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}"/>'
-    yield _text(left + WIDTH / 2, TOP + HEIGHT + 42, panel.x, "name", "middle")
+    yield f'<rect class="edge" x="{left:.1f}" y="{TOP}" width="{panel.width}" height="{HEIGHT}"/>'
+    yield _text(left + panel.width / 2, TOP + HEIGHT + 42, panel.x, "name", "middle")
     if panel.joined:
         yield from _lines(panel, across, down)
         return
     yield from _front(panel, across, down)
-    yield from _points(panel, across, down, _Box(left + 3, TOP + 3, WIDTH - 6, HEIGHT - 6))
+    yield from _points(panel, across, down, _Box(left + 3, TOP + 3, panel.width - 6, HEIGHT - 6))
 
 
 def _lines(panel: Panel, across: _Scale, down: _Scale) -> Iterator[str]:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from .comparison import ComparisonReport, Quality, Row
 from .eval.markdown import escaped, points, rows_table
-from .eval.scatter import Panel, Point, scatter
+from .eval.scatter import WIDTH, Panel, Point, scatter
 from .pareto import other_servers
-from .units import duration, size
+from .units import counted, duration, size
 
 QUALITY = "KL divergence from full precision, nats per token"
 
@@ -47,7 +47,7 @@ def made_words(report: ComparisonReport) -> str:
     """How it was made. Where recipes ran beside each other, their times are longer for it."""
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     beside = f"{report.jobs} recipes at once, " if report.jobs > 1 else ""
-    where = f"{report.arithmetic} on {report.device}, {beside}{report.threads} threads each, {report.platform}"
+    where = f"{report.arithmetic} on {report.device}, {beside}{counted(report.threads, 'thread')} each, {report.platform}"
     return f"{report.family}, {report.blocks} blocks; {where}; {versions}; {report.finished}."
 
 
@@ -103,13 +103,13 @@ def picture(report: ComparisonReport) -> str:
     return scatter(f"Recipes on {report.model}", QUALITY, [text.name for text in report.texts], panels(report))
 
 
-def panels(report: ComparisonReport) -> list[Panel]:
-    """Against size, and against time; with the fronts."""
+def panels(report: ComparisonReport, width: int = WIDTH) -> list[Panel]:
+    """Against size, and against time; with the fronts. width: of each, in pixels."""
     texts = [text.name for text in report.texts]
     values = {row.recipe: tuple(row.quality[text].kl for text in texts) for row in report.rows}
     sizes = tuple(Point(label=row.recipe, x=row.bytes / 1e6, values=values[row.recipe]) for row in report.rows)
     seconds = tuple(Point(label=row.recipe, x=row.seconds, values=values[row.recipe]) for row in report.rows)
     return [
-        Panel(x="size of the weights, MB", points=sizes, front=report.fronts["size"]),
-        Panel(x="seconds to compress", points=seconds, front=report.fronts["time"], zero=True),
+        Panel(x="size of the weights, MB", points=sizes, front=report.fronts["size"], width=width),
+        Panel(x="seconds to compress", points=seconds, front=report.fronts["time"], zero=True, width=width),
     ]

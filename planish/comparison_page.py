@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from .compare_text import QUALITY, all_notes, change, made_words, panels, perplexity, text_words
 from .comparison import ComparisonReport, Row
 from .eval.page import Card, Column, Links, Page, Part, Picture, Table, Words, render, section
-from .eval.scatter import scatter
+from .eval.scatter import NARROW, scatter
 from .units import duration, size
 
 NEEDS = {"best": "Best", "smallest": "Smallest", "quickest": "Quickest", "portable": "Portable"}
@@ -42,9 +42,8 @@ def _card(report: ComparisonReport, need: str, name: str | None) -> Card:
 
 def _pictures(report: ComparisonReport) -> Part:
     texts = [text.name for text in report.texts]
-    svgs = tuple(scatter(f"{QUALITY} against {panel.x}", QUALITY, texts, [panel], heading=False) for panel in panels(report))
+    svgs = tuple(scatter(f"{QUALITY} against {panel.x}", QUALITY, texts, [panel], heading=False) for panel in panels(report, NARROW))
     return Picture(
-        title="KL divergence from full precision",
         caption="Lower and further left is better. Dashed: the recipes that no other beats in both, by the text where each is worst.",
         svgs=svgs,
     )

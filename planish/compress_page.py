@@ -11,9 +11,9 @@ from .eval.gate import Judgement
 from .eval.markdown import escaped, points, rows_table
 from .eval.outlier_view import number, ranges
 from .eval.page import Card, Code, Column, Links, Page, Part, Picture, Table, Words, render, section
-from .eval.scatter import Panel, Point, scatter
+from .eval.scatter import NARROW, Panel, Point, scatter
 from .records import SiteRecord
-from .units import duration, size
+from .units import counted, duration, size
 from .yamltext import dump_yaml
 
 HEADINGS = ("", "base", "compressed", "ratio")
@@ -93,8 +93,8 @@ def _cards(report: CompressReport) -> Iterator[Card]:
         yield Card(label="Perplexity", value=perplexity(quantized), note=f"{change(quantized / base - 1)} from {perplexity(base)}", target="quality")
         yield Card(label="KL divergence", value=f"{found.kl:.4f}", note=f"nats per token; {found.agreement:.1%} same token", target="quality")
     if report.gate is not None:
-        yield Card(label="Gate", value="met" if report.gate.met else "missed", note=f"{len(report.gate.held)} thresholds", target="gate")
-    yield Card(label="Time", value=duration(report.seconds), note=f"{report.machine.threads} threads", target="method")
+        yield Card(label="Gate", value="met" if report.gate.met else "missed", note=counted(len(report.gate.held), "threshold"), target="gate")
+    yield Card(label="Time", value=duration(report.seconds), note=counted(report.machine.threads, "thread"), target="method")
     yield Card(label="Memory", value=size(report.peak_bytes), note="at its highest", target="method")
     servers = [server for server in report.plan.servers if server != "planish"]
     yield Card(label="Runs in", value="planish" if not servers else f"{len(servers)} others", note=", ".join(servers) or "nothing else")
@@ -126,12 +126,15 @@ def _pictures(report: CompressReport) -> Iterator[Part]:
     blocks = tuple(Point(label=f"block {block.index}", x=block.index, values=(_known(block.error),)) for block in report.blocks)
     drawn = []
     if any(value > 0 for point in sites for value in point.values):
-        drawn.append(scatter(f"{ERROR} by site", f"{ERROR}, by site", names, [Panel(x="block", points=sites, joined=True)], heading=False))
+        drawn.append(
+            scatter(f"{ERROR} by site", f"{ERROR}, by site", names, [Panel(x="block", points=sites, joined=True, width=NARROW)], heading=False)
+        )
     if any(value > 0 for point in blocks for value in point.values):
-        drawn.append(scatter(f"{ERROR} of blocks", f"{ERROR}, so far", ["block"], [Panel(x="block", points=blocks, joined=True)], heading=False))
+        drawn.append(
+            scatter(f"{ERROR} of blocks", f"{ERROR}, so far", ["block"], [Panel(x="block", points=blocks, joined=True, width=NARROW)], heading=False)
+        )
     if drawn:
         yield Picture(
-            title="Errors along depth",
             caption="By site: of the quantized layers that read it, on the inputs that really arrive there. So far: of the hidden states after the "
             "block against full precision, all blocks before it quantized too. Sink tokens are left out.",
             svgs=tuple(drawn),

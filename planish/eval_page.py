@@ -8,7 +8,7 @@ from .eval.evaluation import Evaluation, MetricResult, TextResult
 from .eval.markdown import escaped, page_table, points
 from .eval.page import Card, Column, Links, Page, Part, Table, Words, render, section
 from .eval_tables import figure, percent, task_words, text_words, title
-from .units import duration
+from .units import counted, duration
 
 HEADINGS = ("", "base", "compressed", "change")
 
@@ -43,7 +43,7 @@ def eval_markdown(evaluation: Evaluation) -> str:
 
 def _cards(evaluation: Evaluation) -> Iterator[Card]:
     if gate := evaluation.gate:
-        yield Card(label="Gate", value="met" if gate.met else "missed", note=f"{len(gate.held)} thresholds", target="gate")
+        yield Card(label="Gate", value="met" if gate.met else "missed", note=counted(len(gate.held), "threshold"), target="gate")
     if text := evaluation.text:
         base = text.base
         note = "" if base is None else f"{change(base.ratio.value - 1)} from {perplexity(base.perplexity)}"
@@ -51,8 +51,12 @@ def _cards(evaluation: Evaluation) -> Iterator[Card]:
         if base is not None and base.kl is not None:
             yield Card(label="KL divergence", value=f"{base.kl.value:.4f}", note="nats per token", target="text")
     if evaluation.recovery is not None:
-        yield Card(label="Mean recovery", value=f"{figure(evaluation.recovery, 1)} %", note=f"of {len(evaluation.tasks)} tasks", target="tasks")
-    yield Card(label="Time", value=duration(evaluation.seconds), note=f"{evaluation.device}, {evaluation.threads} threads", target="method")
+        yield Card(
+            label="Mean recovery", value=f"{figure(evaluation.recovery, 1)} %", note=f"of {counted(len(evaluation.tasks), 'task')}", target="tasks"
+        )
+    yield Card(
+        label="Time", value=duration(evaluation.seconds), note=f"{evaluation.device}, {counted(evaluation.threads, 'thread')}", target="method"
+    )
 
 
 def _gate(evaluation: Evaluation) -> Part | None:
