@@ -1,7 +1,8 @@
-"""The same numbers as lm-evaluation-harness by hand, and planish's checkpoints in its own program."""
+"""The same numbers as lm-evaluation-harness by hand, planish's checkpoints in its own program, and an interruption."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_compress import quick, source
+from helpers_front import start, wait_for
 from helpers_tasks import task_folder
 
 import planish
@@ -73,3 +75,22 @@ def test_a_checkpoint_with_a_prefix_in_the_harness_own_program(tmp_path: Path) -
     assert {f"{task.name} {name},none": metric.value for task in found.tasks for name, metric in task.metrics.items()} == pytest.approx(
         figures(expected)
     )
+
+
+@pytest.mark.slow
+def test_an_interruption_is_clean_and_keeps_what_the_base_model_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLANISH_CACHE", str(tmp_path / "kept"))
+    base, folder = source("llama", tmp_path / "base"), task_folder(tmp_path / "tasks", documents=2000)
+    task = open_tasks(["tiny_choice"], include_path=folder)[0]
+    options = ("--tasks", ",".join(TASKS), "--include-path", folder, "--text", "none")
+    process = start("eval", base, "--against", base, *options, folder=tmp_path)
+    kept = tmp_path / "kept" / "evaluations"
+    wait_for(kept, process)
+    while not list(kept.glob("*.json")):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "Stopped."
+    assert "Traceback" not in err
+    assert planish.evaluate(base, against=base, tasks=[task.name], include_path=folder, text="none").tasks[0].base_cached
