@@ -124,20 +124,17 @@ def _pictures(report: CompressReport) -> Iterator[Part]:
         for block in report.blocks
     )
     blocks = tuple(Point(label=f"block {block.index}", x=block.index, values=(_known(block.error),)) for block in report.blocks)
-    drawn = []
-    if any(value > 0 for point in sites for value in point.values):
-        drawn.append(
-            scatter(f"{ERROR} by site", f"{ERROR}, by site", names, [Panel(x="block", points=sites, joined=True, width=NARROW)], heading=False)
-        )
-    if any(value > 0 for point in blocks for value in point.values):
-        drawn.append(
-            scatter(f"{ERROR} of blocks", f"{ERROR}, so far", ["block"], [Panel(x="block", points=blocks, joined=True, width=NARROW)], heading=False)
-        )
+    every = {f"{ERROR}, by site": (names, sites), f"{ERROR}, so far": (["block"], blocks)}
+    drawn = tuple(
+        scatter(words, words, series, [Panel(x="block", points=points, joined=True, width=NARROW)], heading=False)
+        for words, (series, points) in every.items()
+        if any(value > 0 for point in points for value in point.values)
+    )
     if drawn:
         yield Picture(
             caption="By site: of the quantized layers that read it, on the inputs that really arrive there. So far: of the hidden states after the "
             "block against full precision, all blocks before it quantized too. Sink tokens are left out.",
-            svgs=tuple(drawn),
+            svgs=drawn,
         )
 
 

@@ -13,6 +13,7 @@ from .progress import showing
 from .terminal import Traceback, end_by, err_console, out_console
 
 if TYPE_CHECKING:
+    from .eval.evaluation import Evaluation
     from .eval.text_score import TextSettings
 
 
@@ -87,8 +88,6 @@ def evaluate_command(
     with starting():
         from .compression import Silent
         from .eval_job import NO_TEXT, EvalJob
-        from .eval_tables import evaluation_tables
-        from .schemas import plain
         from .thresholds import read_gate
 
         job = EvalJob(
@@ -112,11 +111,18 @@ def evaluate_command(
         plan = job.plan()
     with nullcontext(Silent()) if quiet else showing(err_console()) as progress:
         found = job.run(plan, progress)
+    _show(found, as_json)
+    end_by(found.gate)
+
+
+def _show(found: "Evaluation", as_json: bool) -> None:
+    from .eval_tables import evaluation_tables
+    from .schemas import plain
+
     if as_json:
         print(json.dumps(plain(found), allow_nan=False))
     else:
         out_console().print(*evaluation_tables(found), sep="\n")
-    end_by(found.gate)
 
 
 def _settings(text: str, windows: int, length: int, stride: int | None, bos: Beginning) -> "TextSettings":

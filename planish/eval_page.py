@@ -51,12 +51,10 @@ def _cards(evaluation: Evaluation) -> Iterator[Card]:
         if base is not None and base.kl is not None:
             yield Card(label="KL divergence", value=f"{base.kl.value:.4f}", note="nats per token", target="text")
     if evaluation.recovery is not None:
-        yield Card(
-            label="Mean recovery", value=f"{figure(evaluation.recovery, 1)} %", note=f"of {counted(len(evaluation.tasks), 'task')}", target="tasks"
-        )
-    yield Card(
-        label="Time", value=duration(evaluation.seconds), note=f"{evaluation.device}, {counted(evaluation.threads, 'thread')}", target="method"
-    )
+        tasks = counted(len(evaluation.tasks), "task")
+        yield Card(label="Mean recovery", value=f"{figure(evaluation.recovery, 1)} %", note=f"of {tasks}", target="tasks")
+    where = f"{evaluation.device}, {counted(evaluation.threads, 'thread')}"
+    yield Card(label="Time", value=duration(evaluation.seconds), note=where, target="method")
 
 
 def _gate(evaluation: Evaluation) -> Part | None:

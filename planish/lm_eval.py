@@ -3,7 +3,8 @@
     python -m planish.lm_eval run --model planish --model_args pretrained=DIR --tasks arc_easy --batch_size 8
 
 That library (0.4.13) finds no third party's models by itself, neither by entry points nor in --include_path: a model is known once its module has
-been imported. This module is `lm_eval` with that one import; in scripts, `import planish.lm_eval` before `lm_eval.simple_evaluate(model="planish", ...)`.
+been imported. This module is `lm_eval` with that one import; in scripts, `import planish.lm_eval` comes before
+`lm_eval.simple_evaluate(model="planish", ...)`.
 """
 
 import sys

@@ -68,11 +68,11 @@ class Model:
         new: list[int] = []
         for _ in range(asked["max_tokens"]):
             new.append(int(self.model(torch.tensor([ids + new])).logits[0, -1].argmax()))
-            text = str(self.tokenizer.decode(new))
+            text = str(self.tokenizer.decode(new, skip_special_tokens=True))
             stops = [text.index(stop) for stop in asked["stop"] if stop in text]
             if stops:
                 return text[: min(stops)]
-        return str(self.tokenizer.decode(new))
+        return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
 
 def _entry(likely_V: torch.Tensor, token: int) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,11 @@ from helpers_openai import serving
 from helpers_text import build_tokenizer
 
 import planish
+from planish.calib.stored import open_any
+from planish.eval.client import connect
 from planish.eval.evaluation import Evaluation, TextBase, TextResult
+from planish.eval.harness import LoadedLM
+from planish.eval.served_lm import ServedLM
 from planish.quant.errors import PlanishError
 
 Planish = Callable[..., Ran]
@@ -106,6 +111,18 @@ def test_tasks_are_what_planish_measures(numbers: bool, bos: bool, compressed: P
     assert all(math.isfinite(value) for value in values(own).values())
     assert served.dtype == "the server's"
     assert ways.calls.count("/v1/completions") >= 6 * 3 + 6 + 6
+
+
+def test_answers_in_words_are_what_planish_gives(compressed: Path) -> None:
+    checkpoint = open_any(compressed)
+    own = LoadedLM(planish.load(compressed, dtype=torch.float32), checkpoint.tokenizer())
+    words = ("assert", "if x is 3: return", "else")
+    requests = [SimpleNamespace(args=(text, {"until": ["e"], "max_gen_toks": 6, "do_sample": False})) for text in words]
+    with serving(compressed) as (url, _):
+        served = ServedLM(connect(url, checkpoint), checkpoint.tokenizer(), max_length=own.max_length, batch_size=2)
+        answers = served.generate_until(requests)
+    assert answers == own.generate_until(requests)
+    assert all(answers)
 
 
 def values(evaluation: Evaluation) -> dict[str, float]:
