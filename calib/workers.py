@@ -29,7 +29,7 @@ def share_of_threads(workers: int) -> int:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
     """While the `with` lasts, torch computes with so many threads."""
     before = torch.get_num_threads()
     if before == count:
@@ -86,7 +86,7 @@ class Workers:
             return done
 
         futures: list[Future[list[R]]] = []
-        with _threads(self.each):
+        with threads(self.each):
             try:
                 futures += [helper.submit(share, worker) for worker, helper in enumerate(self._helpers, 1)]
                 done = [share(0)]

@@ -2,10 +2,11 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 
 from ..calib.diagnosis import SCHEMES, Intervention, OutlierReport, SiteFigures, Thresholds
+from .markdown import escaped, page_table, points
 from .outlier_pictures import View, Views, channels, depth, difficulty_map, errors, landscape, massive_depth, sink_map
 from .outlier_view import (
     SCHEME_NAMES,
@@ -24,12 +25,12 @@ from .outlier_view import (
     unchanged_quality,
     worst_first,
 )
-from .page import Card, Code, Column, Figure, Page, Section, Table, Words, render
+from .page import Card, Code, Column, Links, Page, Part, Table, Words, render, section
 from .pictures import DARK, plotly_script
 
-Part = Table | Words | Code | Figure
 Row = tuple[object, ...]
 
+NO_LINKS: Mapping[str, str] = {}
 PUBLISHED = {True: "yes", False: "no", None: None}
 
 
@@ -60,36 +61,43 @@ FIGURES = (
 BEFORE = (_number("difficulty before"), _number("kurtosis before"), _number("largest |x| before"))
 
 
-def outlier_page(report: OutlierReport, against: OutlierReport | None = None) -> str:
+def outlier_page(report: OutlierReport, against: OutlierReport | None = None, links: Mapping[str, str] = NO_LINKS) -> str:
     """The page as one HTML document. against: the base model's report, where `report` is of the compressed one; both are shown side by side.
+    links: other pages beside it -> what they are.
 
     Raises PlanishError if plotly is not installed.
     """
     views = [View("", report)] if against is None else [View(f"now: {report.model}", report), View(f"before: {against.model}", against)]
     sections = (
-        _section("findings", "Findings", _findings(views)),
-        _section("worst", "Worst sites", _worst(views)),
-        _section("massive", "Massive activations", _massive(views)),
-        _section("interventions", "Interventions", _interventions(views)),
-        _section("super-weights", "Super weights", _super_weights(views)),
-        _section("sinks-and-prefix", "Sinks and prefix" if report.quality == "perplexity" else "Sinks", [*_sinks(views), *_prefix(views)]),
-        _section("sites", "All sites", _sites(views)),
-        _section("recommendation", "Recommendation", _recommendation(report)),
-        _section("method", "How it was measured", _method(views)),
+        section("findings", "Findings", _findings(views)),
+        section("worst", "Worst sites", _worst(views)),
+        section("massive", "Massive activations", _massive(views)),
+        section("interventions", "Interventions", _interventions(views)),
+        section("super-weights", "Super weights", _super_weights(views)),
+        section("sinks-and-prefix", "Sinks and prefix" if report.quality == "perplexity" else "Sinks", [*_sinks(views), *_prefix(views)]),
+        section("sites", "All sites", _sites(views)),
+        section("recommendation", "Recommendation", _recommendation(report)),
+        section("method", "How it was measured", _method(views)),
+        section("links", "See also", [Links(to=links) if links else None]),
     )
     page = Page(
         title=f"Outliers of {report.model}" + (" after compression" if against else ""),
         subtitle=_about(report) + (f" Beside it: {against.model}." if against else ""),
         cards=_cards(report),
-        sections=tuple(section for section in sections if section.parts),
+        sections=tuple(each for each in sections if each.parts),
         plotly=plotly_script(),
         dark=DARK,
+        about=f"inspect: {report.model}",
     )
     return render(page)
 
 
-def _section(name: str, title: str, parts: Iterable[Part | None]) -> Section:
-    return Section(name=name, title=title, parts=tuple(part for part in parts if part))
+def outlier_markdown(report: OutlierReport) -> str:
+    """The findings and the worst sites, for a pull request."""
+    table = next((part for part in _worst([View("", report)]) if isinstance(part, Table)), None)
+    sites = "" if table is None else f"\n{table.caption}:\n\n{page_table(table)}"
+    findings = points(report.findings or ("Nothing stands out.",))
+    return f"### Outliers of {escaped(report.model)}\n\n{escaped(_about(report))}\n\n{findings}{sites}"
 
 
 def _about(report: OutlierReport) -> str:

@@ -5,10 +5,11 @@ A page is data (the dataclasses below) and `render` makes HTML of it. All text i
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
@@ -134,17 +135,51 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """Pictures side by side that need no script. svgs: of scatter.py, or others of our own making: they become part of the page as they are."""
+
+    kind: ClassVar[str] = "picture"
+    caption: str
+    svgs: tuple[str, ...]
+
+    def drawn(self) -> tuple[Markup, ...]:
+        """For the template."""
+        return tuple(map(Markup, self.svgs))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Links:
+    """Other pages, with what they are. to: file name relative to this page -> words."""
+
+    kind: ClassVar[str] = "links"
+    to: Mapping[str, str]
+
+    def hrefs(self) -> dict[str, str]:
+        """As addresses, which never leave the folder's tree by a scheme of their own."""
+        return {f"./{quote(name)}": words for name, words in self.to.items()}
+
+
+Part = Table | Words | Code | Figure | Picture | Links
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
     """A part of the page with a heading. name: its anchor."""
 
     name: str
     title: str
-    parts: tuple[Table | Words | Code | Figure, ...]
+    parts: tuple[Part, ...]
+
+
+def section(name: str, title: str, parts: Iterable[Part | None]) -> Section:
+    """A section of the parts that there are."""
+    return Section(name=name, title=title, parts=tuple(part for part in parts if part))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Page:
-    """The whole. plotly: the source of plotly.js, needed where there are figures. dark: the colours of figures, in light -> in dark."""
+    """The whole. plotly: the source of plotly.js, needed where there are figures. dark: the colours of figures, in light -> in dark. about: what it
+    is, such as "inspect: MODEL", for pages beside it that link to it."""
 
     title: str
     subtitle: str
@@ -152,6 +187,7 @@ class Page:
     sections: tuple[Section, ...]
     plotly: str = ""
     dark: Mapping[str, str] = field(default_factory=dict)
+    about: str = ""
 
 
 def render(page: Page) -> str:

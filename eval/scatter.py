@@ -6,13 +6,16 @@ In the colours and marks of pictures.py, light or dark as the reader's system is
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .pictures import BLACK, DARK, GREY, LINES, limits, log_ticks, plain
 
 WIDTH, HEIGHT = 400, 330  # of a panel, in pixels
+NARROW = 310  # likewise: for a page that is read on phones, too
 LEFT, TOP, RIGHT, BOTTOM, GAP = 74, 82, 24, 56, 30
 LETTER, LINE = 8.4, 15  # what a letter of a label takes at most, as fonts go, and a line
 MARK = 5.0  # half a mark's width
+MARKED = 48  # points of a line that get marks
 SHARES = {"start": 0.0, "middle": 0.5, "end": 1.0}  # of a text's width that lie before the place where it stands firm
 
 
@@ -27,11 +30,15 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
-    """One plot. x: what its x axis shows. zero: whether that begins at 0."""
+    """One plot. x: what its x axis shows. zero: whether that begins at 0. front: labels of points, from left to right, whose topmost marks are
+    joined by steps. joined: the points are a line for each series, in their order, without names. width: in pixels."""
 
     x: str
     points: tuple[Point, ...]
     zero: bool = False
+    front: tuple[str, ...] = ()
+    joined: bool = False
+    width: int = WIDTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +72,26 @@ class _Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def scatter(title: str, y: str, series: Sequence[str], panels: Sequence[Panel]) -> str:
-    """The SVG document. y: what the y axis shows. series: their names, at most as many as pictures.LINES has styles for in turn."""
+def scatter(title: str, y: str, series: Sequence[str], panels: Sequence[Panel], *, heading: bool = True) -> str:
+    """The SVG document. y: what the y axis shows. series: their names, with the styles of pictures.LINES in turn. heading: show the title, too."""
     values = [[value for point in panel.points for value in point.values] for panel in panels]
     low, high = limits([values], log=True)
     down = _Scale(math.log10(low / 1.3), math.log10(high * 1.3), TOP + HEIGHT, TOP)
-    width, height = LEFT + len(panels) * WIDTH + (len(panels) - 1) * GAP + RIGHT, TOP + HEIGHT + BOTTOM
+    top = 0 if heading else 34  # what is above the legend
+    width, height = LEFT + sum(panel.width + GAP for panel in panels) - GAP + RIGHT, TOP + HEIGHT + BOTTOM - top
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {top} {width} {height}" width="{width}" height="{height}" role="img">',
         f"<title>{plain(title)}</title>",
         f"<style>{_style()}</style>",
-        f'<rect class="ground" width="{width}" height="{height}"/>',
-        _text(LEFT, 26, title, "title"),
+        f'<rect class="ground" y="{top}" width="{width}" height="{height}"/>',
+        *([_text(LEFT, 26, title, "heading")] if heading else []),
         *_legend(series),
         f'<text class="name" transform="translate(20 {TOP + HEIGHT / 2:.0f}) rotate(-90)" text-anchor="middle">{plain(y)}</text>',
     ]
-    for i, panel in enumerate(panels):
-        parts += _panel(panel, LEFT + i * (WIDTH + GAP), down, log_ticks(low / 1.3, high * 1.3), first=i == 0)
+    left = LEFT
+    for panel in panels:
+        parts += _panel(panel, left, down, log_ticks(low / 1.3, high * 1.3), first=left == LEFT)
+        left += panel.width + GAP
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -89,25 +99,26 @@ def _style() -> str:
     """Rules for light, and what differs in the dark."""
     colours = [colour for colour, _, _ in LINES]
     light = [
-        f"text{{font:13px system-ui,sans-serif;fill:{BLACK}}}",
-        ".title{font-size:16px;font-weight:600}",
+        f"svg text{{font:13px system-ui,sans-serif;fill:{BLACK}}}",
+        ".heading{font-size:16px;font-weight:600}",
         ".tick{font-size:12px;fill:#555}",
         ".label{paint-order:stroke;stroke:#fff;stroke-width:3px}",  # readable on lines, too
         ".ground{fill:#fff}",
         ".grid{stroke:#e3e6e8}",
         f".edge{{fill:none;stroke:{GREY}}}",
         f".tie{{stroke:{GREY}}}",
-        *(f".s{i}{{fill:{colour}}}" for i, colour in enumerate(colours)),
+        f".front{{fill:none;stroke:{GREY};stroke-width:1.5;stroke-dasharray:5 4}}",
+        *(f".s{i}{{fill:{colour}}}.l{i}{{fill:none;stroke:{colour};stroke-width:1.5}}" for i, colour in enumerate(colours)),
     ]
     dark = [
-        f"text{{fill:{DARK[BLACK]}}}",
+        f"svg text{{fill:{DARK[BLACK]}}}",
         ".tick{fill:#b9c0c7}",
         ".label{stroke:#15181b}",
         ".ground{fill:#15181b}",
         ".grid{stroke:#2c3136}",
-        *(f".s{i}{{fill:{DARK.get(colour, colour)}}}" for i, colour in enumerate(colours)),
+        *(f".s{i}{{fill:{DARK.get(colour, colour)}}}.l{i}{{stroke:{DARK.get(colour, colour)}}}" for i, colour in enumerate(colours)),
     ]
-    return f"{''.join(light)}@media (prefers-color-scheme:dark){{{''.join(dark)}}}"
+    return f"{''.join(light)}@media screen and (prefers-color-scheme:dark){{{''.join(dark)}}}"
 
 
 def _legend(series: Sequence[str]) -> Iterator[str]:
@@ -123,26 +134,62 @@ def _panel(panel: Panel, left: float, down: _Scale, ticks: Sequence[float], *, f
     xs = [point.x for point in panel.points] or [1.0]
     pad = 0.12 * (max(xs) if panel.zero else max(xs) - min(xs)) or 0.1 * max(xs)
     low, high = 0.0 if panel.zero else min(xs) - pad, max(xs) + pad
-    across = _Scale(low, high, left, left + WIDTH)
+    across = _Scale(low, high, left, left + panel.width)
     for tick in ticks:
         height = down.at(math.log10(tick))
-        yield f'<line class="grid" x1="{left:.1f}" x2="{left + WIDTH:.1f}" y1="{height:.1f}" y2="{height:.1f}"/>'
+        yield f'<line class="grid" x1="{left:.1f}" x2="{left + panel.width:.1f}" y1="{height:.1f}" y2="{height:.1f}"/>'
         if first:
             yield _text(left - 8, height + 4, f"{tick:.4g}", "tick", "end")
     for tick in round_ticks(low, high):
         at = across.at(tick)
         yield f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{TOP + HEIGHT}"/>'
         yield _text(at, TOP + HEIGHT + 18, f"{tick:,.6g}", "tick", "middle")
-    yield f'<rect class="edge" x="{left:.1f}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}"/>'
-    yield _text(left + WIDTH / 2, TOP + HEIGHT + 42, panel.x, "name", "middle")
-    yield from _points(panel, across, down, _Box(left + 3, TOP + 3, WIDTH - 6, HEIGHT - 6))
+    yield f'<rect class="edge" x="{left:.1f}" y="{TOP}" width="{panel.width}" height="{HEIGHT}"/>'
+    yield _text(left + panel.width / 2, TOP + HEIGHT + 42, panel.x, "name", "middle")
+    if panel.joined:
+        yield from _lines(panel, across, down)
+        return
+    yield from _front(panel, across, down)
+    yield from _points(panel, across, down, _Box(left + 3, TOP + 3, panel.width - 6, HEIGHT - 6))
+
+
+def _lines(panel: Panel, across: _Scale, down: _Scale) -> Iterator[str]:
+    """A line for each series, broken where there is no value; with marks where there is room for them, each of which says its value on hovering."""
+    for i in range(max((len(point.values) for point in panel.points), default=0)):
+        places = [(point, across.at(point.x), down.at(math.log10(point.values[i]))) for point in panel.points if _drawn(point.values[i])]
+        runs: list[list[str]] = [[]]
+        for point in panel.points:
+            if _drawn(point.values[i]):
+                runs[-1].append(f"{across.at(point.x):.1f},{down.at(math.log10(point.values[i])):.1f}")
+            else:
+                runs.append([])
+        yield from (f'<polyline class="l{i % len(LINES)}" points="{" ".join(run)}"/>' for run in runs if len(run) > 1)
+        if len(panel.points) <= MARKED:
+            yield from (f"<g><title>{plain(f'{point.label}: {point.values[i]:.4g}')}</title>{_mark(x, y, i, MARK / 2)}</g>" for point, x, y in places)
+
+
+def _front(panel: Panel, across: _Scale, down: _Scale) -> Iterator[str]:
+    """Steps to the right and down: what lies below them is out of reach."""
+    by_label = {point.label: point for point in panel.points}
+    places = []
+    for label in panel.front:
+        values = [value for value in by_label[label].values if _drawn(value)]
+        places += [(across.at(by_label[label].x), down.at(math.log10(max(values))))] if values else []
+    if len(places) > 1:
+        steps = [f"{x:.1f},{before:.1f} {x:.1f},{y:.1f}" for (_, before), (x, y) in pairwise(places)]
+        yield f'<polyline class="front" points="{places[0][0]:.1f},{places[0][1]:.1f} {" ".join(steps)}"/>'
+
+
+def _drawn(value: float) -> bool:
+    """Whether a log axis has a place for it."""
+    return value > 0 and math.isfinite(value)
 
 
 def _points(panel: Panel, across: _Scale, down: _Scale, frame: _Box) -> Iterator[str]:
     """Each point's marks, tied together, and its name where there is room."""
     shown = []
     for point in panel.points:
-        heights = {i: down.at(math.log10(value)) for i, value in enumerate(point.values) if value > 0 and math.isfinite(value)}
+        heights = {i: down.at(math.log10(value)) for i, value in enumerate(point.values) if _drawn(value)}
         if heights:
             shown.append((point, across.at(point.x), heights))
     taken = [_Box(x - MARK, height - MARK, 2 * MARK, 2 * MARK) for _, x, heights in shown for height in heights.values()]
@@ -167,11 +214,11 @@ def _free(label: str, x: float, heights: Sequence[float], taken: Sequence[_Box],
     return next((place for place in inside if not any(place[0].meets(other) for other in taken)), inside[0])
 
 
-def _mark(x: float, y: float, style: int) -> str:
+def _mark(x: float, y: float, style: int, half: float = MARK) -> str:
     """The mark of a series: each has a shape of its own."""
     index = style % len(LINES)
     if LINES[index][2] == "circle":
-        return f'<circle class="s{index}" cx="{x:.1f}" cy="{y:.1f}" r="{MARK - 0.5}"/>'
+        return f'<circle class="s{index}" cx="{x:.1f}" cy="{y:.1f}" r="{0.9 * half:.3g}"/>'
     corners = {
         "square": ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)),
         "diamond": ((0, -1.15), (1.15, 0), (0, 1.15), (-1.15, 0)),
@@ -191,7 +238,7 @@ def _mark(x: float, y: float, style: int) -> str:
             (-0.3, -0.3),
         ),
     }[LINES[index][2]]
-    points = " ".join(f"{x + MARK * a:.1f},{y + MARK * b:.1f}" for a, b in corners)
+    points = " ".join(f"{x + half * a:.1f},{y + half * b:.1f}" for a, b in corners)
     return f'<polygon class="s{index}" points="{points}"/>'
 
 

@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .calib.data import Calibration
     from .calib.diagnosis import OutlierReport, Thresholds
+    from .callbacks import Callback
     from .compare_job import compare
     from .comparison import ComparisonReport
     from .compression import Result, compress
+    from .eval.evaluation import Evaluation
+    from .eval.gate import Gate
     from .eval.verify import verify
+    from .eval_job import evaluate
     from .inspection import inspect
     from .loading import load
     from .preflight import Plan
@@ -34,9 +38,12 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationFormat",
     "Calibration",
+    "Callback",
     "Clip",
     "ComparisonReport",
+    "Evaluation",
     "Export",
+    "Gate",
     "Gptaq",
     "Gptq",
     "OutlierReport",
@@ -53,6 +60,7 @@ __all__ = [
     "__version__",
     "compare",
     "compress",
+    "evaluate",
     "inspect",
     "load",
     "load_recipe",
@@ -64,10 +72,14 @@ __all__ = [
 _HOMES = {
     "calib.data": ["Calibration"],
     "calib.diagnosis": ["OutlierReport", "Thresholds"],
+    "callbacks": ["Callback"],
     "compare_job": ["compare"],
     "comparison": ["ComparisonReport"],
     "compression": ["Result", "compress"],
+    "eval.evaluation": ["Evaluation"],
+    "eval.gate": ["Gate"],
     "eval.verify": ["verify"],
+    "eval_job": ["evaluate"],
     "inspection": ["inspect"],
     "loading": ["load"],
     "preflight": ["Plan", "make_plan"],

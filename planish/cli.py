@@ -1,6 +1,7 @@
 """The command line. What needs torch is imported by the commands that need it, so that help and lists are quick."""
 
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -8,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from .compare_command import compare
+from .eval_command import evaluate_command
 from .inspect_command import inspect
-from .options import Arithmetic, AsJson, Device, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
+from .options import Arithmetic, AsJson, Device, Gates, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
 from .progress import showing, stages
-from .terminal import Front, Traceback, err_console, out_console
+from .report_command import report
+from .terminal import Front, Traceback, end_by, err_console, out_console
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +37,25 @@ recipes_app = typer.Typer(help="List the recipes that come with planish, or show
 app.add_typer(recipes_app, name="recipes")
 app.command()(inspect)
 app.command()(compare)
+app.command("sweep", short_help="The same as compare.")(compare)
+app.command("eval")(evaluate_command)
+app.command()(report)
 
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a YAML or JSON file.", autocompletion=complete_recipe)]
 Evaluate = Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Measure perplexity and divergence before and after, on built-in text.")]
+
+
+def _print_schema(value: bool) -> None:
+    if value:
+        from .compress_report import CompressReport
+        from .schemas import schema_of, to_json
+
+        print(to_json(schema_of(CompressReport, "planish compress")))
+        raise typer.Exit
+
+
+Schema = Annotated[bool, typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON Schema of the JSON and exit.")]
 
 
 def _version(value: bool) -> None:
@@ -65,19 +83,25 @@ def compress(
     offload_dir: Offload = None,
     allow_pickle: Pickle = False,
     evaluate: Evaluate = True,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="The report as a page. Default: DIR.report.html, beside DIR.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write a short table for a pull request there.")] = None,
+    gate: Gates = None,
     as_json: AsJson = False,
+    schema: Schema = False,
     quiet: Quiet = False,
     traceback: Traceback = False,
 ) -> None:
     """Compress a model: a recipe and a checkpoint go in, a smaller checkpoint and a report of what it cost come out.
 
-    After an interruption the same command goes on at the block where it was.
+    After an interruption the same command goes on at the block where it was. Exit code 3: the gate is missed; the checkpoint is there all the same.
     """
     with starting():
         from .job import Job
+        from .thresholds import with_thresholds
 
+        loaded = _recipe(recipe, settings)
         job = Job(
-            recipe=_recipe(recipe, settings),
+            recipe=replace(loaded, gate=with_thresholds(loaded.gate, gate or ())),
             model=model,
             out=out,
             device=device,
@@ -85,6 +109,8 @@ def compress(
             offload_dir=offload_dir,
             allow_pickle=allow_pickle,
             evaluate=evaluate,
+            html=html,
+            markdown=markdown,
         )
         plan, ids = job.plan()
     _run(job, plan, ids, as_json, quiet)
@@ -105,13 +131,14 @@ def plan(
     """Say what a compression would do and take, without doing it: sites, formats, memory, disk, time, servers."""
     with starting():
         from .preflight import make_plan
-        from .report import plan_dict, to_json
+        from .report import plan_report
+        from .schemas import to_json
         from .tables import plan_table
 
         loaded = _recipe(recipe, settings)
         made = make_plan(loaded, model, device=device, dtype=torch_dtype(dtype), offload_dir=offload_dir, allow_pickle=allow_pickle)
     if as_json:
-        print(to_json(plan_dict(made)))
+        print(to_json(plan_report(made)))
     else:
         out_console().print(plan_table(made, model))
 
@@ -124,6 +151,7 @@ def verify(
     windows: Annotated[int, typer.Option(min=1, help="How many windows of it, at most.")] = 4,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each, at most.")] = 2048,
     server: Annotated[str | None, typer.Option(metavar="vllm", help="Let a real server score the same tokens, and compare.")] = None,
+    gate: Gates = None,
     server_env: Annotated[Path | None, typer.Option(envvar="PLANISH_VLLM_ENV", metavar="DIR", help="The server's virtual environment.")] = None,
     transformers: Annotated[bool, typer.Option(help="Let stock transformers load the whole model too, and compare.")] = True,
     device: Device = None,
@@ -131,14 +159,21 @@ def verify(
     quiet: Quiet = False,
     traceback: Traceback = False,
 ) -> None:
-    """Reload a compressed checkpoint from disk and check it. Exit code 1: a check failed."""
+    """Reload a compressed checkpoint from disk and check it. Exit code 1: a check failed; 3: none failed, but the gate is missed."""
     with starting():
         from .calib.precision import pick_device
         from .compression import Silent
+        from .eval.measured import COMPARED, figures_metrics
         from .eval.verify import verify as run_checks
-        from .report import to_json
+        from .schemas import to_json
         from .tables import verification_table
+        from .thresholds import read_gate
 
+        thresholds = read_gate(gate or ())
+        if against:
+            thresholds.check_measured(COMPARED, "planish verify", "planish eval measures tasks.")
+        else:
+            thresholds.check_measured((), "planish verify without --against", "Add --against MODEL, the original model.")
         where = pick_device(device)
     with nullcontext(Silent()) if quiet else showing(err_console()) as progress:
         found = run_checks(
@@ -153,12 +188,18 @@ def verify(
             device=where,
             report=stages(progress),
         )
+    judgement = None
+    if thresholds and found["against"].ok is not None:
+        judgement = thresholds.judge(
+            figures_metrics(found["against"].figures), f"{text} text, windows of {found['against'].figures['length']} tokens"
+        )
     if as_json:
-        print(to_json(found.to_dict()))
+        print(to_json({**found.to_dict(), "gate": None if judgement is None else asdict(judgement)}))
     else:
         out_console().print(verification_table(found))
     if not found.ok:
         raise typer.Exit(1)
+    end_by(judgement)
 
 
 @app.command()
@@ -210,7 +251,7 @@ def main() -> NoReturn:
 def _run(job: "Job", plan: "Plan", ids: "Tensor | None", as_json: bool, quiet: bool) -> None:
     """Do the job and print the result."""
     from .compression import Silent
-    from .report import to_json
+    from .schemas import to_json
     from .tables import plan_table, result_table
 
     if quiet:
@@ -221,9 +262,10 @@ def _run(job: "Job", plan: "Plan", ids: "Tensor | None", as_json: bool, quiet: b
         with showing(console) as progress:
             outcome = job.run(plan, ids, progress)
     if as_json:
-        print(to_json(outcome.data))
+        print(to_json(outcome.report))
     else:
-        out_console().print(*result_table(outcome.result, outcome.evaluation, outcome.peak, outcome.report), sep="\n")
+        out_console().print(*result_table(outcome.result, outcome.evaluation, outcome.report, outcome.files), sep="\n")
+    end_by(outcome.report.gate, f"The checkpoint {job.out} is there all the same.")
 
 
 def _recipe(name: str, settings: list[str] | None) -> "Recipe":

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from .calib.heap import trim
 from .calib.shards import read_json
 from .calib.stored import open_stored
+from .calib.workers import threads
 from .compression import carry_out
 from .decode import decode
 from .eval.reference import Reference, compare_with
@@ -40,7 +41,7 @@ IDS = "ids"  # the tensor in a file of calibration tokens
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """What to do. ids: file of calibration tokens. reference: file of eval.reference. out: the new checkpoint; where it exists, it is only measured.
-    clock: file in which the time and memory taken are kept over interruptions. The others: as of `planish.compress`."""
+    clock: file in which the time and memory taken are kept over interruptions. threads: to compute with. The others: as of `planish.compress`."""
 
     recipe: Recipe
     model: str
@@ -52,6 +53,7 @@ class Task:
     dtype: Literal["float32", "bfloat16"] | None
     offload_dir: str | None
     allow_pickle: bool
+    threads: int
 
 
 @dataclass(slots=True)
@@ -162,7 +164,8 @@ def main() -> None:
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         hush()
-        channel.send("done", work(task, channel))
+        with threads(task.threads):
+            channel.send("done", work(task, channel))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except (PlanishError, OSError, SafetensorError) as error:

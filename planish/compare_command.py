@@ -28,6 +28,10 @@ Texts = Annotated[
         "--text", metavar="NAME=FILE", help="A text to measure on besides the built-in one: .txt, .jsonl, .parquet or hub:NAME. Repeatable."
     ),
 ]
+Vary = Annotated[
+    list[str] | None,
+    typer.Option("--vary", metavar="PATH=V1,V2", help="Every recipe with each value, such as solver.damping=0.01,0.05. Repeatable: a grid."),
+]
 Schema = Annotated[bool, typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON Schema of the JSON and exit.")]
 
 
@@ -39,6 +43,9 @@ def compare(
     windows: Annotated[int, typer.Option(min=1, help="How many windows of each text, at most.")] = 4,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each, at most.")] = 2048,
     settings: Settings = None,
+    vary: Vary = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Recipes at once, among which the cores are shared out, as memory allows.")] = 1,
+    within: Annotated[float, typer.Option(min=0, help="Rise of perplexity, in percent, up to which a recipe is picked as smallest.")] = 5.0,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the compressed checkpoints, in DIR/checkpoints.")] = False,
     device: Device = None,
     dtype: Arithmetic = None,
@@ -49,24 +56,28 @@ def compare(
     quiet: Quiet = False,
     traceback: Traceback = False,
 ) -> None:
-    """Compress one model with several recipes, one after the other, and put them in one table: quality on texts, bits, time, memory, servers.
+    """Compress one model with several recipes or settings, and put them in one table: quality on texts, bits, time, memory, servers; and say which to
+    take for what. `planish sweep` is another name for it.
 
-    It is also written as Markdown, JSON and a picture. After an interruption the same command goes on where it was; recipes may be added.
+    It is also written as a page, Markdown, JSON and a picture. After an interruption the same command goes on where it was; recipes may be added.
     """
     with starting():
         from .compare_job import CompareJob
-        from .compare_plan import named_recipes, named_texts
+        from .compare_plan import named_texts
         from .compare_tables import comparison_plan_tables, comparison_tables
         from .compression import Silent
         from .schemas import plain
+        from .variants import named_recipes
 
         job = CompareJob(
-            recipes=named_recipes(recipes, settings or ()),
+            recipes=named_recipes(recipes, settings or (), vary or ()),
             model=model,
             out=out,
             texts=named_texts(text or ()),
             windows=windows,
             length=length,
+            jobs=jobs,
+            within=within / 100,
             keep=keep,
             device=device,
             dtype=torch_dtype(dtype),

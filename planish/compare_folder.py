@@ -4,7 +4,7 @@ about.json           which comparison this is: model, texts, arithmetic, version
 results/NAME.json    a recipe that is done
 working/             while the work lasts: the base model's hidden states, calibration tokens, the checkpoint at work
 checkpoints/NAME/    the compressed checkpoints, where they are to be kept
-comparison.json, comparison.md, comparison.svg      at the end
+comparison.html, comparison.json, comparison.md, comparison.svg      at the end
 """
 
 import json
@@ -22,7 +22,7 @@ from .quant.errors import PlanishError
 from .schemas import plain
 
 ABOUT = "about.json"
-FILES = ("comparison.json", "comparison.md", "comparison.svg")
+FILES = ("comparison.html", "comparison.json", "comparison.md", "comparison.svg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,13 @@ class Folder:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What is written at the end: JSON, Markdown, picture."""
+        """What is written at the end: page, JSON, Markdown, picture."""
         return tuple(self.path / name for name in FILES)
+
+    @property
+    def page(self) -> Path:
+        """The one to look at first."""
+        return self.path / FILES[0]
 
     def checkpoint(self, name: str) -> Path:
         """Where a recipe's checkpoint is kept."""
@@ -90,8 +95,8 @@ class Folder:
         (self.path / "results").mkdir(exist_ok=True)
         write_text(self.path / "results" / f"{name}.json", json.dumps(plain(done), indent=2, allow_nan=False) + "\n")
 
-    def finish(self, json_text: str, markdown: str, picture: str) -> None:
+    def finish(self, page: str, json_text: str, markdown: str, picture: str) -> None:
         """Write the comparison, and remove what was needed on the way."""
-        for file, text in zip(self.files, (json_text, markdown, picture), strict=True):
+        for file, text in zip(self.files, (page, json_text, markdown, picture), strict=True):
             write_text(file, text)
         shutil.rmtree(self.working)

@@ -1,35 +1,43 @@
 """A comparison: the base model goes over the texts once, each recipe has a process of its own, what is done is kept and at the end written up."""
 
-import json
 import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save_file
 
 from .calib.heap import trim
+from .calib.workers import threads
 from .compare_child import IDS, Task
 from .compare_folder import Folder
-from .compare_parent import run_child
-from .compare_plan import ComparisonPlan, named_recipes, named_texts, notes, plan_comparison
+from .compare_parent import Started, run_child
+from .compare_plan import ComparisonPlan, named_texts, notes, plan_comparison
 from .compare_text import markdown, picture, quality_words
 from .comparison import Base, ComparisonReport, Done, Quality, Row
+from .comparison_page import comparison_page
 from .compression import Progress, Silent
 from .decode import decode
 from .eval.reference import make_reference
 from .eval.score import Comparison
 from .journal import locked
-from .preflight import check_room
+from .lanes import side_by_side
+from .page_links import beside
+from .pareto import COSTS, WITHIN, front, picks
+from .preflight import AVAILABLE_SHARE, check_room
+from .quant.errors import PlanishError
 from .recipe import Recipe
-from .schemas import plain
+from .schemas import to_json
 from .units import duration
+from .variants import named_recipes
 
 
 def compare(
@@ -41,6 +49,9 @@ def compare(
     windows: int = 4,
     length: int = 2048,
     settings: Sequence[str] = (),
+    vary: Sequence[str] = (),
+    jobs: int = 1,
+    within: float = WITHIN,
     keep: bool = False,
     device: str | None = None,
     dtype: torch.dtype | None = None,
@@ -48,20 +59,24 @@ def compare(
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> ComparisonReport:
-    """Compress `model` with each recipe in turn, measure all of them on the same texts, and write the comparison into the folder `out`.
+    """Compress `model` with each recipe, measure all of them on the same texts, and write the comparison into the folder `out`.
 
     recipes: each as of `planish.compress`. texts: NAME=SOURCE, besides the built-in text's half for evaluation; windows and length: at most so much
-    of each. settings: PATH=VALUE, for all recipes. keep: leave the compressed checkpoints in out/checkpoints. The others: as of `planish.compress`.
+    of each. settings: PATH=VALUE, for all recipes. vary: PATH=V1,V2: every recipe in every combination of these values. jobs: recipes at once, among
+    which the threads are shared out, as far as memory goes. within: the rise of perplexity up to which a recipe is picked as smallest or quickest,
+    0.05 being five percent. keep: leave the compressed checkpoints in out/checkpoints. The others: as of `planish.compress`.
     Every recipe runs in a process of its own. The same call after an interruption goes on where it was; `out` must not exist otherwise.
     Raises PlanishError, for what is wrong with any of the recipes before the first one runs.
     """
     job = CompareJob(
-        recipes=named_recipes(recipes, settings),
+        recipes=named_recipes(recipes, settings, vary),
         model=str(model),
         out=Path(out),
         texts=named_texts(texts),
         windows=windows,
         length=length,
+        jobs=jobs,
+        within=within,
         keep=keep,
         device=device,
         dtype=dtype,
@@ -81,6 +96,8 @@ class CompareJob:
     texts: Mapping[str, str]
     windows: int = 4
     length: int = 2048
+    jobs: int = 1
+    within: float = WITHIN
     keep: bool = False
     device: str | None = None
     dtype: torch.dtype | None = None
@@ -94,18 +111,22 @@ class CompareJob:
 
     def plan(self) -> ComparisonPlan:
         """Plan all recipes. Raises PlanishError for all that can be refused beforehand."""
+        if self.jobs < 1 or not self.within >= 0:
+            raise PlanishError(f"jobs is {self.jobs} and within {self.within}, but at least one job runs, and perplexity may rise by 0 or more.")
         self.folder.check_free()
-        plan = plan_comparison(
-            self.recipes,
-            self.model,
-            self.texts,
-            windows=self.windows,
-            length=self.length,
-            device=self.device,
-            dtype=self.dtype,
-            offload_dir=self.offload_dir,
-            allow_pickle=self.allow_pickle,
-        )
+        with self._threads():
+            plan = plan_comparison(
+                self.recipes,
+                self.model,
+                self.texts,
+                windows=self.windows,
+                length=self.length,
+                jobs=self.jobs,
+                device=self.device,
+                dtype=self.dtype,
+                offload_dir=self.offload_dir,
+                allow_pickle=self.allow_pickle,
+            )
         self.folder.check(plan.about(), plan.identities())
         pending = self.pending(plan)
         check_room({self.out: plan.disk(pending, self.keep)} if pending else {})
@@ -122,14 +143,20 @@ class CompareJob:
         with locked(self.folder.working):
             pending = self.pending(plan)
             try:
-                self._measure_all(plan, pending, progress)
+                with self._threads():
+                    self._measure_all(plan, pending, progress)
             except KeyboardInterrupt:
                 left = len(self.pending(plan))
                 words = f"{len(plan.plans) - left} of {len(plan.plans)} recipes are done, in {self.out}: the same command goes on from there."
                 raise KeyboardInterrupt(f"Stopped. {words}") from None
             report = self._report(plan)
-            self.folder.finish(json.dumps(plain(report), indent=2, allow_nan=False) + "\n", markdown(report), picture(report))
+            page = comparison_page(report, beside(self.folder.page))
+            self.folder.finish(page, to_json(report) + "\n", markdown(report), picture(report))
         return report
+
+    def _threads(self) -> AbstractContextManager[None]:
+        """Each job's share of the threads, with which also the base model runs: what is computed depends on nothing else."""
+        return threads(max(1, torch.get_num_threads() // self.jobs))
 
     def _measure_all(self, plan: ComparisonPlan, pending: Sequence[str], progress: Progress) -> None:
         if not pending:
@@ -137,13 +164,24 @@ class CompareJob:
         if len(pending) < len(plan.plans):
             progress.say(f"going on: {len(plan.plans) - len(pending)} of {len(plan.plans)} recipes are done")
         self._reference(plan, progress)
-        start = time.monotonic()
-        for i, name in enumerate(pending, 1):
-            done = self._measure(plan, name, progress)
-            slower = (time.monotonic() - start) / plan.seconds(pending[:i])
-            left = f", about {duration(slower * plan.seconds(pending[i:]))} left" if pending[i:] else ""
-            words = "; ".join(f"{text} {quality_words(quality)}" for text, quality in done.row.quality.items())
-            progress.say(f"{name}: {words} ({len(plan.plans) - len(pending) + i} of {len(plan.plans)} recipes{left})")
+        tasks = {name: self._task(plan, name) for name in pending}
+
+        def measure(name: str, lane: Progress, started: Started) -> Done:
+            return self._measure(plan, name, tasks[name], lane, started)
+
+        start, over = time.monotonic(), list[str]()
+        needs = {name: plan.memory(name) for name in pending}
+        room = int(psutil.virtual_memory().available * AVAILABLE_SHARE)
+        steps = 2 * next(iter(plan.plans.values())).topology.block_count + 1
+        lanes = side_by_side(measure, pending, jobs=self.jobs, needs=needs, room=room, steps=steps, progress=progress)
+        with closing(lanes) as results:
+            for name, done in results:
+                over.append(name)
+                slower = (time.monotonic() - start) / plan.seconds(over)
+                rest = [name for name in pending if name not in over]
+                left = f", about {duration(slower * plan.seconds(rest))} left" if rest else ""
+                words = "; ".join(f"{text} {quality_words(quality)}" for text, quality in done.row.quality.items())
+                progress.say(f"{name}: {words} ({len(plan.plans) - len(rest)} of {len(plan.plans)} recipes{left})")
 
     def _reference(self, plan: ComparisonPlan, progress: Progress) -> None:
         """The base model's hidden states, unless they are there."""
@@ -162,10 +200,9 @@ class CompareJob:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the recipes' processes need it
 
-    def _measure(self, plan: ComparisonPlan, name: str, progress: Progress) -> Done:
+    def _measure(self, plan: ComparisonPlan, name: str, task: Task, progress: Progress, started: Started) -> Done:
         """One recipe, in its own process; its result is kept before its checkpoint goes where it belongs."""
-        task = self._task(plan, name)
-        found = run_child(task, progress)
+        found = run_child(task, progress, started)
         done = self._done(plan, name, found)
         self.folder.add(name, done)
         if self.keep:
@@ -181,7 +218,7 @@ class CompareJob:
         own = self.folder.working / f"{name}-{sha[:8]}"  # another recipe of this name may have been interrupted here
         ids = None if ids_sha is None else self.folder.working / f"calibration-{ids_sha[:16]}.safetensors"
         if ids is not None and one.ids is not None:
-            save_file({IDS: one.ids}, ids)
+            save_file({IDS: one.ids}, ids)  # no process reads it yet
         return Task(
             recipe=one.recipe,
             model=str(plan.checkpoint.path),
@@ -193,6 +230,7 @@ class CompareJob:
             dtype="bfloat16" if one.dtype is torch.bfloat16 else "float32",
             offload_dir=None if self.offload_dir is None else str(self.offload_dir),
             allow_pickle=self.allow_pickle,
+            threads=plan.threads,
         )
 
     def _done(self, plan: ComparisonPlan, name: str, found: Mapping[str, Any]) -> Done:
@@ -219,6 +257,7 @@ class CompareJob:
     def _report(self, plan: ComparisonPlan) -> ComparisonReport:
         done, one, about = self.folder.done(), next(iter(plan.plans.values())), plan.about()
         perplexity = next(iter(done.values())).base
+        rows = tuple(done[name].row for name in plan.plans)
         return ComparisonReport(
             planish=version("planish"),
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -230,9 +269,12 @@ class CompareJob:
             device=about["device"],
             platform=platform.platform(),
             threads=about["threads"],
+            jobs=self.jobs,
             versions=about["versions"],
             texts=plan.texts,
             base=Base(bits=8 * plan.checkpoint.dtype.itemsize, bytes=plan.checkpoint.nbytes, perplexity=perplexity),
-            rows=tuple(done[name].row for name in plan.plans),
+            rows=rows,
+            fronts={what: front(rows, cost) for what, cost in COSTS.items()},
+            picks=picks(rows, self.within),
             notes=notes(plan),
         )

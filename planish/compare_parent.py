@@ -5,8 +5,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
 from .decode import encode
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
     from .compare_child import Task
     from .compression import Progress
 
+Started = Callable[[Callable[[], None]], None]
+"""Called when a process runs, with a function that tells it to stop and does not wait."""
+
 GRACE = 20.0  # seconds that a stopped process has to end by itself
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from planish.compare_child import main; main()"
 _SHOWN = {"blocks": "blocks", "measuring": "texts"}  # stages that get a line, and its name
 
 
-def run_child(task: "Task", progress: "Progress") -> dict[str, Any]:
+def run_child(task: "Task", progress: "Progress", started: Started = lambda _: None) -> dict[str, Any]:
     """Do the task in a new process that finds planish where this one does. What it returned; PlanishError with the recipe's name if refused."""
     command = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path)]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
@@ -33,6 +37,7 @@ def run_child(task: "Task", progress: "Progress") -> dict[str, Any]:
             encoding="utf-8",
             start_new_session=True,  # Ctrl-C at the terminal is for the parent, which passes it on
         )
+        started(partial(_tell_to_stop, process))
         try:
             found = _converse(process, task, progress)
             code = process.wait()
@@ -75,6 +80,13 @@ def listen(lines: Iterable[str], name: str, progress: "Progress") -> dict[str, A
         elif shown:
             progress.step(*rest)
     return None
+
+
+def _tell_to_stop(process: "subprocess.Popen[str]") -> None:
+    """It stops when its input ends, if it has not ended itself."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.close()
 
 
 def _stop(process: "subprocess.Popen[str]") -> None:

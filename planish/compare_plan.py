@@ -4,7 +4,6 @@ Shapes: ids (N, L) windows of token numbers.
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from .estimate import LENGTH, Memory, products_per_second, resident
 from .eval.verify import evaluation_windows
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
-from .recipe import Recipe, digest, load_recipe, with_settings
+from .recipe import Recipe, digest
 
 LIBRARIES = ("planish", "torch", "transformers", "compressed-tensors")
 BUILTIN = "builtin"
@@ -31,7 +30,8 @@ STARTING = 8.0  # seconds in which a process imports its libraries and plans
 @dataclass(frozen=True, slots=True, eq=False)
 class ComparisonPlan:
     """What a comparison would do, and what it takes. plans: by the recipes' names. ids: of the texts. measuring: seconds for one model.
-    waiting: bytes that this process holds while the recipes' processes work."""
+    waiting: bytes that this process holds while the recipes' processes work. jobs: these, at most, at once, each with so many
+    threads."""
 
     checkpoint: Checkpoint
     plans: Mapping[str, Plan]
@@ -39,10 +39,17 @@ class ComparisonPlan:
     ids: tuple[Tensor, ...]
     measuring: float
     waiting: int
+    jobs: int = 1
+    threads: int = 1
 
     def seconds(self, names: Iterable[str]) -> float:
         """To compress with these recipes and measure, without the base model."""
-        return sum(self.plans[name].seconds + self.measuring + STARTING for name in names)
+        each = [self.plans[name].seconds + self.measuring + STARTING for name in names]
+        return max(sum(each) / self.jobs, max(each, default=0.0))
+
+    def most_memory(self, names: Iterable[str]) -> int:
+        """Bytes that the processes of these recipes take together at their highest, as many at once as there are jobs."""
+        return sum(sorted(map(self.memory, names))[-self.jobs :])
 
     def memory(self, name: str) -> int:
         """Bytes that the recipe's process takes at its highest."""
@@ -62,7 +69,7 @@ class ComparisonPlan:
     def disk(self, names: Sequence[str], keep: bool) -> int:
         """Bytes needed for these recipes, at most at once."""
         plans = [self.plans[name] for name in names]
-        own = max((plan.disk - (plan.out_bytes if keep else 0) for plan in plans), default=0)
+        own = sum(sorted(plan.disk - (plan.out_bytes if keep else 0) for plan in plans)[-self.jobs :])
         return own + (sum(plan.out_bytes for plan in plans) if keep else 0) + self.hidden_bytes
 
     def identities(self) -> dict[str, tuple[str, str | None]]:
@@ -77,7 +84,7 @@ class ComparisonPlan:
             "texts": {text.name: text.sha256 for text in self.texts},
             "arithmetic": str(plan.dtype).removeprefix("torch."),
             "device": plan.device.type,
-            "threads": torch.get_num_threads(),
+            "threads": self.threads,
             "versions": {name: version(name) for name in LIBRARIES},
         }
 
@@ -85,20 +92,6 @@ class ComparisonPlan:
 def sha256(ids_NL: Tensor) -> str:
     """Of token numbers."""
     return hashlib.sha256(ids_NL.numpy().tobytes()).hexdigest()
-
-
-def named_recipes(recipes: Sequence[Recipe | str | Path], settings: Sequence[str]) -> dict[str, Recipe]:
-    """The recipes with the settings, by names that files can have. Raises PlanishError: none, two of one name, something wrong with one."""
-    if not recipes:
-        raise PlanishError("a comparison needs recipes: name one or more, such as w8a8 w4a8.")
-    found: dict[str, Recipe] = {}
-    for given in recipes:
-        recipe = with_settings(given if isinstance(given, Recipe) else load_recipe(given), settings)
-        name = re.sub(r"[^\w.-]+", "-", recipe.name).strip(".-") or "recipe"
-        if name in found:
-            raise PlanishError(f"two recipes are named {name}. Give one of them another name: it is the line `name:` of its file.")
-        found[name] = recipe
-    return found
 
 
 def named_texts(texts: Sequence[str]) -> dict[str, str]:
@@ -124,6 +117,7 @@ def plan_comparison(
     *,
     windows: int,
     length: int,
+    jobs: int = 1,
     device: str | None,
     dtype: torch.dtype | None,
     offload_dir: Path | None,
@@ -153,7 +147,8 @@ def plan_comparison(
             tokens[text] = plan.ids
     where = next(iter(plans.values())).device
     products = sum(ids_NL.numel() for ids_NL in ids.values()) * checkpoint.nbytes / checkpoint.dtype.itemsize
-    return ComparisonPlan(checkpoint, plans, described, tuple(ids.values()), products / products_per_second(torch.float32, where), resident())
+    measuring = products / products_per_second(torch.float32, where)
+    return ComparisonPlan(checkpoint, plans, described, tuple(ids.values()), measuring, resident(), jobs, torch.get_num_threads())
 
 
 def notes(plan: ComparisonPlan) -> tuple[str, ...]:

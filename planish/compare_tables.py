@@ -21,7 +21,7 @@ def comparison_plan_tables(plan: ComparisonPlan, model: str, pending: Sequence[s
         time = duration(one.seconds + plan.measuring) if name in pending else "done"
         table.add_row(f"  {name}", f"{one.bits_per_weight:.2f}", size(one.out_bytes), time, size(plan.memory(name)), size(one.disk))
     seconds = plan.measuring + plan.seconds(pending) if pending else 0.0
-    memory = max(map(plan.memory, pending), default=0) + plan.waiting
+    memory = plan.most_memory(pending) + plan.waiting
     about = f"  {model}; {', '.join(f'{text.name} {text.windows} x {text.length} tokens' for text in plan.texts)}"
     everything = (
         f"  about {duration(seconds)} in all, with measuring; about {size(memory)} of memory at most, {size(plan.waiting)} of it this program's"
@@ -37,7 +37,9 @@ def comparison_tables(report: ComparisonReport, files: Sequence[Path]) -> tuple[
     table.add_row("  full precision", *base, f"{report.base.bits}\n{size(report.base.bytes)}", "", "")
     for row in report.rows:
         table.add_row(f"  {row.recipe}", *_cells(row, texts))
-    return Text(report.model, style="bold"), "", table, "", Text(f"  {text_words(report)}", style="dim"), *_notes(all_notes(report)), *_paths(files)
+    chosen = [Text(f"  {pick.need}: ", style="dim") + Text(pick.words) for pick in report.picks]
+    words = Text(f"  {text_words(report)}", style="dim")
+    return Text(report.model, style="bold"), "", table, "", *chosen, "", words, *_notes(all_notes(report)), *_paths(files)
 
 
 def _cells(row: Row, texts: Sequence[str]) -> list[RenderableType]:

@@ -4,8 +4,12 @@ import math
 from collections.abc import Sequence
 
 from .comparison import ComparisonReport, Quality, Row
-from .eval.scatter import Panel, Point, scatter
-from .units import duration, size
+from .eval.markdown import escaped, points, rows_table
+from .eval.scatter import WIDTH, Panel, Point, scatter
+from .pareto import other_servers
+from .units import counted, duration, size
+
+QUALITY = "KL divergence from full precision, nats per token"
 
 
 def change(share: float) -> str:
@@ -25,7 +29,7 @@ def quality_words(quality: Quality) -> str:
 
 def portable(row: Row) -> str:
     """Who else runs it, a line each."""
-    others = [name for name in row.servers if name != "planish"]
+    others = other_servers(row)
     return "\n".join(others) if others else "nothing else"
 
 
@@ -37,6 +41,14 @@ def text_words(report: ComparisonReport) -> str:
 
 def _source(source: str) -> str:
     return "the built-in text" if source == "builtin" else source
+
+
+def made_words(report: ComparisonReport) -> str:
+    """How it was made. Where recipes ran beside each other, their times are longer for it."""
+    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    beside = f"{report.jobs} recipes at once, " if report.jobs > 1 else ""
+    where = f"{report.arithmetic} on {report.device}, {beside}{counted(report.threads, 'thread')} each, {report.platform}"
+    return f"{report.family}, {report.blocks} blocks; {where}; {versions}; {report.finished}."
 
 
 def all_notes(report: ComparisonReport) -> list[str]:
@@ -60,17 +72,14 @@ def markdown(report: ComparisonReport) -> str:
     for text in texts:
         base += [perplexity(report.base.perplexity[text]), "", "", ""]
     rows = [[*base, str(report.base.bits), size(report.base.bytes), "", "", ""], *(_row(row, texts, report.base.bytes) for row in report.rows)]
-    table = "\n".join(_line(cells) for cells in [heading, ["---"] * len(heading), *rows])
-    notes = "".join(f"- {_escaped(note)}\n" for note in all_notes(report))
-    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    table, notes = rows_table(heading, rows), points(all_notes(report))
+    chosen = points(f"{pick.need}: {pick.words}" for pick in report.picks)
     return (
-        f"# Recipes on {_escaped(report.model)}\n\n{table}\n\n"
-        f"{_escaped(text_words(report))}. KL: mean divergence from full precision in nats per token. same token: share of tokens for which both "
+        f"# Recipes on {escaped(report.model)}\n\n{table}\n"
+        f"{escaped(text_words(report))}. KL: mean divergence from full precision in nats per token. same token: share of tokens for which both "
         "find the same next one likeliest. bits: of a quantized weight as it is stored, scales included. time and peak memory: of compressing, in a "
         "process of its own.\n\n"
-        f"![KL divergence against bits and time](comparison.svg)\n\n{notes}{chr(10) if notes else ''}"
-        f"{report.family}, {report.blocks} blocks; {report.arithmetic} on {report.device}, {report.threads} threads, {report.platform}; "
-        f"{versions}; {report.finished}.\n"
+        f"{chosen}\n![KL divergence against size and time](comparison.svg)\n\n{notes}{chr(10) if notes else ''}{escaped(made_words(report))}\n"
     )
 
 
@@ -89,20 +98,18 @@ def _row(row: Row, texts: Sequence[str], before: int) -> list[str]:
     ]
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(_escaped(cell) for cell in cells)} |"
-
-
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is, in a table too."""
-    return "".join(f"\\{letter}" if letter in "\\|*_<>`[]" else letter for letter in text)
-
-
 def picture(report: ComparisonReport) -> str:
-    """KL divergence on every text against bits, and against the time it takes, as SVG."""
+    """KL divergence on every text against size, and against the time it takes, as SVG."""
+    return scatter(f"Recipes on {report.model}", QUALITY, [text.name for text in report.texts], panels(report))
+
+
+def panels(report: ComparisonReport, width: int = WIDTH) -> list[Panel]:
+    """Against size, and against time; with the fronts. width: of each, in pixels."""
     texts = [text.name for text in report.texts]
     values = {row.recipe: tuple(row.quality[text].kl for text in texts) for row in report.rows}
-    bits = tuple(Point(label=row.recipe, x=row.bits_per_weight, values=values[row.recipe]) for row in report.rows)
+    sizes = tuple(Point(label=row.recipe, x=row.bytes / 1e6, values=values[row.recipe]) for row in report.rows)
     seconds = tuple(Point(label=row.recipe, x=row.seconds, values=values[row.recipe]) for row in report.rows)
-    panels = [Panel(x="bits per quantized weight", points=bits), Panel(x="seconds to compress", points=seconds, zero=True)]
-    return scatter(f"Recipes on {report.model}", "KL divergence from full precision, nats per token", texts, panels)
+    return [
+        Panel(x="size of the weights, MB", points=sizes, front=report.fronts["size"], width=width),
+        Panel(x="seconds to compress", points=seconds, front=report.fronts["time"], zero=True, width=width),
+    ]

@@ -1,6 +1,7 @@
 """Several recipes on one model, side by side: what a comparison holds, as data. JSON of it: schemas.py; Markdown: compare_text.py."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .eval.score import Comparison
@@ -65,11 +66,32 @@ class Row:
     quality: Mapping[str, Quality]
     checkpoint: str | None
 
+    @property
+    def kl(self) -> float:
+        """On the text where it is largest."""
+        return _worst(quality.kl for quality in self.quality.values())
+
+    @property
+    def change(self) -> float:
+        """Of the perplexity, on the text where it is largest."""
+        return _worst(quality.change for quality in self.quality.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pick:
+    """What to take for a need. need: best, smallest, quickest or portable. recipe: None if none will do. words: a sentence that says why."""
+
+    need: str
+    recipe: str | None
+    words: str
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparisonReport:
     """Recipes side by side. planish: the version that wrote this. finished: date and time, UTC. model: as given; model_sha256: its fingerprint.
-    arithmetic: of the compression; all is measured in float32. threads: of one process. versions: of the libraries."""
+    arithmetic: of the compression; all is measured in float32. threads: of one process. jobs: processes at
+    once, at most. versions: of the libraries. fronts: for size and time, the recipes that no other beats in both it and
+    quality, the cheapest first."""
 
     planish: str
     finished: str
@@ -81,10 +103,13 @@ class ComparisonReport:
     device: str
     platform: str
     threads: int
+    jobs: int
     versions: Mapping[str, str]
     texts: tuple[Text, ...]
     base: Base
     rows: tuple[Row, ...]
+    fronts: Mapping[str, tuple[str, ...]]
+    picks: tuple[Pick, ...]
     notes: tuple[str, ...]
 
 
@@ -94,3 +119,8 @@ class Done:
 
     row: Row
     base: Mapping[str, float]
+
+
+def _worst(values: Iterable[float]) -> float:
+    """The largest; what is no number counts as infinite."""
+    return max(math.inf if math.isnan(value) else value for value in values)

@@ -3,12 +3,11 @@
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +23,9 @@ from .calib.shards import read_header, read_tensor
 from .calib.stored import open_stored
 from .calib.stream import Stream
 from .calib.workers import share_of_threads, workers_for
+from .callbacks import Callback, Told
+from .callbacks import Progress as Progress
+from .callbacks import Silent as Silent
 from .eval.probe import check_probe, read_probe, record_probe
 from .export import publish, write_checkpoint
 from .fused import settled
@@ -39,32 +41,6 @@ from .resolve import Address
 
 JOURNAL, NEW_JOURNAL = "journal.json", "journal.json.new"  # the second is all there is where a run was killed as it began
 PROBE = (4, 32)  # samples and tokens on which smoothing is searched and checked
-
-
-class Progress(Protocol):
-    """Told of what happens; every method may return at once."""
-
-    def say(self, text: str) -> None:
-        """Something that the user should know."""
-
-    def stage(self, name: str, steps: int) -> None:
-        """A stage of so many steps begins."""
-
-    def step(self, done: int, note: str = "") -> None:
-        """So many steps of the stage are done."""
-
-
-class Silent:
-    """Progress that nobody sees."""
-
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-    def stage(self, name: str, steps: int) -> None:
-        """Nothing."""
-
-    def step(self, done: int, note: str = "") -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,27 +68,29 @@ def compress(
     offload_dir: str | Path | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Compress `model` as `recipe` says and write the checkpoint to the new folder `out`.
 
     recipe: a Recipe, a shipped name or a file. model: local folder, Hub name, GGUF file or demo:smollm2. dtype: of the walk's arithmetic (default:
     bfloat16 where model and hardware have it, else float32). offload_dir: keep the activation streams on disk there (default: in memory where they
-    fit, else beside `out`).
+    fit, else beside `out`). progress: who shows what happens; callbacks: who else is told, and gets every block's record and the results.
+    Nothing is evaluated, so the recipe's gate is not judged: `recipe.gate.judge` does that with an evaluation's metrics.
     The same call after an interruption goes on at the block where it was and ends in the same bytes.
     Raises PlanishError; then nothing new is left behind.
     """
     target = Path(out)
     plan = make_plan(recipe, model, device=device, dtype=dtype, offload_dir=offload_dir, out=target, allow_pickle=allow_pickle)
-    progress = progress or Silent()
+    told = Told(progress, callbacks)
     for note in plan.notes:
-        progress.say(note)
-    return carry_out(plan, target, progress)
+        told.say(note)
+    return carry_out(plan, target, told)
 
 
 @torch.no_grad()
 def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
-    """What the plan says, into the new folder `out`."""
-    start = time.monotonic()
+    """What the plan says, into the new folder `out`. A progress that is a Callback gets the numbers too."""
+    start, numbers = time.monotonic(), progress if isinstance(progress, Callback) else Callback()
     (separate_large if plan.offload else share_heap)()  # whoever saves memory on streams pays a little time for the rest too
     progress.stage("checking weights", plan.checkpoint.nbytes)
     plan.checkpoint.check_finite(lambda done, _all: progress.step(done))
@@ -135,6 +113,7 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
                 noted(result.record, needs)
                 journal.add(result.record, result.tensors)
             progress.step(index + 1, _describe(journal.blocks[index]))
+            numbers.on_block(journal.blocks[index])
         trim()
         probe = None if streams is None else _probe(plan, runner, streams)
         del streams, compressor, runner
@@ -148,7 +127,9 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
         progress.step(2)
         stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         publish(folder, out)
-    return Result(out, plan, tuple(journal.blocks), time.monotonic() - start, stored, bits)
+    found = Result(out, plan, tuple(journal.blocks), time.monotonic() - start, stored, bits)
+    numbers.on_metrics({"bits_per_weight": bits, "bytes": stored, "seconds": found.seconds})
+    return found
 
 
 @contextmanager

@@ -9,7 +9,9 @@ Plain data is what YAML and JSON hold. An annotation says what is taken, and not
 | A | B                  | whatever A or B takes; the exact type first                        |
 | tuple[X, ...]          | a list; for a tuple of texts also one text alone                   |
 | tuple[X, Y]            | a list of exactly these                                            |
-| Mapping[str, X]        | a mapping                                                          |
+| list[X]                | a list                                                             |
+| Mapping or dict[str, X] | a mapping                                                         |
+| Any                    | whatever there is                                                  |
 | a dataclass            | a mapping of its fields, no others, none without a default missing |
 | Annotated[A, Named(…)] | a name, or a mapping of one name to the settings of what it names  |
 """
@@ -31,6 +33,7 @@ NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 T = TypeVar("T")
 
+_MAPPINGS = (Mapping, dict)
 _SCALARS: dict[Any, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
 
 
@@ -88,6 +91,8 @@ def _named(kind: Any) -> Named | None:
 
 def _suits(kind: Any, data: object) -> bool:
     """Whether the data has the outer shape that the type, not a union, takes."""
+    if kind is Any:
+        return True
     if kind in _SCALARS:
         return type(data) is kind or (kind is float and type(data) is int)
     if _named(kind):
@@ -96,7 +101,9 @@ def _suits(kind: Any, data: object) -> bool:
         return any(type(data) is type(value) and data == value for value in get_args(kind))
     if get_origin(kind) is tuple:
         return isinstance(data, list) or (isinstance(data, str) and get_args(kind)[0] is str)
-    if get_origin(kind) is Mapping or is_dataclass(kind):
+    if get_origin(kind) is list:
+        return isinstance(data, list)
+    if get_origin(kind) in _MAPPINGS or is_dataclass(kind):
         return isinstance(data, dict)
     raise TypeError(f"no plain form for annotation {kind}")
 
@@ -112,7 +119,9 @@ def _decode(kind: Any, data: object, place: _Place) -> Any:
         return _decode_named(named, data, place)
     if get_origin(arm) is tuple:
         return _decode_tuple(get_args(arm), data if isinstance(data, list) else [data], place)
-    if get_origin(arm) is Mapping:
+    if isinstance(data, list) and get_origin(arm) is list:
+        return [_decode(get_args(arm)[0], item, place.at(index)) for index, item in enumerate(data)]
+    if get_origin(arm) in _MAPPINGS:
         return _decode_mapping(get_args(arm)[1], data, place)
     if is_dataclass(arm):
         return _decode_fields(arm, data, place)
@@ -185,9 +194,9 @@ def _expected_arm(arm: Any) -> str:
         return f"one of {', '.join(named.classes)}"
     if get_origin(arm) is Literal:
         return " or ".join(_show(value) for value in get_args(arm))
-    if get_origin(arm) is Mapping:
+    if get_origin(arm) in _MAPPINGS:
         return "a mapping"
-    return "a list" if get_origin(arm) is tuple else f"a mapping with the keys {', '.join(_fields(arm))}"
+    return "a list" if get_origin(arm) in (tuple, list) else f"a mapping with the keys {', '.join(_fields(arm))}"
 
 
 def _mismatch(kind: Any, data: object) -> str:
@@ -221,7 +230,7 @@ def _encode(kind: Any, value: Any, defaults: bool) -> Plain:
             return list(value)
         return [_encode(kinds[0 if kinds[-1] is Ellipsis else index], item, defaults) for index, item in enumerate(value)]
     if isinstance(value, Mapping):
-        item_kind = next(get_args(arm)[1] for arm in _arms(kind) if get_origin(arm) is Mapping)
+        item_kind = next((get_args(arm)[1] for arm in _arms(kind) if get_origin(arm) in _MAPPINGS), Any)
         return {key: _encode(item_kind, item, defaults) for key, item in value.items()}
     if is_dataclass(value):
         own: Any = type(value)

@@ -29,12 +29,13 @@ Against = Annotated[
     str | None, typer.Option("--against", metavar="MODEL", help="Show side by side with this model, or with what inspect --json said of it (.json).")
 ]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page with pictures. Needs plotly.")]
+MarkdownFile = Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write findings and worst sites there, as Markdown.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Write the recommended recipe there, as YAML.")]
 Bits = Annotated[str, typer.Option("--bits", metavar="SCHEME", help="Bits of the recommended recipe: w8a8, w4a8, w4a16 or w4a4.")]
 Limits = Annotated[
     list[str] | None, typer.Option("--threshold", metavar="NAME=VALUE", help="Change a criterion, such as massive_ratio=500. Repeatable.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace the files of --html and --recipe if they exist.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the files of --html, --markdown and --recipe if they exist.")]
 Schema = Annotated[bool, typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON Schema of what --json prints.")]
 
 
@@ -47,6 +48,7 @@ def inspect(
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of windows or images.")] = 0,
     against: Against = None,
     html: Html = None,
+    markdown: MarkdownFile = None,
     recipe: RecipeFile = None,
     bits: Bits = "w8a8",
     thresholds: Limits = None,
@@ -79,6 +81,7 @@ def inspect(
             seed=seed,
             against=against,
             html=html,
+            markdown=markdown,
             recipe=recipe,
             bits=bits,
             thresholds=tuple(thresholds or ()),

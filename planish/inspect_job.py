@@ -12,11 +12,12 @@ from .calib.diagnosis import OutlierReport, Thresholds
 from .calib.stored import StoredCheckpoint
 from .calib.topology import topology
 from .decode import decode
-from .eval.outlier_page import outlier_page
+from .eval.outlier_page import outlier_markdown, outlier_page
 from .eval.pictures import plotly_script
 from .inspect_json import from_dict
 from .inspection import inspect, open_model
 from .journal import write_text
+from .page_links import beside, check_file
 from .quant.errors import PlanishError
 from .recommend import check_bits
 from .yamltext import parse_yaml
@@ -29,7 +30,7 @@ Shape = tuple[str, int, int]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectJob:
     """What the user asked for. source to allow_pickle: those of `planish.inspect`, with thresholds as NAME=VALUE. against: another model, or a report
-    in a .json file. html, recipe: files to write; force: even if they exist."""
+    in a .json file. html, markdown, recipe: files to write; force: even if they exist."""
 
     model: str
     source: str | None = None
@@ -39,6 +40,7 @@ class InspectJob:
     seed: int = 0
     against: str | None = None
     html: Path | None = None
+    markdown: Path | None = None
     recipe: Path | None = None
     bits: str = "w8a8"
     thresholds: tuple[str, ...] = ()
@@ -51,17 +53,12 @@ class InspectJob:
     @property
     def files(self) -> tuple[Path, ...]:
         """Those that will be written."""
-        return tuple(path for path in (self.html, self.recipe) if path is not None)
+        return tuple(path for path in (self.html, self.markdown, self.recipe) if path is not None)
 
     def check(self) -> OutlierReport | None:
         """Refuse what can be refused before the work; the report to compare with, if it is in a file."""
         for path in self.files:
-            if not path.absolute().parent.is_dir():
-                raise PlanishError(f"{path}: there is no folder {path.parent}. Make it first, or give another name.")
-            if path.is_dir():
-                raise PlanishError(f"{path}: is a folder. Give the name of a file.")
-            if not self.force and (path.exists() or path.is_symlink()):
-                raise PlanishError(f"{path}: exists, and planish overwrites nothing unasked. Choose another name, or add --force.")
+            check_file(path, replace=self.force)
         if self.html is not None:
             plotly_script()  # says so if it is not installed
         self._limits()
@@ -84,7 +81,9 @@ class InspectJob:
         if self.against is not None and base is None:
             base = self._inspect(self.against, lambda stage, done, total: tell(f"{stage} of the other", done, total))
         if self.html is not None:
-            write_text(self.html, outlier_page(found, base))
+            write_text(self.html, outlier_page(found, base, links=beside(self.html)))
+        if self.markdown is not None:
+            write_text(self.markdown, outlier_markdown(found))
         if self.recipe is not None and found.recommendation is not None:
             write_text(self.recipe, found.recommendation.recipe)
         return found, base

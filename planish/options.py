@@ -29,6 +29,12 @@ Device = Annotated[str | None, typer.Option(help="Where to compute, such as cpu 
 Arithmetic = Annotated[Dtype | None, typer.Option(help="Arithmetic of the walk. Default: bfloat16 where model and hardware have it.")]
 Offload = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the activations on disk, there. Default: only if memory is short.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights too. Pickles can run code: only from a source you trust.")]
+Gates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--gate", metavar="METRIC=THRESHOLD", help="Exit with 3 if it is missed: perplexity_ratio=1.05, kl=0.1, recovery=98. May be given repeatedly."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No plan and no progress.")]
 

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from .calib.data import Calibration
 from .decode import Named, decode, encode
+from .eval.gate import Gate
 from .quant.errors import PlanishError, nearest
 from .quant.formats import Scheme
 from .quant.solvers import SOLVERS, Solver
@@ -75,6 +76,7 @@ class Recipe:
 
     calibration: None where nothing needs text. group_fallback: what to do where the scheme's group size does not divide a layer's input channels:
     refuse; divisor: the largest smaller size that does and that servers run (128, 64, 32), per channel if there is none; channel: per channel.
+    gate: what the result must meet; it has no part in the result.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Recipe:
     group_fallback: Literal["refuse", "divisor", "channel"] = "refuse"
     solver: Annotated[Solver, Named(SOLVERS)]
     export: Export = Export()
+    gate: Gate = Gate()
 
     def __post_init__(self) -> None:
         if all(scheme.weights is None for scheme in self.schemes()):
@@ -163,8 +166,10 @@ def to_yaml(recipe: Recipe, *, defaults: bool = False) -> str:
 
 
 def digest(recipe: Recipe) -> str:
-    """SHA-256 (hex) of the recipe's canonical JSON; equal recipes have equal digests."""
+    """SHA-256 (hex) of the recipe's canonical JSON, the gate left out, for it judges what the rest makes; equal recipes have equal digests."""
     canonical = encode(decode(Recipe, encode(recipe), f"recipe {recipe.name}"))  # decoded once: strength=1 and strength=1.0 are equal recipes
+    assert isinstance(canonical, dict)
+    del canonical["gate"]
     return hashlib.sha256(json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

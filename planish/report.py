@@ -1,18 +1,15 @@
 """What a compression cost: sizes, quality on held-out text, time and memory, as one JSON file beside the checkpoint."""
 
-import json
-import math
 import os
 import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,13 +17,16 @@ from torch import Tensor
 from .calib.heap import trim
 from .calib.packing import Packed
 from .calib.stored import open_stored
+from .compress_report import ArithmeticReport, Bytes, CompressReport, EvaluationReport, Machine, PlanReport, ScoreReport, SiteFormat
 from .compression import Progress, Result
 from .decode import encode
 from .estimate import LENGTH, WINDOWS
-from .eval.score import Comparison, compare
+from .eval.gate import Judgement
+from .eval.score import Comparison, Score, compare
 from .eval.verify import evaluation_windows
 from .preflight import Plan
 from .quant.formats import Scheme
+from .recipe import digest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,10 +38,29 @@ class Evaluation:
     length: int
     seconds: float
 
-    def to_dict(self) -> dict[str, object]:
-        """As plain values, for JSON."""
-        about = {"source": "builtin, evaluation half", "windows": self.windows, "length": self.length, "dtype": "float32", "seconds": self.seconds}
-        return {**about, **self.comparison.to_dict()}
+    @property
+    def words(self) -> str:
+        """What it was measured on."""
+        return f"{self.windows} x {self.length} tokens of the built-in text"
+
+    def report(self) -> EvaluationReport:
+        """With the numbers alone."""
+        both = self.comparison
+        return EvaluationReport(
+            source="builtin, evaluation half",
+            windows=self.windows,
+            length=self.length,
+            dtype="float32",
+            seconds=self.seconds,
+            base=_score(both.base),
+            quantized=_score(both.quantized),
+            kl=both.kl,
+            agreement=both.agreement,
+        )
+
+
+def _score(score: Score) -> ScoreReport:
+    return ScoreReport(nll=score.nll, perplexity=score.perplexity, tokens=score.tokens)
 
 
 def windows(plan: Plan) -> Tensor:
@@ -76,27 +95,30 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def plan_dict(plan: Plan) -> dict[str, Any]:
-    """A plan as plain values, for JSON."""
-    return {
-        "recipe": encode(plan.recipe, defaults=True),
-        "model": str(plan.checkpoint.path),
-        "family": plan.topology.family,
-        "blocks": plan.topology.block_count,
-        "sites": {name: [{"blocks": rows, **described(how)} for how, rows in by_scheme.items()] for name, by_scheme in schemes(plan).items()},
-        "bytes": {"before": plan.checkpoint.nbytes, "after": plan.out_bytes},
-        "bits_per_weight": plan.bits_per_weight,
-        "arithmetic": {"dtype": str(plan.dtype).removeprefix("torch."), "device": str(plan.device)},
-        "memory": {**asdict(plan.memory), "total": plan.memory.total},
-        "memory_evaluating": {**asdict(plan.evaluation), "total": plan.evaluation.total},
-        "prefix": list(plan.prefix),
-        "offload": plan.offload,
-        "replay": plan.replay,
-        "disk": plan.disk,
-        "seconds": plan.seconds,
-        "servers": list(plan.servers),
-        "notes": list(plan.notes),
-    }
+def plan_report(plan: Plan) -> PlanReport:
+    """A plan as data."""
+    return PlanReport(
+        recipe=cast("dict[str, Any]", encode(plan.recipe, defaults=True)),
+        model=str(plan.checkpoint.path),
+        family=plan.topology.family,
+        blocks=plan.topology.block_count,
+        sites={
+            name: tuple(SiteFormat(blocks=tuple(rows), **described(how)) for how, rows in by_scheme.items())
+            for name, by_scheme in schemes(plan).items()
+        },
+        bytes=Bytes(before=plan.checkpoint.nbytes, after=plan.out_bytes),
+        bits_per_weight=plan.bits_per_weight,
+        arithmetic=ArithmeticReport(dtype=str(plan.dtype).removeprefix("torch."), device=str(plan.device)),
+        memory={**asdict(plan.memory), "total": plan.memory.total},
+        memory_evaluating={**asdict(plan.evaluation), "total": plan.evaluation.total},
+        prefix=plan.prefix,
+        offload=plan.offload,
+        replay=plan.replay,
+        disk=plan.disk,
+        seconds=plan.seconds,
+        servers=plan.servers,
+        notes=plan.notes,
+    )
 
 
 def schemes(plan: Plan) -> dict[str, dict[Packed | None, list[int]]]:
@@ -131,37 +153,28 @@ def report_path(out: Path) -> Path:
     return out.with_name(out.name + ".report.json")
 
 
-def run_report(result: Result, model: str, peak: int, evaluation: Evaluation | None) -> dict[str, Any]:
-    """Everything that is known of a finished compression, as plain values. peak: memory in bytes."""
-    return {
-        "planish": version("planish"),
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": model,
-        "checkpoint": str(result.out.absolute()),
-        "bytes": {"before": result.plan.checkpoint.nbytes, "after": result.stored_bytes},
-        "bits_per_weight": result.bits_per_weight,
-        "evaluation": None if evaluation is None else evaluation.to_dict(),
-        "seconds": result.seconds,
-        "peak_bytes": peak,
-        "machine": {
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "compressed-tensors")}},
-        },
-        "blocks": [asdict(block) for block in result.blocks],
-        "plan": plan_dict(result.plan),
-    }
+def page_path(out: Path) -> Path:
+    """Where the page of it lies, unless another place was asked for."""
+    return out.with_name(out.name + ".report.html")
 
 
-def to_json(data: Mapping[str, Any]) -> str:
-    """Indented JSON. A number that is not finite, which JSON does not have, becomes null."""
-    return json.dumps(_finite(data), indent=2, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def run_report(result: Result, model: str, peak: int, evaluation: Evaluation | None, judgement: Judgement | None = None) -> CompressReport:
+    """Everything that is known of a finished compression. peak: memory in bytes."""
+    versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "compressed-tensors")}}
+    return CompressReport(
+        planish=version("planish"),
+        finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        model=model,
+        model_sha256=result.plan.checkpoint.fingerprint(),
+        recipe_sha256=digest(result.plan.recipe),
+        checkpoint=str(result.out.absolute()),
+        bytes=Bytes(before=result.plan.checkpoint.nbytes, after=result.stored_bytes),
+        bits_per_weight=result.bits_per_weight,
+        evaluation=None if evaluation is None else evaluation.report(),
+        gate=judgement,
+        seconds=result.seconds,
+        peak_bytes=peak,
+        machine=Machine(platform=platform.platform(), cpus=os.cpu_count(), threads=torch.get_num_threads(), versions=versions),
+        blocks=result.blocks,
+        plan=plan_report(result.plan),
+    )

@@ -4,6 +4,7 @@ A number that JSON lacks is one of the texts NaN, Infinity and -Infinity.
 """
 
 import inspect
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -27,11 +28,16 @@ def plain(report: object) -> dict[str, Any]:
     return found
 
 
+def to_json(report: object) -> str:
+    """A dataclass object, or plain values, as indented JSON."""
+    return json.dumps(_spelled(report) if isinstance(report, dict) else plain(report), indent=2, allow_nan=False)
+
+
 def _spelled(value: Any) -> Any:
     """The same with texts for the numbers that are not finite."""
     if isinstance(value, dict):
         return {key: _spelled(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_spelled(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return next(text for text, number in NONFINITE.items() if number == value or (math.isnan(number) and math.isnan(value)))
@@ -48,16 +54,18 @@ def schema_of(kind: type, title: str) -> dict[str, Any]:
 def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     """The schema of one annotation. Dataclasses are added to the definitions, and referred to."""
     origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return {}
     if kind in _SCALARS:
         return _SCALARS[kind]
     if origin in (Union, UnionType):
         return {"anyOf": [_schema(arm, definitions) for arm in arguments]}
-    if origin is tuple and arguments[-1] is Ellipsis:
+    if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
         return {"type": "array", "items": _schema(arguments[0], definitions)}
     if origin is tuple:
         items = [_schema(item, definitions) for item in arguments]
         return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
-    if origin is Mapping:
+    if origin in (Mapping, dict):
         return {"type": "object", "additionalProperties": _schema(arguments[1], definitions)}
     if not is_dataclass(kind):
         raise TypeError(f"no schema for annotation {kind}")

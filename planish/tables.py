@@ -8,8 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from .calib.packing import Packed
+from .compress_report import CompressReport
 from .compression import Result
 from .eval.check import Verification
+from .eval.gate import Judgement
 from .preflight import Plan
 from .report import Evaluation, described, schemes
 from .units import duration, size
@@ -45,6 +47,7 @@ def plan_table(plan: Plan, model: str) -> Table:
         ("disk", f"about {size(plan.disk)} while it runs"),
         ("time", f"about {duration(plan.seconds)} in {_short(plan.dtype)} on {plan.device}"),
         ("runs in", ", ".join(plan.servers)),
+        *((("gate", plan.recipe.gate.words()),) if plan.recipe.gate else ()),
         *(("note", note) for note in plan.notes),
     ]
     return _pairs(rows)
@@ -81,7 +84,7 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def result_table(result: Result, evaluation: Evaluation | None, peak: int, report: Path) -> tuple[Table, Table]:
+def result_table(result: Result, evaluation: Evaluation | None, report: CompressReport, files: Iterable[Path]) -> tuple[Table, Table]:
     """What the compression did to the model, and what it took."""
     before, after = result.plan.checkpoint.nbytes, result.stored_bytes
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
@@ -94,12 +97,19 @@ def result_table(result: Result, evaluation: Evaluation | None, peak: int, repor
         table.add_row("  perplexity", f"{base:.3f}", f"{quantized:.3f}", Text(f"{quantized / base - 1:+.2%}", style="dim"))
         table.add_row("  KL divergence per token", "", f"{evaluation.comparison.kl:.4f}", "")
         table.add_row("  same likeliest token", "", f"{evaluation.comparison.agreement:.1%}", "")
-    took = f"{duration(result.seconds)}, peak memory {size(peak)}"
+    took = f"{duration(result.seconds)}, peak memory {size(report.peak_bytes)}"
     rows = [("compressed in", took), *_choices(result)]
     if evaluation is not None:
-        text = f"{duration(evaluation.seconds)}, on {evaluation.windows} x {evaluation.length} tokens of the built-in text, float32"
+        text = f"{duration(evaluation.seconds)}, on {evaluation.words}, float32"
         rows.append(("evaluated in", text))
-    return table, _pairs([*rows, ("checkpoint", str(result.out)), ("report", str(report))])
+    if report.gate is not None:
+        rows += gate_rows(report.gate)
+    return table, _pairs([*rows, ("checkpoint", str(result.out)), *(("report", str(file)) for file in files)])
+
+
+def gate_rows(judgement: Judgement) -> list[tuple[str, str]]:
+    """Every threshold with what was measured."""
+    return [("gate" if not i else "", f"{'met' if one.met else 'MISSED'}: {one.words()}") for i, one in enumerate(judgement.held)]
 
 
 def _choices(result: Result) -> list[tuple[str, str]]:

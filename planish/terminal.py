@@ -5,7 +5,7 @@ import logging
 import sys
 import traceback
 import warnings
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,7 +15,11 @@ from typer.core import TyperGroup
 
 from .quant.errors import PlanishError
 
+if TYPE_CHECKING:
+    from .eval.gate import Judgement
+
 USER_ERROR = 2
+MISSED = 3  # a gate
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _TRACEBACK = "planish.traceback"
 
@@ -64,6 +68,13 @@ def _end(ctx: Any, error: BaseException, message: str, code: int) -> typer.Exit:
     line = " ".join(part.strip() for part in message.splitlines() if part.strip())  # libraries' messages inside ours may have several lines
     err_console().print(label + Text(line), soft_wrap=True)
     return typer.Exit(code)
+
+
+def end_by(judgement: "Judgement | None", more: str = "") -> None:
+    """Say so and exit with 3 if a gate is missed. more: what else to say then."""
+    if judgement is not None and not judgement.met:
+        err_console().print(Text(f"{judgement.sentence()} {more}".strip()), soft_wrap=True)
+        raise typer.Exit(MISSED)
 
 
 def system_message(error: OSError | SafetensorError) -> str | None:

@@ -6,14 +6,14 @@ import json
 import pytest
 
 from planish.compare_child import Channel, Task, work
-from planish.compare_parent import listen
+from planish.compare_parent import Started, listen
 from planish.compression import Progress
 from planish.decode import decode, encode
 
 MEASURE = ("--windows", "2", "--length", "64")
 
 
-def run_here(task: Task, progress: Progress) -> object:
+def run_here(task: Task, progress: Progress, _started: Started) -> object:
     """As run_child, everything said and returned through JSON."""
     out = io.StringIO()
     channel = Channel(out)

@@ -1,4 +1,4 @@
-"""The page of an inspection in a real browser: it opens from disk, says nothing on the console, asks nothing of the network, and can be used.
+"""The pages of reports in a real browser: it opens from disk, says nothing on the console, asks nothing of the network, and can be used.
 
 Needs Debian's chromium and chromium-driver, or any other Chromium and chromedriver on PATH.
 """
@@ -12,14 +12,18 @@ from typing import Any
 
 import pytest
 from helpers_inspect import compressed_report, smollm2_report
+from helpers_reports import comparison_report, compress_report, evaluation
 
 from planish.eval.outlier_page import outlier_page
+from planish.report_command import write_pages
+from planish.schemas import to_json
 
 pytestmark = pytest.mark.slow
 
 QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 QUIET += ("--disable-component-update", "--disable-sync", "--hide-scrollbars")
-VIEWS = {"light": ("light", 1280), "dark": ("dark", 1280), "phone": ("light", 390)}
+VIEWS = {"light": ("light", 1280), "dark": ("dark", 1280), "phone": ("light", 375)}
+PLOTS = {"one": 7, "two": 13, "compress": 0, "compare": 0, "eval": 0, "index": 0}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     (folder / "one.html").write_text(outlier_page(smollm2_report()), encoding="utf-8")
     (folder / "two.html").write_text(outlier_page(compressed_report(), smollm2_report()), encoding="utf-8")
+    for name, report in (("compress", compress_report()), ("compare", comparison_report()), ("eval", evaluation())):
+        (folder / f"{name}.json").write_text(to_json(report), encoding="utf-8")
+    for page in write_pages([folder], folder / "pages"):
+        page.rename(folder / page.name)
     return folder
 
 
@@ -102,35 +110,59 @@ def luminance(colour: str) -> float:
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("page", ["one", "two"])
+@pytest.mark.parametrize("page", PLOTS)
 def test_it_opens_quietly(browser: Any, folder: Path, page: str, view: str) -> None:
     path = folder / f"{page}.html"
     show(browser, path, *VIEWS[view])
     assert [entry["message"] for entry in browser.get_log("browser")] == []
     assert {url for url in requests(browser) if not url.startswith(("data:", "blob:"))} == {path.as_uri()}
     plots = browser.execute_script("return [...document.querySelectorAll('.plot')].map((plot) => plot.querySelectorAll('.main-svg').length)")
-    assert len(plots) == (7 if page == "one" else 13)
+    assert len(plots) == PLOTS[page]
     assert all(plots)
     wide = browser.execute_script("return document.documentElement.scrollWidth - innerWidth")
     assert wide <= 0, "the page as a whole must not scroll sideways"
     picture = base64.b64decode(browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})["data"])
     (folder / f"{page}-{view}.png").write_bytes(picture)
     assert picture.startswith(b"\x89PNG")
-    assert len(picture) > 20_000
+    assert len(picture) > (5_000 if page == "index" else 20_000)
 
 
+@pytest.mark.parametrize("page", ["one", "compress", "compare"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_its_ground(browser: Any, folder: Path, scheme: str) -> None:
-    show(browser, folder / "one.html", scheme)
+def test_text_stands_out_from_its_ground(browser: Any, folder: Path, scheme: str, page: str) -> None:
+    show(browser, folder / f"{page}.html", scheme)
     ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (luminance(ground) > 0.5) == (scheme == "light")
     colours = {
         name: browser.execute_script(f"return getComputedStyle(document.querySelector('{name}')).color") for name in ("p", ".subtitle", "td", "nav a")
     }
-    colours["plot"] = browser.execute_script("return getComputedStyle(document.querySelector('.plot .xtick text')).fill")
+    picture = ".plot .xtick text" if page == "one" else ".drawings text.tick"
+    colours["picture"] = browser.execute_script(f"return getComputedStyle(document.querySelector('{picture}')).fill")
     for name, colour in colours.items():
         light, dark = sorted((luminance(ground), luminance(colour)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, name
+
+
+def test_wide_tables_scroll_in_their_own_box(browser: Any, folder: Path) -> None:
+    show(browser, folder / "compare.html", width=375)
+    boxes = browser.execute_script("return [...document.querySelectorAll('.scroll')].map((box) => [box.scrollWidth, box.clientWidth])")
+    assert any(inner > outer for inner, outer in boxes)
+    assert all(outer <= 375 for _, outer in boxes)
+
+
+def test_reports_lead_to_each_other(browser: Any, folder: Path) -> None:
+    from selenium.webdriver.common.by import By
+
+    show(browser, folder / "compress.html")
+    browser.find_element(By.LINK_TEXT, "eval: out against demo:smollm2").click()
+    assert browser.title == "Evaluation of out"
+
+
+@pytest.mark.parametrize("page", ["compress", "compare", "eval"])
+def test_pages_without_plots_print_on_few_sheets(browser: Any, folder: Path, page: str) -> None:
+    show(browser, folder / f"{page}.html", "dark")
+    pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.69})["data"])
+    assert 1 <= pdf.count(b"/Type /Page\n") <= 8
 
 
 def test_lines_change_with_the_scheme(browser: Any, folder: Path) -> None:

@@ -73,3 +73,24 @@ def test_ticks_are_round_and_inside(low: float, high: float) -> None:
     ticks = round_ticks(low, high)
     assert 4 <= len(ticks) <= 10
     assert low <= ticks[0] < ticks[-1] <= high
+
+
+def test_the_front_goes_in_steps_through_the_topmost_marks() -> None:
+    svg = ET.fromstring(scatter("t", "KL", ["a", "b"], [Panel(x="MB", points=POINTS, front=("w4a16-channel", "w4a16-g128", "w8a8"))]))
+    (front,) = [line for line in svg.iter(f"{SVG}polyline") if line.get("class") == "front"]
+    corners = [tuple(map(float, point.split(","))) for point in front.get("points", "").split()]
+    assert len(corners) == 5
+    assert all(before[1] == corner[1] for before, corner in zip(corners[::2], corners[1::2], strict=False))
+    assert [x for x, _ in corners] == sorted(x for x, _ in corners)
+    assert [y for _, y in corners] == sorted(y for _, y in corners)
+
+
+@pytest.mark.parametrize("count", [5, 80])
+def test_lines_are_broken_where_there_is_no_value(count: int) -> None:
+    values = [0.0 if i == 2 else 0.1 + 0.01 * i for i in range(count)]
+    points = tuple(Point(label=f"block {i}", x=i, values=(value,)) for i, value in enumerate(values))
+    svg = ET.fromstring(scatter("t", "error", ["down"], [Panel(x="block", points=points, joined=True)], heading=False))
+    assert [len((line.get("points") or "").split()) for line in svg.iter(f"{SVG}polyline")] == [2, count - 3]
+    hints = [title.text for title in svg.iter(f"{SVG}title")][1:]
+    assert hints == ([f"block {i}: {value:.4g}" for i, value in enumerate(values) if value] if count == 5 else [])
+    assert "block 1" not in [text.text for text in svg.iter(f"{SVG}text")]

@@ -17,7 +17,8 @@ from planish.compression import Result
 from planish.preflight import make_plan
 from planish.quant.errors import PlanishError
 from planish.recipe import Recipe, load_recipe, to_yaml, with_settings
-from planish.report import plan_dict, run_report
+from planish.report import plan_report, run_report
+from planish.schemas import to_json
 from planish.tables import result_table
 
 CHOICE = "[auto: {candidates: [[hadamard: {block: 2}], [hadamard]], margin: 0.05}, clip]"
@@ -41,7 +42,7 @@ def test_every_site_says_what_it_chose_and_why(tmp_path: Path) -> None:
         assert site.chosen == near[0]  # they are listed from the cheapest to the dearest
         assert [factor["kind"] for factor in site.chain] == ([] if site.chosen == "none" else ["hadamard"])
     assert len({site.chosen for site in sites(result).values()}) > 1
-    report = json.loads(json.dumps(run_report(result, "model", 1, None)))
+    report = json.loads(to_json(run_report(result, "model", 1, None)))
     manifest = json.loads((tmp_path / "out" / "planish" / "manifest.json").read_text())
     for blocks in (report["blocks"], manifest["blocks"]):
         assert {f"{block['index']}.{name}": site["candidates"] for block in blocks for name, site in block["sites"].items()} == {
@@ -87,7 +88,7 @@ def test_the_neediest_sites_are_raised_and_said(tmp_path: Path) -> None:
     assert all("activations raised to 8 bits" in site.note for site in found.values() if site.raised)
     bits = {f"{block}.{name}": how.scheme.activations.bits for (block, name), how in result.plan.packed.items() if how and how.scheme.activations}
     assert bits == {address: 8 if site.raised else 4 for address, site in found.items()}
-    assert sum(len(how["blocks"]) for by in plan_dict(result.plan)["sites"].values() for how in by if "int8" in how["activations"]) == count
+    assert sum(len(how.blocks) for by in plan_report(result.plan).sites.values() for how in by if "int8" in (how.activations or "")) == count
     assert "raised activations" in printed(result)
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
     assert sorted(group["input_activations"]["num_bits"] for group in stored.values()) == [4, 8]

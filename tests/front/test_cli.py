@@ -36,7 +36,7 @@ def test_compress_verify_and_load(recipe: str, planish: Planish, original: Path,
     assert "blocks 3/3, error 0." in ran.err
     assert "runs in" in ran.err
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", ran.out + ran.err)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "new.report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "new.report.html", "new.report.json"]
     ran = planish("verify", "new", "--against", original, "--windows", "2", "--length", "64")
     assert ran.code == 0, ran
     assert "FAILED" not in ran.out
@@ -138,4 +138,4 @@ def test_demo(planish: Planish, tmp_path: Path) -> None:
     assert report["bytes"]["after"] < 0.65 * report["bytes"]["before"]
     assert report["evaluation"]["quantized"]["perplexity"] < 1.02 * report["evaluation"]["base"]["perplexity"]
     assert report["peak_bytes"] < 3e9
-    assert sorted(path.name for path in (tmp_path / "build").iterdir()) == ["demo-w8a8", "demo-w8a8.report.json"]
+    assert sorted(path.name for path in (tmp_path / "build").iterdir()) == ["demo-w8a8", "demo-w8a8.report.html", "demo-w8a8.report.json"]

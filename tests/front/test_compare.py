@@ -17,9 +17,11 @@ from jsonschema import Draft202012Validator
 import planish as front
 from planish.calib.data import Calibration
 from planish.calib.stored import open_stored
+from planish.calib.workers import threads
 from planish.compare_job import CompareJob
 from planish.comparison import ComparisonReport
 from planish.decode import decode
+from planish.page_links import about
 
 Planish = Callable[..., Ran]
 WORDS = "A blacksmith planishes a sheet of copper: light blows, and the bumps are gone. " * 40
@@ -54,8 +56,12 @@ def test_what_it_says_and_writes(finished: tuple[Ran, Path]) -> None:
     for words in ("in all", "w8a8: blocks 3/3", "w8a8: texts 4/4", "1 of 2 recipes, about", "2 of 2 recipes)"):
         assert words in ran.err
     assert sorted(path.name for path in out.iterdir()) == [
-        *("about.json", "checkpoints", "comparison.json", "comparison.md", "comparison.svg", "results"),
+        *("about.json", "checkpoints", "comparison.html", "comparison.json", "comparison.md", "comparison.svg", "results"),
     ]
+    assert ran.out.count("best: w8a8") == 1
+    page = (out / "comparison.html").read_text()
+    assert "w4a8</text>" in page
+    assert about(out / "comparison.html") == f"compare: {report(out)['model']}"
     table = [line for line in (out / "comparison.md").read_text().splitlines() if line.startswith("|")]
     assert [line.split()[1] for line in table] == ["recipe", "---", "(full", "w8a8", "w4a8"]
     assert len({line.count("|") for line in table}) == 1
@@ -110,6 +116,22 @@ def test_from_python_with_one_text(original: Path, tmp_path: Path) -> None:
     before = tree(tmp_path / "out" / "results")
     again = front.compare(recipes, original, tmp_path / "out", windows=1, length=32, progress=(silent := Told()))
     assert (again.rows, silent.stages, tree(tmp_path / "out" / "results")) == (found.rows, [], before)
+
+
+@pytest.mark.slow
+def test_side_by_side_finds_the_same(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real processes at once, against one after the other in this one with as many threads."""
+    recipes, told = [quick("w8a8"), quick("w4a16-channel")], Told()
+    with threads(2):
+        found = front.compare(recipes, original, tmp_path / "two", vary=["calibration.seed=0,1"], windows=1, length=32, jobs=2, progress=told)
+    monkeypatch.setattr("planish.compare_job.run_child", run_here)
+    with threads(1):
+        alone = front.compare(recipes, original, tmp_path / "one", vary=["calibration.seed=0,1"], windows=1, length=32)
+    assert (found.jobs, found.threads, alone.jobs, alone.threads) == (2, 1, 1, 1)
+    assert told.stages == ["full precision: texts", "recipes"]
+    assert [row.recipe for row in found.rows] == [f"{name}-seed={seed}" for name in ("w8a8", "w4a16-channel") for seed in (0, 1)]
+    assert [(row.recipe, row.quality, row.bytes) for row in found.rows] == [(row.recipe, row.quality, row.bytes) for row in alone.rows]
+    assert found.base == alone.base
 
 
 class Told:

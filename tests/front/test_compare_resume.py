@@ -19,10 +19,11 @@ from tiny_models import tiny
 
 from planish import compare_parent
 from planish.compare_folder import Folder
-from planish.compare_plan import named_recipes, named_texts
+from planish.compare_plan import named_texts
 from planish.comparison import Done
 from planish.quant.errors import PlanishError
 from planish.recipe import load_recipe, with_settings
+from planish.variants import named_recipes
 
 BLOCKS = 12
 SETTINGS = ("--set", "calibration.samples=16", "--set", "calibration.length=128", *MEASURE)
@@ -154,6 +155,8 @@ def test_another_comparison_is_refused(original: Path, tmp_path: Path, monkeypat
         (("w8a8", "--text", "wiki=missing.txt"), "missing.txt"),
         (("w8a8", "--out", "there"), "is no comparison"),
         (("w8a8", "--device", "tpu"), "tpu"),
+        (("w8a8", "--vary", "calibration.samples=4,4"), "stands there twice"),
+        (("w8a8", "--vary", "solver.rtn.damping=0.1,0.2"), "damping"),
     ],
 )
 def test_refused_before_anything_runs(

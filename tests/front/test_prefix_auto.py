@@ -12,7 +12,7 @@ import planish
 from planish.calib.outlier_tokens import start_token
 from planish.calib.stored import open_stored
 from planish.eval.probe import check_probe, read_probe
-from planish.report import plan_dict
+from planish.report import plan_report
 
 RECIPE = quick("w4a4-fast", "steps=[prefix: {tokens: auto}, hadamard]")
 
@@ -36,7 +36,7 @@ def test_outlier_tokens_become_the_prefix(tmp_path: Path) -> None:
     model, token = planted(tmp_path / "model")
     result = planish.compress(RECIPE, model, tmp_path / "out")
     assert result.plan.prefix == (token, start_token(build_tokenizer()))
-    assert plan_dict(result.plan)["prefix"] == list(result.plan.prefix)
+    assert plan_report(result.plan).prefix == result.plan.prefix
     named = planish.compress(quick("w4a4-fast", f"steps=[prefix: {{tokens: {list(result.plan.prefix)}}}, hadamard]"), model, tmp_path / "named")
     files = [(made.out / "model.safetensors").read_bytes() for made in (result, named)]
     assert files[0] == files[1]

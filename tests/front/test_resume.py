@@ -53,7 +53,7 @@ def test_interrupted(how: signal.Signals, deep: Path, uninterrupted: dict[str, b
     assert ran.code == 0
     assert f"going on: {done} of {BLOCKS} blocks are done" in ran.err
     assert tree(tmp_path / "out") == uninterrupted
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.report.json", "streams"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.report.html", "out.report.json", "streams"]
     assert not tree(tmp_path / "streams")
 
 

@@ -1,0 +1,43 @@
+"""Gates as flags say them: --gate kl=0.1, or a recipe whose gate it is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from .decode import decode
+from .eval.gate import MEAN, Gate
+from .quant.errors import PlanishError
+from .recipe import load_recipe
+from .yamltext import parse_yaml
+
+BY_TASK = ("recovery", "accuracy")
+
+
+def read_gate(settings: Sequence[str]) -> Gate:
+    """A gate of `metric=threshold` settings; one without "=" names a recipe whose gate is taken, for the others to change. Raises PlanishError."""
+    gate = Gate()
+    for name in (setting for setting in settings if "=" not in setting):
+        gate = load_recipe(name).gate
+        if not gate:
+            raise PlanishError(f"--gate {name}: that recipe has no gate. Add one to it, or write thresholds, such as kl=0.1.")
+    return with_thresholds(gate, [setting for setting in settings if "=" in setting])
+
+
+def with_thresholds(gate: Gate, settings: Sequence[str]) -> Gate:
+    """The gate with `metric=threshold` settings, such as `kl=0.1`, `recovery.arc_easy=95` or `in_doubt=fail`. Raises PlanishError."""
+    data: dict[str, Any] = {}
+    for key in fields(gate):
+        if (value := getattr(gate, key.name)) != key.default:
+            data[key.name] = value
+    for setting in settings:
+        name, sign, text = setting.partition("=")
+        if not sign or not name:
+            raise PlanishError(f"--gate {setting!r} is no threshold. Write metric=threshold, such as kl=0.1.")
+        first, _, task = name.partition(".")
+        value = parse_yaml(text, f"--gate {setting}")
+        if first in BY_TASK and (task or first == "recovery"):
+            before = data.get(first, {})
+            data[first] = {**(before if isinstance(before, Mapping) else {MEAN: before}), task or MEAN: value}
+        else:
+            data[name] = value
+    return decode(Gate, data, "--gate") if settings else gate
