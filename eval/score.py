@@ -242,16 +242,35 @@ def hidden_comparisons(
     found: list[Comparison] = []
     with one.head() as head_one, two.head() as head_two:
         for batches, first, second in texts:
-            tallies, divergence = (_Tally(), _Tally()), Divergence()
-            for (ids_L, p_LD), (_, q_LD) in zip(_windows(batches, first), _windows(batches, second), strict=True):
-                for tally in tallies:
-                    tally.start(len(ids_L) - 1)
-                for logits, next_t in _side_by_side([(head_one, p_LD), (head_two, q_LD)], ids_L):
-                    for tally, logits_tV in zip(tallies, logits, strict=True):
-                        tally.add(logits_tV, next_t)
-                    divergence.add(*logits)
-            found.append(Comparison(tallies[0].score(), tallies[1].score(), divergence.mean_kl, divergence.agreement))
+            found += _comparisons(head_one, head_two, batches, first, [second])
     return found
+
+
+def stream_comparisons(
+    one: BlockRunner, two: BlockRunner, batches: Sequence[Tensor], first: Iterable[Tensor], others: Sequence[Sequence[Tensor]]
+) -> list[Comparison]:
+    """The comparison of each of several streams of the second model with the same one of the first. Call inside `arithmetic`.
+
+    A stream: for each batch of ids the hidden states (B, L, D) that the model ends in. The logits of one piece of each are in memory at a time.
+    """
+    with one.head() as head_one, two.head() as head_two:
+        return _comparisons(head_one, head_two, batches, first, others)
+
+
+def _comparisons(one: Head, two: Head, batches: Sequence[Tensor], first: Iterable[Tensor], others: Sequence[Iterable[Tensor]]) -> list[Comparison]:
+    base, tallies, divergences = _Tally(), [_Tally() for _ in others], [Divergence() for _ in others]
+    for (ids_L, p_LD), *rest in zip(_windows(batches, first), *(_windows(batches, other) for other in others), strict=True):
+        for tally in (base, *tallies):
+            tally.start(len(ids_L) - 1)
+        pieces = [two.logits(q_LD[:-1]) for _, q_LD in rest]
+        for (p_tV,), next_t in _side_by_side([(one, p_LD)], ids_L):
+            base.add(p_tV, next_t)
+            for tally, divergence, piece in zip(tallies, divergences, pieces, strict=True):
+                q_tV = next(piece)
+                tally.add(q_tV, next_t)
+                divergence.add(p_tV, q_tV)
+    score = base.score()
+    return [Comparison(score, tally.score(), diverged.mean_kl, diverged.agreement) for tally, diverged in zip(tallies, divergences, strict=True)]
 
 
 def _shifted(report: Report | None, before: int, total: int) -> Report | None:
