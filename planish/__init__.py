@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .quant.solvers import Clip, Gptaq, Gptq, Rtn
     from .quant.transforms import Smooth
     from .recipe import Export, Override, Recipe, load_recipe
+    from .searching import SearchResult, search
 
     __version__: str
 
@@ -47,6 +48,7 @@ __all__ = [
     "Result",
     "Rtn",
     "Scheme",
+    "SearchResult",
     "Smooth",
     "Thresholds",
     "WeightFormat",
@@ -57,6 +59,7 @@ __all__ = [
     "load",
     "load_recipe",
     "plan",
+    "search",
     "verify",
 ]
 
@@ -76,6 +79,7 @@ _HOMES = {
     "quant.solvers": ["Clip", "Gptaq", "Gptq", "Rtn"],
     "quant.transforms": ["Smooth"],
     "recipe": ["Export", "Override", "Recipe", "load_recipe"],
+    "searching": ["SearchResult", "search"],
 }
 _RENAMED = {"plan": "make_plan"}
 

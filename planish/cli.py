@@ -11,6 +11,7 @@ from .compare_command import compare
 from .inspect_command import inspect
 from .options import Arithmetic, AsJson, Device, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
 from .progress import showing, stages
+from .search_command import search
 from .terminal import Front, Traceback, err_console, out_console
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ recipes_app = typer.Typer(help="List the recipes that come with planish, or show
 app.add_typer(recipes_app, name="recipes")
 app.command()(inspect)
 app.command()(compare)
+app.command()(search)
 
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a YAML or JSON file.", autocompletion=complete_recipe)]

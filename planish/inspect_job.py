@@ -17,6 +17,7 @@ from .eval.pictures import plotly_script
 from .inspect_json import from_dict
 from .inspection import inspect, open_model
 from .journal import write_text
+from .outfile import check_outfile
 from .quant.errors import PlanishError
 from .recommend import check_bits
 from .yamltext import parse_yaml
@@ -56,12 +57,7 @@ class InspectJob:
     def check(self) -> OutlierReport | None:
         """Refuse what can be refused before the work; the report to compare with, if it is in a file."""
         for path in self.files:
-            if not path.absolute().parent.is_dir():
-                raise PlanishError(f"{path}: there is no folder {path.parent}. Make it first, or give another name.")
-            if path.is_dir():
-                raise PlanishError(f"{path}: is a folder. Give the name of a file.")
-            if not self.force and (path.exists() or path.is_symlink()):
-                raise PlanishError(f"{path}: exists, and planish overwrites nothing unasked. Choose another name, or add --force.")
+            check_outfile(path, self.force)
         if self.html is not None:
             plotly_script()  # says so if it is not installed
         self._limits()

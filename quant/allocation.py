@@ -4,6 +4,7 @@ minimise sum_s sum_c cost[s, c] x[s, c], x binary, sum_c x[s, c] = 1 for every p
 (Integer program as in HAWQ-V3, Yao et al. 2021, arXiv:2011.10680, section 3.4.) Solved exactly by HiGHS through scipy.optimize.milp.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,14 +30,15 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
     kept = [_undominated(cost, size) for cost, size in zip(costs, sizes, strict=True)]
     places = np.repeat(np.arange(len(kept)), [len(options) for options in kept])
     cost = np.array([costs[s][c] for s, options in enumerate(kept) for c in options], dtype=np.float64)
-    size = np.array([sizes[s][c] for s, options in enumerate(kept) for c in options], dtype=np.float64)
-    unit = max(float(size.max()), 1.0)  # the solver's tolerances are absolute: sizes become numbers about 1, costs likewise
+    more = [sizes[s][c] - min(sizes[s]) for s, options in enumerate(kept) for c in options]  # small whole numbers, for tolerances are absolute
+    unit = math.gcd(*more) or 1
+    size = np.array([extra // unit for extra in more], dtype=np.float64)
     one_each = csr_array((np.ones(len(places)), (places, np.arange(len(places)))), shape=(len(kept), len(places)))
     found = milp(
         cost / max(float(np.abs(cost).max()), 1e-300),
         integrality=np.ones(len(cost)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size[None] / unit, -np.inf, budget / unit)],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size[None], -np.inf, (budget - least) // unit)],
         options={"mip_rel_gap": 0.0},
     )
     if found.x is None:
