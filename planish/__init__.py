@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from .compare_job import compare
     from .comparison import ComparisonReport
     from .compression import Result, compress
+    from .eval.layers import LayerView
     from .eval.verify import verify
     from .inspection import inspect
+    from .layer_view import layers
     from .loading import load
     from .preflight import Plan
     from .preflight import make_plan as plan
@@ -40,6 +42,7 @@ __all__ = [
     "Export",
     "Gptaq",
     "Gptq",
+    "LayerView",
     "OutlierReport",
     "Override",
     "Plan",
@@ -56,6 +59,7 @@ __all__ = [
     "compare",
     "compress",
     "inspect",
+    "layers",
     "load",
     "load_recipe",
     "plan",
@@ -70,8 +74,10 @@ _HOMES = {
     "compare_job": ["compare"],
     "comparison": ["ComparisonReport"],
     "compression": ["Result", "compress"],
+    "eval.layers": ["LayerView"],
     "eval.verify": ["verify"],
     "inspection": ["inspect"],
+    "layer_view": ["layers"],
     "loading": ["load"],
     "preflight": ["Plan", "make_plan"],
     "quant.errors": ["PlanishError"],

@@ -29,16 +29,17 @@ class AbsorbedBlocks:
         self.compressor = BlockCompressor(self.runner, self.plan.recipe.solver, steps, self.plan.packed, self.streams)
 
     @contextmanager
-    def block(self, index: int) -> Iterator[tuple[nn.Module, Turn]]:
-        """Block `index`, in the runner's arithmetic, in memory while the `with` lasts; and its turn, which has looked at it. In order from 0."""
+    def block(self, index: int, dtype: torch.dtype | None = None) -> Iterator[tuple[nn.Module, Turn]]:
+        """Block `index`, in dtype (None: the runner's), in memory while the `with` lasts; and its turn, which has looked at it. In order from 0."""
         turn = Turn(self.compressor, index)
-        with torch.no_grad(), bfloat16_products(self.runner.dtype is torch.bfloat16):
+        with torch.no_grad():
             block = self.runner.load_block(index)
             try:
                 if self.streams is not None:
-                    turn.look(block, self.streams)
-                    for parameter in block.parameters():
-                        parameter.data = parameter.data.to(self.runner.dtype)
+                    with bfloat16_products(self.runner.dtype is torch.bfloat16):
+                        turn.look(block, self.streams)
+                for parameter in block.parameters():
+                    parameter.data = parameter.data.to(dtype or self.runner.dtype)
                 yield block, turn
             finally:
                 self.runner.release_block(index)

@@ -9,6 +9,7 @@ import typer
 
 from .compare_command import compare
 from .inspect_command import inspect
+from .layers_command import layers
 from .options import Arithmetic, AsJson, Device, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
 from .progress import showing, stages
 from .search_command import search
@@ -36,6 +37,7 @@ app.add_typer(recipes_app, name="recipes")
 app.command()(inspect)
 app.command()(compare)
 app.command()(search)
+app.command()(layers)
 
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a YAML or JSON file.", autocompletion=complete_recipe)]

@@ -69,7 +69,7 @@ def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, every: boo
     runner, count = blocks.runner, blocks.runner.topology.block_count
     batches = list(ids_NL.split(1))
     errors: dict[Address, dict[str, float]] = {}
-    with arithmetic(runner.dtype):
+    with arithmetic(runner.dtype, as_walked=True):
         variants: Variants | None = None
         progress.stage("measuring sites", count)
         for index in range(count):
