@@ -28,7 +28,7 @@ def search(
     candidates: Candidates = None,
     target: ForServer = "vllm",
     every: Every = False,
-    tokens: Annotated[int, typer.Option(min=2, help="Of the calibration text, that divergence is measured on.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=2, help="Of the calibration text, that divergence is measured on.")] = 512,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     settings: Settings = None,
     device: Device = None,

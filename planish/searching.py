@@ -64,7 +64,7 @@ def search(
     candidates: Sequence[str] | None = None,
     target: Target = "vllm",
     every: bool = False,
-    tokens: int = 1024,
+    tokens: int = 512,
     device: str | None = None,
     dtype: torch.dtype | None = None,
     offload_dir: str | Path | None = None,

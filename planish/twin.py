@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .absorbed import AbsorbedBlocks
+from .calib.data import Calibration
 from .calib.shards import read_json
 from .calib.sites import Topology
 from .calib.stored import StoredCheckpoint
@@ -70,9 +71,7 @@ def _absorbing(recipe: Recipe, stored: StoredCheckpoint) -> Recipe:
     if any(isinstance(step, (Smooth, ScaleRms, Permute)) for step in steps):
         return replace(recipe, steps=tuple(steps))
     absorbed = tuple(step for step in steps if of_the_whole(step) or (isinstance(step, Rotate) and step.at == "value"))
-    if any(needs_text(step) for step in absorbed):
-        return replace(_bare(recipe.name, absorbed), calibration=recipe.calibration)
-    return _bare(recipe.name, absorbed)
+    return _bare(recipe.name, absorbed, recipe.calibration if any(needs_text(step) for step in absorbed) else None)
 
 
 def _arithmetic(stored: StoredCheckpoint) -> torch.dtype | None:
@@ -87,6 +86,6 @@ def _matters(step: Step) -> bool:
     return not isinstance(step, (SideStep, RaiseActivations))
 
 
-def _bare(name: str, steps: tuple[Step, ...]) -> Recipe:
-    """A recipe that needs no text; its scheme is of no matter."""
-    return Recipe(name=name, calibration=None, steps=steps, scheme=Scheme(weights=WeightFormat(bits=8)), solver=Rtn())
+def _bare(name: str, steps: tuple[Step, ...], calibration: Calibration | None = None) -> Recipe:
+    """A recipe whose scheme and solver are of no matter."""
+    return Recipe(name=name, calibration=calibration, steps=steps, scheme=Scheme(weights=WeightFormat(bits=8)), solver=Rtn())

@@ -36,7 +36,7 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
     one_each = csr_array((np.ones(len(places)), (places, np.arange(len(places)))), shape=(len(kept), len(places)))
     found = milp(
         cost / max(float(np.abs(cost).max()), 1e-300),
-        integrality=np.ones(len(cost)),
+        integrality=np.ones(len(cost), dtype=np.int64),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size[None], -np.inf, (budget - least) // unit)],
         options={"mip_rel_gap": 0.0},

@@ -19,6 +19,7 @@ from planish.eval.layers import LayerView, SiteView, chosen_sites
 from planish.eval.layers_page import layers_page
 from planish.eval.score import compare
 from planish.eval.verify import evaluation_windows
+from planish.layer_view import Inputs
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.linear import QuantizedLinear, quantize_input
@@ -55,7 +56,7 @@ def given(model: nn.Module, path: str, ids_NL: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("inputs", ["base", "quantized"])
-def test_errors_and_restored_sites_are_those_of_the_whole_model(pair: tuple[Path, Path], inputs: planish.layer_view.Inputs) -> None:
+def test_errors_and_restored_sites_are_those_of_the_whole_model(pair: tuple[Path, Path], inputs: Inputs) -> None:
     base, small = (planish.load(path, dtype=torch.float32) for path in pair)
     view = planish.layers(pair[1], pair[0], windows=2, length=24, inputs=inputs, sites=None)
     ids_NL = evaluation_windows(open_checkpoint(pair[0]), "builtin", 2, 24)
@@ -89,7 +90,7 @@ def test_errors_and_restored_sites_are_those_of_the_whole_model(pair: tuple[Path
             small.set_submodule(path, layer)
 
 
-RECIPES = ("w8a8", "w4a16-channel", "w4a4-best", "paper-quarot", "paper-resq", "paper-svdquant", "paper-outliertune")
+RECIPES = ("w8a8", "w4a16-channel", "w4a4-best", "paper-quarot", "paper-resq", "paper-lorc", "paper-outliertune", "paper-spinquant")
 
 
 @pytest.mark.parametrize("name", RECIPES)

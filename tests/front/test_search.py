@@ -84,7 +84,7 @@ def test_a_size_is_a_budget_too(base: Path) -> None:
 
 
 def test_a_budget_too_small_says_what_is_possible(base: Path) -> None:
-    with pytest.raises(PlanishError, match=r"budget 2bpw: the smallest candidates take 4\.27 bits per weight.*at least 4\.27bpw or 0\.1MB"):
+    with pytest.raises(PlanishError, match=r"budget 2bpw: the smallest candidates take 4\.27 bits per weight.*at least 4\.27bpw or 0\.2MB"):
         planish.search(quick("w4a16-channel"), base, "2bpw")
 
 
