@@ -2,10 +2,10 @@
 
 One pass over the blocks in full precision. At each site the recipe's solver quantizes the readers to every candidate, on the moments of what arrives
 in the full-precision model. For the formats that are tried whole a stream goes on from there to the model's end, with the site quantized and all else
-as it was, and its mean KL divergence from the model as it was is the cost. Other formats' costs follow from that by their squared output errors: for
-small errors the divergence is quadratic in them.
+as it was, and its mean KL divergence from the model as it was is the cost. Other formats' costs follow from that by their squared output errors, sink
+tokens left out: for small errors the divergence is quadratic in them. Divergence and errors are of text that the solver was not shown.
 
-Shapes: ids (N, L) windows of token numbers.
+Shapes: ids (N, L) windows of token numbers. Suffixes: T tokens, C channels of a site, O out channels.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from .absorbed import AbsorbedBlocks
 from .beside import solve_beside
 from .block import Turn
+from .calib.observe import sinks
 from .calib.packing import Packed, stored_size
 from .calib.runner import BlockRunner
 from .calib.sites import reader_weight
-from .calib.walk import SiteWalk, walking
+from .calib.walk import SiteWalk, site_inputs, walking
 from .compression import Progress
 from .eval.score import arithmetic, stream_comparisons
 from .eval.variants import Key, Variants
@@ -28,7 +29,7 @@ from .quant.errors import PlanishError
 from .quant.linear import QuantizedLinear
 from .quant.solvers import Gptaq, Gptq, Moments, Rtn, Solver
 from .resolve import Address
-from .solving import Readers, gather, output_error, settle
+from .solving import Readers, gather, settle
 
 CLIP_GRID = 20  # of a solver's clip search while candidates are measured: the same minimum within a percent, several times faster
 
@@ -60,7 +61,7 @@ Choices = Mapping[Address, Mapping[str, Packed | None]]
 
 
 def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, every: bool, progress: Progress) -> list[MeasuredSite]:
-    """All sites of `choices`, in the model's order. ids_NL: what divergence is measured on. every: whether every candidate is tried whole.
+    """All sites of `choices`, in the model's order. ids_NL: what divergence and errors are measured on. every: whether every candidate is tried whole.
 
     Raises PlanishError for a recipe without calibration text.
     """
@@ -75,7 +76,7 @@ def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, every: boo
         for index in range(count):
             with blocks.block(index) as (block, turn):
                 variants = variants or Variants.start(runner, batches)
-                found, changed = _block(blocks, block, turn, choices, every)
+                found, changed = _block(blocks, block, turn, choices, every, _ordinary_inputs(blocks, block, index, variants))
                 errors |= found
                 variants.advance(block, index, changed)
             progress.step(index + 1)
@@ -88,7 +89,7 @@ def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, every: boo
 
 
 def _block(
-    blocks: AbsorbedBlocks, block: nn.Module, turn: Turn, choices: Choices, every: bool
+    blocks: AbsorbedBlocks, block: nn.Module, turn: Turn, choices: Choices, every: bool, inputs: Mapping[str, Tensor]
 ) -> tuple[dict[Address, dict[str, float]], dict[Key, Mapping[str, nn.Module]]]:
     """The errors of every candidate at the block's sites, and the readers as modules of those that are tried whole."""
     streams, runner = blocks.streams, blocks.runner
@@ -105,16 +106,17 @@ def _block(
             if address in choices:
                 errors[address] = {}
                 tried = set(choices[address]) if every else {probe(choices[address])}
-                for option, trial, error in _trials(turn, site, walk, choices[address], blocks.plan.recipe.solver):
-                    errors[address][option] = error
+                for option, trial in _trials(turn, site, walk, choices[address], blocks.plan.recipe.solver):
+                    modules = _modules(trial, runner.dtype)
+                    errors[address][option] = _error(modules, plain, inputs[name])
                     if option in tried:
-                        changed[turn.index, name, option] = _modules(trial, runner.dtype)
+                        changed[turn.index, name, option] = modules
             settle(plain, walk, runner.dtype, torch.float32)
     return errors, changed
 
 
-def _trials(turn: Turn, site: Readers, walk: SiteWalk, choices: Mapping[str, Packed | None], solver: Solver) -> list[tuple[str, Readers, float]]:
-    """Each candidate with the site's readers solved for it, and the error of their outputs."""
+def _trials(turn: Turn, site: Readers, walk: SiteWalk, choices: Mapping[str, Packed | None], solver: Solver) -> list[tuple[str, Readers]]:
+    """Each candidate with the site's readers solved for it."""
     name = site.site.name
     turn.take_out(site)
     turn.flatten_input(site, walk)
@@ -123,14 +125,38 @@ def _trials(turn: Turn, site: Readers, walk: SiteWalk, choices: Mapping[str, Pac
     quick = quicker(solver)
     if quick.needs_cross:
         moments = _uncrossed(moments)
-    found: list[tuple[str, Readers, float]] = []
+    found: list[tuple[str, Readers]] = []
     for option, how in choices.items():
         if how is not None:
             packed = replace(site.packed, scheme=replace(site.packed.scheme, weights=how.scheme.weights), layout=how.layout)
             trial = replace(site, packed=packed, weights=dict(site.weights), solved={}, low=dict(site.low))
             solve_beside(trial, turn.beside[name], quick, moments, turn.stored)
-            found.append((option, trial, output_error(trial, moments)))
+            found.append((option, trial))
     return found
+
+
+def _ordinary_inputs(blocks: AbsorbedBlocks, block: nn.Module, index: int, variants: Variants) -> dict[str, Tensor]:
+    """What the plain stream's tokens that are no sinks make the inputs of the block's sites: (T, C) each."""
+    original, sites = blocks.runner.checkpoint.original_stream, blocks.runner.topology.sites
+    found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    with site_inputs(block, sites) as seen:
+        for call, hidden in zip(variants.calls, variants.plain, strict=True):
+            out = call.run(block, index, hidden)
+            keep_T = ~sinks(original(hidden).flatten(0, 1), original(out).flatten(0, 1))
+            for name, x_TC in seen.take().items():
+                found[name].append(x_TC[keep_T] if bool(keep_T.any()) else x_TC)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _error(modules: Mapping[str, nn.Module], plain: Readers, x_TC: Tensor) -> float:
+    """Relative error of the readers' outputs."""
+    off = size = 0.0
+    for path, module in modules.items():
+        bias_O = plain.biases[path]
+        y_TO = nn.functional.linear(x_TC, plain.weights[path].to(x_TC), None if bias_O is None else bias_O.to(x_TC))
+        off += float((module(x_TC) - y_TO).double().square().sum())
+        size += float(y_TO.double().square().sum())
+    return float((off / size) ** 0.5) if size else 0.0
 
 
 def quicker(solver: Solver) -> Solver:

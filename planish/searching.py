@@ -86,8 +86,9 @@ def search(
     choices = _choices(plan, names, target)
     scope = _Scope.of(plan, choices)
     scope.check(limit, budget)
+    fit_NL, held_NL = split(plan.ids, tokens)
     with _folder(plan) as folder:
-        sites = measure(AbsorbedBlocks(plan, progress, folder), choices, _few(plan.ids, tokens), every, progress)
+        sites = measure(AbsorbedBlocks(replace(plan, ids=fit_NL), progress, folder), choices, held_NL, every, progress)
     chosen = scope.allocated(sites, limit)
     taken = [site.options[name] for site, name in zip(sites, chosen, strict=True)]
     stored = sum(option.bytes for option in taken)
@@ -99,7 +100,7 @@ def search(
         bytes=scope.fixed + stored,
         cost=sum(option.cost for option in taken),
         uniform=_uniform(sites, scope.weights),
-        tokens=_few(plan.ids, tokens).numel(),
+        tokens=held_NL.numel(),
         seconds=time.monotonic() - start,
     )
 
@@ -174,14 +175,17 @@ def _plan(
         raise PlanishError(
             f"recipe {loaded.name}: its transforms at run time, clips, side paths or prefix run in planish alone. Give --target planish."
         )
-    plan = make_plan(loaded, model, device=device, dtype=dtype or torch.float32, offload_dir=offload_dir, allow_pickle=allow_pickle)
-    assert plan.ids is not None
-    return replace(plan, ids=_few(plan.ids, TOKENS))
+    return make_plan(loaded, model, device=device, dtype=dtype or torch.float32, offload_dir=offload_dir, allow_pickle=allow_pickle)
 
 
-def _few(ids_NL: Tensor, tokens: int) -> Tensor:
-    """The first samples, of about so many tokens; of one alone not more than that."""
-    return ids_NL[: max(1, tokens // ids_NL.shape[1]), : max(2, tokens)]
+def split(ids_NL: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """What solvers are shown, the first samples of about TOKENS tokens; and what is measured on, the last ones, of about `tokens` tokens.
+
+    They share none, unless there is but one sample.
+    """
+    length = ids_NL.shape[1]
+    held = min(max(1, tokens // length), max(1, len(ids_NL) - 1))
+    return ids_NL[: max(1, min(TOKENS // length, len(ids_NL) - held))], ids_NL[len(ids_NL) - held :, : max(2, tokens)]
 
 
 def _choices(plan: Plan, names: Sequence[str], target: Target) -> Choices:

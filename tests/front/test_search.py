@@ -20,7 +20,7 @@ from planish.quant.errors import PlanishError
 from planish.quant.formats import Scheme, WeightFormat
 from planish.quant.solvers import Gptq, Rtn
 from planish.recipe import load_recipe, to_yaml, with_settings
-from planish.searching import parsed_budget, patterns
+from planish.searching import parsed_budget, patterns, split
 
 NAMES = ("3", "4", "8", "4-g32", "keep")
 
@@ -57,11 +57,12 @@ def test_the_recipe_makes_what_was_promised(found: planish.SearchResult, base: P
 
 
 def test_a_measured_cost_is_that_of_a_model_with_that_site_alone_quantized(base: Path, tmp_path: Path) -> None:
-    recipe = with_settings(quick("w4a16-channel"), ["solver=rtn", "calibration.samples=2"])
+    recipe = with_settings(quick("w4a16-channel"), ["solver=rtn", "calibration.samples=3"])
     result = planish.search(recipe, base, "5bpw", candidates=("4", "8"), every=True, tokens=64)
     alone = with_settings(recipe, ["overrides=[{sites: ['0.*', '2.*', '1.qkv', '1.o', '1.gate_up'], keep: true}]"])
     planish.compress(alone, base, tmp_path / "out")
-    ids_NL = recipe.calibration.tokens(open_checkpoint(base).tokenizer()) if recipe.calibration else torch.empty(0)
+    assert recipe.calibration is not None
+    _, ids_NL = split(recipe.calibration.tokens(open_checkpoint(base).tokenizer()), 64)
     expected = compare(open_checkpoint(base), open_stored(tmp_path / "out"), ids_NL).kl
     (site,) = (site for site in result.sites if (site.block, site.site) == (1, "down"))
     assert site.options["4"].cost == pytest.approx(expected, rel=1e-3)
@@ -149,6 +150,16 @@ def test_sizes_are_those_of_what_is_stored(bits: int, symmetric: bool, group: in
     for layout in ("pack-quantized", "int-quantized"):
         tensors = pack(weight, layout, torch.bfloat16, None)  # type: ignore[arg-type]
         assert stored_size(Packed(Scheme(weights=fmt), layout), 10, 24, 2) == sum(t.nbytes for t in tensors.values())  # type: ignore[arg-type]
+
+
+def test_divergence_is_measured_on_other_text_than_solvers_see() -> None:
+    ids_NL = torch.arange(60).view(6, 10)
+    for tokens, held in ((5, 1), (10, 1), (25, 2), (1000, 5)):
+        fit_NL, held_NL = split(ids_NL, tokens)
+        assert len(held_NL) == held
+        assert held_NL.numel() == min(held * 10, max(tokens, 5))
+        assert not set(fit_NL.flatten().tolist()) & set(held_NL.flatten().tolist())
+    assert [part.numel() for part in split(ids_NL[:1], 8)] == [10, 8]
 
 
 def test_small_parts() -> None:
