@@ -61,7 +61,7 @@ Choices = Mapping[Address, Mapping[str, Packed | None]]
 
 
 def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, every: bool, progress: Progress) -> list[MeasuredSite]:
-    """All sites of `choices`, in the model's order. ids_NL: what divergence and errors are measured on. every: whether every candidate is tried whole.
+    """All sites of `choices`, in the model's order. ids_NL: for divergence and errors. every: whether every candidate is tried whole.
 
     Raises PlanishError for a recipe without calibration text.
     """
