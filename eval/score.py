@@ -265,17 +265,30 @@ def hidden_comparisons(
 
 
 def stream_comparisons(
-    one: BlockRunner, two: BlockRunner, batches: Sequence[Tensor], first: Iterable[Tensor], others: Sequence[Sequence[Tensor]]
+    one: BlockRunner,
+    two: BlockRunner,
+    batches: Sequence[Tensor],
+    first: Iterable[Tensor],
+    others: Sequence[Sequence[Tensor]],
+    report: Callable[[int], None] | None = None,
 ) -> list[Comparison]:
     """The comparison of each of several streams of the second model with the same one of the first. Call inside `arithmetic`.
 
-    A stream: for each batch of ids the hidden states (B, L, D) that the model ends in. The logits of one piece of each are in memory at a time.
+    report: told how many predictions are done. A stream: for each batch of ids the hidden states (B, L, D) that the model ends in. The logits of one piece of each are in memory at a time.
     """
     with one.head() as head_one, two.head() as head_two:
-        return _comparisons(head_one, head_two, batches, first, others)
+        return _comparisons(head_one, head_two, batches, first, others, report)
 
 
-def _comparisons(one: Head, two: Head, batches: Sequence[Tensor], first: Iterable[Tensor], others: Sequence[Iterable[Tensor]]) -> list[Comparison]:
+def _comparisons(
+    one: Head,
+    two: Head,
+    batches: Sequence[Tensor],
+    first: Iterable[Tensor],
+    others: Sequence[Iterable[Tensor]],
+    report: Callable[[int], None] | None = None,
+) -> list[Comparison]:
+    done = 0
     base, tallies, divergences = _Tally(), [_Tally() for _ in others], [Divergence() for _ in others]
     for (ids_L, p_LD), *rest in zip(_windows(batches, first), *(_windows(batches, other) for other in others), strict=True):
         for tally in (base, *tallies):
@@ -284,10 +297,13 @@ def _comparisons(one: Head, two: Head, batches: Sequence[Tensor], first: Iterabl
         for (p_tV,), next_t in _side_by_side([(one, p_LD)], ids_L):
             base.add(p_tV, next_t)
             reference = Reference.of(p_tV)
+            done += len(p_tV)
             for tally, divergence, piece in zip(tallies, divergences, pieces, strict=True):
                 q_tV = next(piece)
                 tally.add(q_tV, next_t)
                 divergence.add_to(reference, q_tV)
+            if report is not None:
+                report(done)
     score = base.score()
     return [Comparison(score, tally.score(), diverged.mean_kl, diverged.agreement) for tally, diverged in zip(tallies, divergences, strict=True)]
 

@@ -8,7 +8,7 @@ tokens left out: for small errors the divergence is quadratic in them. Divergenc
 Shapes: ids (N, L) windows of token numbers. Suffixes: T tokens, C channels of a site, O out channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +31,7 @@ from .quant.solvers import Gptaq, Gptq, Moments, Rtn, Solver
 from .resolve import Address
 from .solving import Readers, gather, settle
 
-CLIP_GRID = 20  # of a solver's clip search while candidates are measured: the same minimum within a percent, several times faster
+CLIP_GRID = 20  # steps of a solver's clip search, at most, while candidates are measured: most of the time goes there
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +81,8 @@ def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, every: boo
                 variants.advance(block, index, changed)
             progress.step(index + 1)
         assert variants is not None
-        progress.stage("measuring divergence", 1)
-        compared = stream_comparisons(runner, runner, batches, variants.plain, list(variants.streams.values()))
-        progress.step(1)
+        progress.stage("measuring divergence", sum(batch.shape[1] - 1 for batch in batches))
+        compared = stream_comparisons(runner, runner, batches, variants.plain, list(variants.streams.values()), progress.step)
     divergence = {key: comparison.kl for key, comparison in zip(variants.streams, compared, strict=True)}
     return [_site(runner, address, choices[address], errors[address], divergence) for address in errors]
 
@@ -115,8 +114,8 @@ def _block(
     return errors, changed
 
 
-def _trials(turn: Turn, site: Readers, walk: SiteWalk, choices: Mapping[str, Packed | None], solver: Solver) -> list[tuple[str, Readers]]:
-    """Each candidate with the site's readers solved for it."""
+def _trials(turn: Turn, site: Readers, walk: SiteWalk, choices: Mapping[str, Packed | None], solver: Solver) -> Iterator[tuple[str, Readers]]:
+    """Each candidate with the site's readers solved for it, one after the other."""
     name = site.site.name
     turn.take_out(site)
     turn.flatten_input(site, walk)
@@ -125,14 +124,12 @@ def _trials(turn: Turn, site: Readers, walk: SiteWalk, choices: Mapping[str, Pac
     quick = quicker(solver)
     if quick.needs_cross:
         moments = _uncrossed(moments)
-    found: list[tuple[str, Readers]] = []
     for option, how in choices.items():
         if how is not None:
             packed = replace(site.packed, scheme=replace(site.packed.scheme, weights=how.scheme.weights), layout=how.layout)
             trial = replace(site, packed=packed, weights=dict(site.weights), solved={}, low=dict(site.low))
             solve_beside(trial, turn.beside[name], quick, moments, turn.stored)
-            found.append((option, trial))
-    return found
+            yield option, trial
 
 
 def _ordinary_inputs(blocks: AbsorbedBlocks, block: nn.Module, index: int, variants: Variants) -> dict[str, Tensor]:
