@@ -274,7 +274,8 @@ def stream_comparisons(
 ) -> list[Comparison]:
     """The comparison of each of several streams of the second model with the same one of the first. Call inside `arithmetic`.
 
-    report: told how many predictions are done. A stream: for each batch of ids the hidden states (B, L, D) that the model ends in. The logits of one piece of each are in memory at a time.
+    A stream: for each batch of ids the hidden states (B, L, D) that the model ends in. The logits of one piece of each are in memory at a time.
+    report: told how many predictions are done.
     """
     with one.head() as head_one, two.head() as head_two:
         return _comparisons(head_one, head_two, batches, first, others, report)
