@@ -63,7 +63,7 @@ def layers(
         raise PlanishError(f"sites is {sites}, but it counts the sites to restore, from 0 on.")
     stored, where = open_stored(checkpoint), pick_device(device)
     ids_NL = evaluation_windows(stored, text, windows, length)
-    batches = list(ids_NL.split(1))
+    batches = list(torch.split(ids_NL, 1))
     with arithmetic(torch.float32):
         found, ends = _errors(stored, twin_of(stored, against, where, progress), batches, inputs, progress)
         chosen = chosen_sites(found, sites, evenly)

@@ -27,7 +27,7 @@ from .eval.score import arithmetic, stream_comparisons
 from .eval.variants import Key, Variants
 from .quant.errors import PlanishError
 from .quant.linear import QuantizedLinear
-from .quant.solvers import Gptaq, Gptq, Moments, Rtn, Solver
+from .quant.solvers import Moments, Solver
 from .resolve import Address
 from .solving import Readers, gather, settle
 
@@ -68,7 +68,7 @@ def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, every: boo
     if blocks.streams is None:
         raise PlanishError("calibration is null, but a search measures on its text. Remove the line to use the built-in text.")
     runner, count = blocks.runner, blocks.runner.topology.block_count
-    batches = list(ids_NL.split(1))
+    batches = list(torch.split(ids_NL, 1))
     errors: dict[Address, dict[str, float]] = {}
     with arithmetic(runner.dtype, as_walked=True):
         variants: Variants | None = None
@@ -158,7 +158,7 @@ def _error(modules: Mapping[str, nn.Module], plain: Readers, x_TC: Tensor) -> fl
 
 def quicker(solver: Solver) -> Solver:
     """The solver with a clip search of CLIP_GRID steps at most."""
-    if isinstance(solver, (Rtn, Gptq, Gptaq)) and solver.clip is not None and solver.clip.grid > CLIP_GRID:
+    if solver.clip is not None and solver.clip.grid > CLIP_GRID:
         return replace(solver, clip=replace(solver.clip, grid=CLIP_GRID))
     return solver
 

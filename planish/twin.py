@@ -7,6 +7,7 @@ that came out the same.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,7 +78,8 @@ def _absorbing(recipe: Recipe, stored: StoredCheckpoint) -> Recipe:
 def _arithmetic(stored: StoredCheckpoint) -> torch.dtype | None:
     """What the compression computed in, if it is known: its choices hang on it."""
     file = stored.path / FOLDER / MANIFEST
-    dtype = read_json(file)["arithmetic"]["dtype"] if file.is_file() else None
+    manifest: dict[str, Any] = dict(read_json(file)) if file.is_file() else {}
+    dtype = manifest["arithmetic"]["dtype"] if manifest else None
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}[dtype]
 
 

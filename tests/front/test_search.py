@@ -18,7 +18,7 @@ from planish.eval.score import compare
 from planish.measuring import CLIP_GRID, quicker
 from planish.quant.errors import PlanishError
 from planish.quant.formats import Scheme, WeightFormat
-from planish.quant.solvers import Gptq, Rtn
+from planish.quant.solvers import Clip, Gptq, Rtn
 from planish.recipe import load_recipe, to_yaml, with_settings
 from planish.searching import parsed_budget, patterns, split
 
@@ -167,7 +167,7 @@ def test_small_parts() -> None:
     assert parsed_budget("80MB") == 80_000_000
     assert patterns([(0, "o"), (1, "o"), (1, "down")], {"o": 2, "down": 2}) == ("*.o", "1.down")
     solver = load_recipe("w4a16-channel").solver
-    assert getattr(quicker(solver), "clip").grid == CLIP_GRID  # noqa: B009 - not every solver has one
+    assert quicker(solver).clip == Clip(grid=CLIP_GRID)
     assert quicker(Gptq()) == Gptq()
 
 
