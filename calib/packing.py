@@ -19,6 +19,7 @@ from ..quant.formats import ActivationFormat, QuantizedWeight, Scheme, WeightFor
 from ..quant.linear import StaticGrid
 
 Layout = Literal["int-quantized", "pack-quantized"]
+_SHAPE_BYTES = 16  # weight_shape: two 64-bit numbers
 TRANSPOSED, EXTENDED = "conv1d-", "planish-"
 """Stand before a format's name where the layers are transposed (transformers' Conv1D), or where the checkpoint says more than compressed-tensors can
 (extension.py). No consumer's library has a format of that name, so they all refuse the checkpoint; by the plain name, transformers would leave such
@@ -96,6 +97,23 @@ def stored_names(packed: Packed) -> tuple[str, ...]:
     if act is not None and not act.dynamic:
         names += ["input_scale", *([] if act.symmetric else ["input_zero_point"])]
     return tuple(names)
+
+
+def stored_size(packed: Packed, out_channels: int, in_channels: int, scale_bytes: int) -> int:
+    """Bytes of the tensors that `pack` makes of a linear's weight, without static scales. scale_bytes: of one scale."""
+    fmt = packed.scheme.weights
+    assert fmt is not None
+    whole, groups = fmt.granularity == "tensor", fmt.groups(in_channels)
+    scales = 1 if whole else out_channels * groups
+    narrow = packed.layout == "pack-quantized"
+    codes = 4 * out_channels * _words(in_channels, fmt.bits) + _SHAPE_BYTES if narrow else out_channels * in_channels
+    zeros = 0 if fmt.symmetric else 4 * _words(out_channels, fmt.bits) * groups if narrow and not whole else scales
+    return codes + scales * scale_bytes + zeros
+
+
+def _words(count: int, bits: int) -> int:
+    """32-bit words for so many codes."""
+    return -(-count * bits // 32)
 
 
 def quantization_config(linears: Mapping[str, Packed], ignored: Iterable[str], *, transposed: bool = False, extended: bool = False) -> dict[str, Any]:

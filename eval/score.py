@@ -57,6 +57,21 @@ class Comparison:
         return {"base": self.base.to_dict(), "quantized": self.quantized.to_dict(), "kl": self.kl, "agreement": self.agreement}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Reference:
+    """The distributions that others are held against: their logarithms, themselves (t, V), and the likeliest tokens (t,)."""
+
+    log_tV: Tensor
+    p_tV: Tensor
+    top_t: Tensor
+
+    @classmethod
+    def of(cls, logits_tV: Tensor) -> "Reference":
+        """Of the logits (t, V) of t tokens."""
+        log_tV = logits_tV.log_softmax(1)
+        return cls(log_tV, log_tV.exp(), logits_tV.argmax(1))
+
+
 @dataclass(slots=True)
 class Divergence:
     """A running mean of KL(p || q) and of top-token agreement."""
@@ -67,10 +82,13 @@ class Divergence:
 
     def add(self, p_tV: Tensor, q_tV: Tensor) -> None:
         """Logits of both models for the same tokens."""
-        log_p, log_q = p_tV.log_softmax(1), q_tV.log_softmax(1)
-        self.kl += (log_p.exp() * (log_p - log_q)).sum(1, dtype=torch.float64).sum().item()
-        self.same += int((p_tV.argmax(1) == q_tV.argmax(1)).sum())
-        self.tokens += len(p_tV)
+        self.add_to(Reference.of(p_tV), q_tV)
+
+    def add_to(self, p: "Reference", q_tV: Tensor) -> None:
+        """The same, for a p that several q are held against."""
+        self.kl += (p.p_tV * (p.log_tV - q_tV.log_softmax(1))).sum(1, dtype=torch.float64).sum().item()
+        self.same += int((p.top_t == q_tV.argmax(1)).sum())
+        self.tokens += len(q_tV)
 
     @property
     def mean_kl(self) -> float:
@@ -242,16 +260,53 @@ def hidden_comparisons(
     found: list[Comparison] = []
     with one.head() as head_one, two.head() as head_two:
         for batches, first, second in texts:
-            tallies, divergence = (_Tally(), _Tally()), Divergence()
-            for (ids_L, p_LD), (_, q_LD) in zip(_windows(batches, first), _windows(batches, second), strict=True):
-                for tally in tallies:
-                    tally.start(len(ids_L) - 1)
-                for logits, next_t in _side_by_side([(head_one, p_LD), (head_two, q_LD)], ids_L):
-                    for tally, logits_tV in zip(tallies, logits, strict=True):
-                        tally.add(logits_tV, next_t)
-                    divergence.add(*logits)
-            found.append(Comparison(tallies[0].score(), tallies[1].score(), divergence.mean_kl, divergence.agreement))
+            found += _comparisons(head_one, head_two, batches, first, [second])
     return found
+
+
+def stream_comparisons(
+    one: BlockRunner,
+    two: BlockRunner,
+    batches: Sequence[Tensor],
+    first: Iterable[Tensor],
+    others: Sequence[Sequence[Tensor]],
+    report: Callable[[int], None] | None = None,
+) -> list[Comparison]:
+    """The comparison of each of several streams of the second model with the same one of the first. Call inside `arithmetic`.
+
+    A stream: for each batch of ids the hidden states (B, L, D) that the model ends in. The logits of one piece of each are in memory at a time.
+    report: told how many predictions are done.
+    """
+    with one.head() as head_one, two.head() as head_two:
+        return _comparisons(head_one, head_two, batches, first, others, report)
+
+
+def _comparisons(
+    one: Head,
+    two: Head,
+    batches: Sequence[Tensor],
+    first: Iterable[Tensor],
+    others: Sequence[Iterable[Tensor]],
+    report: Callable[[int], None] | None = None,
+) -> list[Comparison]:
+    done = 0
+    base, tallies, divergences = _Tally(), [_Tally() for _ in others], [Divergence() for _ in others]
+    for (ids_L, p_LD), *rest in zip(_windows(batches, first), *(_windows(batches, other) for other in others), strict=True):
+        for tally in (base, *tallies):
+            tally.start(len(ids_L) - 1)
+        pieces = [two.logits(q_LD[:-1]) for _, q_LD in rest]
+        for (p_tV,), next_t in _side_by_side([(one, p_LD)], ids_L):
+            base.add(p_tV, next_t)
+            reference = Reference.of(p_tV)
+            done += len(p_tV)
+            for tally, divergence, piece in zip(tallies, divergences, pieces, strict=True):
+                q_tV = next(piece)
+                tally.add(q_tV, next_t)
+                divergence.add_to(reference, q_tV)
+            if report is not None:
+                report(done)
+    score = base.score()
+    return [Comparison(score, tally.score(), diverged.mean_kl, diverged.agreement) for tally, diverged in zip(tallies, divergences, strict=True)]
 
 
 def _shifted(report: Report | None, before: int, total: int) -> Report | None:

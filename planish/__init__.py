@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from .compression import Result, compress
     from .eval.evaluation import Evaluation
     from .eval.gate import Gate
+    from .eval.layers import LayerView
     from .eval.verify import verify
     from .eval_job import evaluate
     from .inspection import inspect
+    from .layer_view import layers
     from .loading import load
     from .preflight import Plan
     from .preflight import make_plan as plan
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from .quant.solvers import Clip, Gptaq, Gptq, Rtn
     from .quant.transforms import Smooth
     from .recipe import Export, Override, Recipe, load_recipe
+    from .searching import SearchResult, search
 
     __version__: str
 
@@ -46,6 +49,7 @@ __all__ = [
     "Gate",
     "Gptaq",
     "Gptq",
+    "LayerView",
     "OutlierReport",
     "Override",
     "Plan",
@@ -54,6 +58,7 @@ __all__ = [
     "Result",
     "Rtn",
     "Scheme",
+    "SearchResult",
     "Smooth",
     "Thresholds",
     "WeightFormat",
@@ -62,9 +67,11 @@ __all__ = [
     "compress",
     "evaluate",
     "inspect",
+    "layers",
     "load",
     "load_recipe",
     "plan",
+    "search",
     "verify",
 ]
 
@@ -78,9 +85,11 @@ _HOMES = {
     "compression": ["Result", "compress"],
     "eval.evaluation": ["Evaluation"],
     "eval.gate": ["Gate"],
+    "eval.layers": ["LayerView"],
     "eval.verify": ["verify"],
     "eval_job": ["evaluate"],
     "inspection": ["inspect"],
+    "layer_view": ["layers"],
     "loading": ["load"],
     "preflight": ["Plan", "make_plan"],
     "quant.errors": ["PlanishError"],
@@ -88,6 +97,7 @@ _HOMES = {
     "quant.solvers": ["Clip", "Gptaq", "Gptq", "Rtn"],
     "quant.transforms": ["Smooth"],
     "recipe": ["Export", "Override", "Recipe", "load_recipe"],
+    "searching": ["SearchResult", "search"],
 }
 _RENAMED = {"plan": "make_plan"}
 

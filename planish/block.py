@@ -212,7 +212,7 @@ class Turn:
         """Quantize without data."""
         self._collect(block.float())
         for name, readers in self.readers.items():
-            self._take_out(readers)
+            self.take_out(readers)
             solve_beside(readers, self.beside[name], self.solver, None, self.stored)
 
     def _collect(self, block: nn.Module) -> None:
@@ -236,8 +236,8 @@ class Turn:
             widest = max(readers.width for readers in self.readers.values())  # where most is held while the solver works
             for name, readers in self.readers.items():
                 plain = Readers(readers.site, None, None, dict(readers.weights), dict(readers.biases), {})
-                self._take_out(readers)
-                self._flatten(readers, walk)
+                self.take_out(readers)
+                self.flatten_input(readers, walk)
                 if readers.packed is not None and (self.solver.needs_moments or any(step.needs_moments for step in self.beside[name])):
                     moments = gather(readers, walk, self.observation.keep_T, full, self.solver.held_share)
                     if len(moments.second_II) == widest:
@@ -267,13 +267,13 @@ class Turn:
         scaling = float(block.get_submodule(known.module).scaling)  # type: ignore[arg-type]
         return heads_of(plain, known, walk, scaling, [call.arguments(block, self.index) for call in streams.calls], before_PKD)
 
-    def _take_out(self, readers: Readers) -> None:
+    def take_out(self, readers: Readers) -> None:
         """Take super weights out, and note it."""
         record = self.record.sites[readers.site.name]
         taken = take_out(readers, self.beside[readers.site.name], self.index, self.stored)
         record.note = "; ".join(filter(None, (record.note, taken)))
 
-    def _flatten(self, readers: Readers, walk: SiteWalk) -> None:
+    def flatten_input(self, readers: Readers, walk: SiteWalk) -> None:
         """Transform the site's input as the recipe's steps say, and note it."""
         name = readers.site.name
         steps, clip = self.input_steps(name)

@@ -11,9 +11,11 @@ import typer
 from .compare_command import compare
 from .eval_command import evaluate_command
 from .inspect_command import inspect
+from .layers_command import layers
 from .options import Arithmetic, AsJson, Device, Gates, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
 from .progress import showing, stages
 from .report_command import report
+from .search_command import search
 from .terminal import Front, Traceback, end_by, err_console, out_console
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ app.command()(compare)
 app.command("sweep", short_help="The same as compare.")(compare)
 app.command("eval")(evaluate_command)
 app.command()(report)
+app.command()(search)
+app.command()(layers)
 
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a YAML or JSON file.", autocompletion=complete_recipe)]

@@ -97,12 +97,9 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
     with _working_folder(out, plan) as journal, _stream_folder(out, plan, journal.folder) as folder_of_streams:
         if journal.blocks:
             progress.say(f"going on: {len(journal.blocks)} of {plan.topology.block_count} blocks are done")
-        plan = _settled(plan, progress)
-        plan = _prefixed(plan, progress)
-        runner = BlockRunner(plan.source, plan.dtype, plan.device)
-        steps = _located(plan, runner, progress)
+        plan, runner, steps = begun(plan, progress)
         plan, needs = _raised(plan, steps, folder_of_streams, progress)
-        streams = _streams(plan, runner, folder_of_streams)
+        streams = streams_of(plan, runner, folder_of_streams)
         compressor = BlockCompressor(runner, plan.recipe.solver, steps, plan.packed, streams)
         progress.stage("blocks", plan.topology.block_count)
         for index in range(plan.topology.block_count):
@@ -181,6 +178,13 @@ def fingerprint(plan: Plan) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def begun(plan: Plan, progress: Progress) -> tuple[Plan, BlockRunner, tuple[Step, ...]]:
+    """What is found before the walk: the plan with weights rewritten and with its prefix, how that model runs, the steps with their places."""
+    plan = _prefixed(_settled(plan, progress), progress)
+    runner = BlockRunner(plan.source, plan.dtype, plan.device)
+    return plan, runner, _located(plan, runner, progress)
+
+
 def _settled(plan: Plan, progress: Progress) -> Plan:
     """With the rewritten weights as they will be, and checked."""
     if plan.fused is None:
@@ -229,7 +233,7 @@ def _raised(plan: Plan, steps: tuple[Step, ...], folder: Path | None, progress: 
     progress.stage("activations' needs", plan.topology.block_count)
     few, folder = replace(plan, ids=plan.ids[: few_samples(plan.ids)]), None if folder is None else folder / "needs"
     runner = BlockRunner(plan.source, plan.dtype, plan.device)
-    streams = _streams(few, runner, folder)
+    streams = streams_of(few, runner, folder)
     assert streams is not None
     streams.before = Stream(None if folder is None else folder / "before")
     needs = decide(step, BlockCompressor(runner, plan.recipe.solver, steps, plan.packed, streams), streams, plan.packed, progress.step)
@@ -239,7 +243,8 @@ def _raised(plan: Plan, steps: tuple[Step, ...], folder: Path | None, progress: 
     return replace(plan, packed=with_raised(plan.packed, needs)), needs
 
 
-def _streams(plan: Plan, runner: BlockRunner, folder: Path | None) -> Streams | None:
+def streams_of(plan: Plan, runner: BlockRunner, folder: Path | None) -> Streams | None:
+    """What flows through the walk, before its first block; None where the recipe needs no text. folder: on disk there, None: in memory."""
     calibration = plan.recipe.calibration
     if calibration is None or plan.ids is None:
         return None

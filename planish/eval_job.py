@@ -32,7 +32,8 @@ from .eval.text_score import BaseHidden, TextSettings, Windows, cut, hidden_stat
 from .eval_page import eval_markdown, eval_page
 from .journal import write_text
 from .loading import load
-from .page_links import beside, check_file
+from .outfile import check_outfile
+from .page_links import beside
 from .quant.errors import PlanishError
 from .schemas import to_json
 
@@ -140,7 +141,7 @@ class EvalJob:
             raise PlanishError(f"{self.out}: no folder {self.out.absolute().parent} to write it in. Make it, or give another file.")
         for file in (self.html, self.markdown):
             if file is not None:
-                check_file(file, advice="Choose another name, or remove this file.")
+                check_outfile(file, advice="Choose another name, or remove this file.")
         device = pick_device(self.device)
         checkpoint = open_any(self.model)
         base = None if self.against is None else open_any(self.against)

@@ -17,7 +17,8 @@ from .eval.pictures import plotly_script
 from .inspect_json import from_dict
 from .inspection import inspect, open_model
 from .journal import write_text
-from .page_links import beside, check_file
+from .outfile import check_outfile
+from .page_links import beside
 from .quant.errors import PlanishError
 from .recommend import check_bits
 from .yamltext import parse_yaml
@@ -58,7 +59,7 @@ class InspectJob:
     def check(self) -> OutlierReport | None:
         """Refuse what can be refused before the work; the report to compare with, if it is in a file."""
         for path in self.files:
-            check_file(path, replace=self.force)
+            check_outfile(path, replace=self.force)
         if self.html is not None:
             plotly_script()  # says so if it is not installed
         self._limits()

@@ -19,7 +19,8 @@ from .eval.gate import Judgement
 from .eval.measured import COMPARED, comparison_metrics
 from .export import FOLDER, MANIFEST
 from .journal import write_text
-from .page_links import beside, check_file
+from .outfile import check_outfile
+from .page_links import beside
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
 from .recipe import Recipe, digest
@@ -80,7 +81,7 @@ class Job:
         )
         for file in self.files:
             if file in (self.html, self.markdown):
-                check_file(file, advice="Choose another name, or remove this file.")
+                check_outfile(file, advice="Choose another name, or remove this file.")
             elif file.exists() or file.is_symlink():
                 raise PlanishError(f"{file}: exists, and planish overwrites nothing. Choose another output folder, or remove this file.")
         return plan, windows(plan) if self.evaluate else None

@@ -159,7 +159,7 @@ def _opened(model: str | Path, device: str | None, dtype: torch.dtype | None, al
 
 def _packed(recipe: Recipe, resolved: Resolved) -> dict[Address, Packed | None]:
     """How the linears of each site are stored; None: in full precision."""
-    return {address: None if scheme is None else Packed(scheme, _layout(recipe, scheme)) for address, scheme in resolved.schemes.items()}
+    return {address: None if scheme is None else Packed(scheme, layout_for(recipe, scheme)) for address, scheme in resolved.schemes.items()}
 
 
 def _saving(sizes: Sizes, program: int, asked: bool) -> tuple[bool, bool]:
@@ -169,7 +169,8 @@ def _saving(sizes: Sizes, program: int, asked: bool) -> tuple[bool, bool]:
     return offload, offload or sizes.compressing(program, offload=False, replay=False).total > room
 
 
-def _layout(recipe: Recipe, scheme: Scheme) -> Layout:
+def layout_for(recipe: Recipe, scheme: Scheme) -> Layout:
+    """How the recipe stores linears of this scheme."""
     return default_layout(scheme, extended=recipe.extended) if recipe.export.layout == "auto" else recipe.export.layout
 
 
@@ -242,17 +243,19 @@ def check_room(needs: Mapping[Path, int]) -> None:
 def servers(packed: dict[Address, Packed | None], topology: Topology) -> tuple[str, ...]:
     """Who runs such a checkpoint as it was measured. planish.load always does."""
     schemes = {how for how in packed.values() if how is not None}
-    others = {"transformers": _in_transformers, "vLLM": _in_vllm}
+    others = {"transformers": runs_in_transformers, "vLLM": runs_in_vllm}
     return ("planish", *(name for name, runs in others.items() if topology.family not in PLAIN_LINEARS and all(map(runs, schemes))))
 
 
-def _in_transformers(how: Packed) -> bool:
+def runs_in_transformers(how: Packed) -> bool:
+    """Whether transformers runs linears that are stored like this."""
     fmt = how.scheme.weights
     assert fmt is not None
     return how.layout == "int-quantized" or fmt.symmetric or fmt.granularity == "tensor"  # it has no room for packed zero points (5.23)
 
 
-def _in_vllm(how: Packed) -> bool:
+def runs_in_vllm(how: Packed) -> bool:
+    """Whether vLLM runs linears that are stored like this."""
     fmt, act = how.scheme.weights, how.scheme.activations
     assert fmt is not None
     if act is not None:

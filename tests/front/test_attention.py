@@ -17,7 +17,7 @@ from planish.block import BlockCompressor
 from planish.calib.checkpoint import open_checkpoint
 from planish.calib.runner import BlockRunner
 from planish.calib.walk import Pass, walking
-from planish.compression import _streams
+from planish.compression import streams_of
 from planish.preflight import make_plan
 from planish.quant.formats import Scheme, WeightFormat
 from planish.quant.solvers.attention import Heads, softmax_metrics
@@ -156,7 +156,7 @@ def test_the_same_bytes_from_disk(tmp_path: Path) -> None:
     for plan in plans:
         runner = BlockRunner(plan.source, plan.dtype, plan.device)
         with torch.no_grad():
-            streams = _streams(plan, runner, plan.offload_dir)
+            streams = streams_of(plan, runner, plan.offload_dir)
         compressor = BlockCompressor(runner, plan.recipe.solver, plan.recipe.steps, plan.packed, streams)
         tensors.append(compressor.compress(0).tensors)
     assert [plan.replay for plan in plans] == [False, True]

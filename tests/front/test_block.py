@@ -16,7 +16,7 @@ from planish.calib.runner import BlockRunner, Call
 from planish.calib.sites import Host, Topology
 from planish.calib.stored import open_stored
 from planish.calib.topology import topology
-from planish.compression import _streams, packed_linears
+from planish.compression import packed_linears, streams_of
 from planish.eval.probe import check_probe, read_probe
 from planish.preflight import Plan, make_plan
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
@@ -160,7 +160,7 @@ def kept(recipe_: Recipe) -> Recipe:
 def start(plan: Plan) -> tuple[BlockCompressor, Streams]:
     runner = BlockRunner(plan.checkpoint, plan.dtype, plan.device)
     with torch.no_grad():
-        streams = _streams(plan, runner, None)
+        streams = streams_of(plan, runner, None)
     assert streams is not None
     return BlockCompressor(runner, plan.recipe.solver, plan.recipe.steps, plan.packed, streams), streams
 

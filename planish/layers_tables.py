@@ -1,0 +1,40 @@
+"""What `planish layers` found: the whole model in one line, then every site, those with the largest error first."""
+
+from pathlib import Path
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .eval.layers import LayerView, SiteView
+from .units import duration
+
+
+def layers_tables(view: LayerView, html: Path | None = None) -> tuple[RenderableType, ...]:
+    """What to print, one below the other. html: the written page, if there is one."""
+    whole = view.whole
+    measured = sum(site.restored is not None for site in view.sites)
+    lines = [
+        f"  perplexity {whole.base.perplexity:.3f} before, {whole.quantized.perplexity:.3f} after; KL {whole.kl:.4f} nats per token",
+        f"  {view.windows} windows of {view.length} tokens of {view.text}; errors on the inputs of the {view.inputs} model; "
+        f"{measured} of {len(view.sites)} sites restored; took {duration(view.seconds)}",
+        *([] if html is None else [f"  {html}"]),
+    ]
+    return Text(view.checkpoint, style="bold") + Text(f"  against {view.model}", style="not bold dim"), _sites(view), "", *map(Text, lines)
+
+
+def _sites(view: LayerView) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("  site", "format", "error", "weights", "activations", "KL without", "perplexity without"):
+        table.add_column(heading, justify="left" if heading in ("  site", "format") else "right")
+    for site in sorted(view.sites, key=lambda site: -site.error):
+        table.add_row(*_cells(site, view))
+    return table
+
+
+def _cells(site: SiteView, view: LayerView) -> tuple[str, ...]:
+    shares = ["–" if part is None else f"{part:.2%}" for part in (site.error, site.weights, site.activations)]
+    effect = ["not measured", ""]
+    if site.restored is not None:
+        effect = [f"{site.restored.kl:.4f} ({site.restored.kl - view.whole.kl:+.4f})", f"{site.restored.quantized.perplexity:.3f}"]
+    return f"  {site.name}", site.format, *shares, *effect

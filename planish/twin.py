@@ -1,0 +1,93 @@
+"""The full-precision twin of a compressed checkpoint: the original model with everything in its weights that the compression's steps put there.
+
+A site of the twin has the same input as in the checkpoint, rotated, scaled or in another order as it may be, and its readers are what the codes stand
+for. It is made by doing the recipe's steps again, up to the solver; the norms and all else that the checkpoint holds in full precision show whether
+that came out the same.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .absorbed import AbsorbedBlocks
+from .calib.data import Calibration
+from .calib.shards import read_json
+from .calib.sites import Topology
+from .calib.stored import StoredCheckpoint
+from .calib.topology import topology
+from .compression import Progress
+from .export import FOLDER, MANIFEST
+from .preflight import make_plan
+from .quant.errors import PlanishError
+from .quant.formats import Scheme, WeightFormat
+from .quant.solvers import Rtn
+from .quant.transforms import Permute, Prefix, RaiseActivations, Rotate, ScaleRms, SideStep, Smooth, Step
+from .recipe import Recipe, load_recipe
+from .steporder import needs_text, of_the_whole
+
+TOLERANCE = 0.02  # relative difference of a norm's weights; rounding to bfloat16 makes 0.002, another strength of smoothing 0.1 and more
+
+
+def twin_of(stored: StoredCheckpoint, model: str | Path, device: torch.device, progress: Progress) -> AbsorbedBlocks:
+    """The twin's blocks. model: the original, as compress takes it.
+
+    A checkpoint without planish's recipe is taken to have the original's weights in codes, nothing else. Raises PlanishError: as make_plan; steps
+    whose text is gone. `check_twin` says whether a block is right.
+    """
+    file = stored.path / FOLDER / "recipe.yaml"
+    recipe = load_recipe(file) if file.is_file() else _bare("none", ())
+    plan = make_plan(_absorbing(recipe, stored), model, device=str(device), dtype=_arithmetic(stored))
+    known, own = plan.topology, topology(stored.config)
+    if (known.family, known.block_count) != (own.family, own.block_count):
+        raise PlanishError(
+            f"{model} is a {known.family} model of {known.block_count} blocks, {stored.path} a {own.family} model of {own.block_count}: one was not "
+            "made from the other. Give the model that was compressed."
+        )
+    return AbsorbedBlocks(plan, progress, plan.offload_dir)
+
+
+def check_twin(twin: nn.Module, block: nn.Module, known: Topology, name: str) -> None:
+    """PlanishError if what a block holds in full precision beside its sites' readers is not what the twin has."""
+    readers = tuple(f"{path}." for site in known.sites for path in site.readers)
+    there = dict(block.named_parameters())
+    for path, parameter in twin.named_parameters():
+        if path.startswith(readers) or path not in there:
+            continue
+        expected, found = parameter.detach().float(), there[path].detach().float()
+        if expected.shape != found.shape or float((expected - found).norm()) > TOLERANCE * float(expected.norm()):
+            raise PlanishError(
+                f"{name}.{path}: the checkpoint has other values than its recipe makes of this model. Give the model that was compressed, the same "
+                "calibration text and the same version of planish."
+            )
+
+
+def _absorbing(recipe: Recipe, stored: StoredCheckpoint) -> Recipe:
+    """Those of the recipe's steps that weights absorb, and what these are chosen by."""
+    known = stored.extension.prefix
+    steps: list[Step] = [replace(step, tokens=known) if isinstance(step, Prefix) else step for step in recipe.steps if _matters(step)]
+    steps = [step for step in steps if not isinstance(step, Prefix) or known]
+    if any(isinstance(step, (Smooth, ScaleRms, Permute)) for step in steps):
+        return replace(recipe, steps=tuple(steps))
+    absorbed = tuple(step for step in steps if of_the_whole(step) or (isinstance(step, Rotate) and step.at == "value"))
+    return _bare(recipe.name, absorbed, recipe.calibration if any(needs_text(step) for step in absorbed) else None)
+
+
+def _arithmetic(stored: StoredCheckpoint) -> torch.dtype | None:
+    """What the compression computed in, if it is known: its choices hang on it."""
+    file = stored.path / FOLDER / MANIFEST
+    manifest: dict[str, Any] = dict(read_json(file)) if file.is_file() else {}
+    dtype = manifest["arithmetic"]["dtype"] if manifest else None
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}[dtype]
+
+
+def _matters(step: Step) -> bool:
+    """Whether what weights absorb can depend on the step."""
+    return not isinstance(step, (SideStep, RaiseActivations))
+
+
+def _bare(name: str, steps: tuple[Step, ...], calibration: Calibration | None = None) -> Recipe:
+    """A recipe whose scheme and solver are of no matter."""
+    return Recipe(name=name, calibration=calibration, steps=steps, scheme=Scheme(weights=WeightFormat(bits=8)), solver=Rtn())
