@@ -135,7 +135,7 @@ def _device(x: Tensor) -> str:
 def integer_linear(
     name: str,
     x: Tensor,
-    x_scale: Tensor,
+    x_scale: Tensor | None,
     x_zero: Tensor | None,
     weight: Tensor,
     w_scale: Tensor,
@@ -154,6 +154,7 @@ def integer_linear(
         return y_TO
     c = config or choose(_device(x), name, rows, columns, weight.shape[1])
     side = low is not None and up is not None
+    x_scale = w_scale.new_ones((1, 1)) if x_scale is None else x_scale
     integer_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
         x,
         x_scale,
@@ -169,7 +170,7 @@ def integer_linear(
         columns,
         x.stride(0),
         weight.stride(0),
-        0 if x_scale.numel() == 1 else 1,
+        0 if x_scale.numel() == 1 else 1,  # one token or a static grid
         steps=weight.shape[1],
         rank=low.shape[1] if low is not None else 0,
         X_PACKED=name == "linear_w4a4",

@@ -3,7 +3,8 @@
 Drop-in: the same arguments, the same result but for rounding (`PackedLinear` rounds once where `QuantizedLinear` of bfloat16 rounds the integer product,
 too). Weights lie as the device's kernels want them, so build it on the device where it runs.
 
-On a CPU codes are kept one a byte in the layout of torch's int8 product, those of 4 bits included; weight-only layers as torch's own int4
+On a CPU codes are kept one a byte as oneDNN wants them, those of 4 bits included; under torch.compile the quantization there is left to the compiler,
+which fuses it with what comes before and after. Weight-only layers as torch's own int4
 kernel for few tokens wants them, where their group has a size that it knows and their scales are exact in bfloat16, and packed besides.
 
 Shape suffixes: T tokens, C = I in channels, O out channels, G groups.
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..formats import ActivationFormat, QuantizedWeight
 from ..linear import Side, StaticGrid, quantize_input
 from ..transforms.factors import Chain, Hadamard, on_input
-from .cpu import cpu_layout
+from . import cpu
 from .nibbles import pack_nibbles
 
 _FEW = 32  # tokens up to which torch's int4 kernel for few tokens is taken; beyond, dequantizing once costs less
@@ -63,7 +64,7 @@ class PackedLinear(nn.Module):
         packed = codes_OI.is_cuda and even and weight.zero is None and weight.format.bits <= 4
         self.packed_input = packed and activations.bits == 4 and activations.granularity == "token"
         self.op = torch.ops.planish.linear_w4a4 if self.packed_input else torch.ops.planish.linear_w4a8 if packed else torch.ops.planish.linear_w8a8
-        self.weight = nn.Buffer(pack_nibbles(codes_OI) if packed else codes_OI.contiguous() if codes_OI.is_cuda else cpu_layout(codes_OI))
+        self.weight = nn.Buffer(pack_nibbles(codes_OI) if packed else codes_OI.contiguous() if codes_OI.is_cuda else _cpu_weight(codes_OI))
         self.w_scale = nn.Buffer(weight.scale.float().expand(self.out_features, 1).flatten().contiguous())
         self.w_sum = nn.Buffer(codes_OI.sum(1, dtype=torch.int32))
 
@@ -72,7 +73,6 @@ class PackedLinear(nn.Module):
         self.weight = nn.Buffer(pack_nibbles(weight.codes))
         self.w_scale = nn.Buffer(weight.scale.float().expand(shape).contiguous())
         self.w_zero = None if weight.zero is None else nn.Buffer(weight.zero.float().expand(shape).contiguous())
-        self.few_weight: Tensor | None = None
         self.group = _torch_group(weight) if dtype == torch.bfloat16 else None
         if self.group is not None:
             codes_OI = (weight.codes + 8).to(torch.int32)
@@ -88,7 +88,7 @@ class PackedLinear(nn.Module):
 
     def _float(self, x_TC: Tensor) -> Tensor:
         x_TC = on_input(self.chain, x_TC)
-        if self.few_weight is not None and len(x_TC) <= _FEW:
+        if self.group is not None and len(x_TC) <= _FEW:
             y_TO = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TC, self.few_weight, self.group, self.few_grid)
             y_TO = y_TO if self.bias is None else y_TO + self.bias
         else:
@@ -96,6 +96,8 @@ class PackedLinear(nn.Module):
         return y_TO if self.low is None else y_TO + self.low.on_input(x_TC)
 
     def _codes(self, x_TC: Tensor, fmt: ActivationFormat) -> Tensor:
+        if torch.compiler.is_compiling() and x_TC.device.type == "cpu" and fmt.granularity == "token":
+            return self._traced(on_input(self.chain, x_TC), fmt)
         ops, low_TR, up_OR = torch.ops.planish, None, None
         last = self.chain[-1] if self.chain else None
         if fmt.granularity == "token" and isinstance(last, Hadamard) and self.low is None:
@@ -109,11 +111,26 @@ class PackedLinear(nn.Module):
         x_zero = None if fmt.symmetric else zero
         return self.op(codes, scale, x_zero, self.weight, self.w_scale, self.w_sum, self.bias, low_TR, up_OR, x_TC.dtype)
 
+    def _traced(self, x_TC: Tensor, fmt: ActivationFormat) -> Tensor:
+        """The same on a CPU as operations that the compiler can fuse, all but the product."""
+        codes, scale, zero = cpu.quantize_per_token(x_TC, fmt.bits, fmt.symmetric, fmt.clip, False)
+        y_TO = self.op(codes, None, None, self.weight, self.w_scale, None, None, None, None, torch.float32)
+        if not fmt.symmetric:
+            y_TO = y_TO - zero * (self.w_sum * self.w_scale)
+        y_TO = y_TO * scale
+        y_TO = y_TO if self.bias is None else y_TO + self.bias
+        return y_TO.to(x_TC.dtype) if self.low is None else (y_TO + self.low.on_input(x_TC)).to(x_TC.dtype)
+
     def _quantize(self, x_TC: Tensor, fmt: ActivationFormat) -> tuple[Tensor, Tensor, Tensor]:
         if fmt.granularity == "token":
             return torch.ops.planish.quantize_per_token(x_TC, fmt.bits, fmt.symmetric, fmt.clip, self.packed_input)
         found = quantize_input(x_TC, fmt, self.static)
         return found.codes, found.scale, found.scale.new_empty((0, 1), dtype=torch.int32) if found.zero is None else found.zero.to(torch.int32)
+
+
+def _cpu_weight(codes_OI: Tensor) -> Tensor:
+    packed = cpu.prepack(codes_OI)
+    return cpu.cpu_layout(codes_OI) if packed is None else packed
 
 
 def _torch_group(weight: QuantizedWeight) -> int | None:

@@ -5,9 +5,10 @@ quantize_*: an activation x_TC, float16, bfloat16 or float32, becomes integer co
 float32; zero: (T, 1) int32, empty (0, 1) if symmetric. The fused ones first do what is in their names, rounded to x's dtype as a model's own layers
 round it. A token that holds NaN or Inf has scale NaN and unspecified codes, so that every output made of it is NaN; others are untouched.
 
-linear_*: y_TO = (x - x_zero) x_scale (weight w_scale)' + bias + low up', rounded once, to `dtype`. Integer products are exact, the rest is float32. x: codes;
-x_scale, x_zero: (T, 1), or (1, 1) of a static grid; weight: (O, I) codes, any strides; w_scale: (O,) float32; w_sum: (O,) int32, each row's sum of
-codes, needed with x_zero; bias: (O,); low: (T, R), what a side path made of the input, and up: (O, R).
+linear_*: y_TO = (x - x_zero) x_scale (weight w_scale)' + bias + low up', rounded once, to `dtype`. Integer products are exact, the rest is
+float32. x: codes; x_scale, x_zero: (T, 1), or (1, 1) of a static grid, x_scale None: 1; weight: (O, I) codes, any strides, on a CPU also as
+cpu.prepack lays it out; w_scale: (O,) float32; w_sum: (O,) int32, each row's sum of codes, needed with x_zero; bias: (O,); low: (T, R), what a side
+path made of the input, and up: (O, R).
 linear_w4a16: x float, weight packed, scale and zero (O, G), as `QuantizedLinear` of the dtype of x computes. linear_fp8: codes are float8_e4m3fn.
 
 Shape suffixes: T tokens, C = I in channels, O out channels, G groups, R rank, K blocks of B channels.
@@ -19,7 +20,7 @@ from torch import Tensor
 _GRID = "int bits, bool symmetric, float clip, bool packed"
 _CODES = "(Tensor codes, Tensor scale, Tensor zero)"
 _INTEGER = (
-    "Tensor x, Tensor x_scale, Tensor? x_zero, Tensor weight, Tensor w_scale, Tensor? w_sum, Tensor? bias, Tensor? low, Tensor? up, ScalarType dtype"
+    "Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor weight, Tensor w_scale, Tensor? w_sum, Tensor? bias, Tensor? low, Tensor? up, ScalarType dtype"
 )
 SCHEMAS = (
     f"quantize_per_token(Tensor x, {_GRID}) -> {_CODES}",
@@ -80,7 +81,7 @@ def _fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _integer_linear(
     x: Tensor,
-    x_scale: Tensor,
+    x_scale: Tensor | None,
     x_zero: Tensor | None,
     weight: Tensor,
     w_scale: Tensor,
@@ -90,7 +91,7 @@ def _integer_linear(
     up: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+    return x.new_empty((x.shape[0], len(w_scale)), dtype=dtype)
 
 
 for _name in ("linear_w8a8", "linear_w4a8", "linear_w4a4"):
