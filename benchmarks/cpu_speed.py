@@ -2,8 +2,8 @@
 
 python benchmarks/cpu_speed.py MODEL [--schemes w8a8 w4a16] [--tokens 512] [--rounds 9] [--threads 2] [--no-compile]
 
-The quantized models are the same one with its blocks' linears rounded to nearest and replaced by PackedLinear: it is speed that is measured. A prefill
-gives the last token's logits, as generate() asks for them; a decode step comes after a context of --tokens. Each figure is the best of all rounds.
+The quantized models are the same one with its blocks' linears rounded to nearest and replaced by PackedLinear: it is speed that is measured. A
+prefill gives the last token's logits, as generate() asks; a decode step comes after a context of --tokens. Each figure is the best of all rounds.
 Compiling needs a C++ compiler. The table's ratio is the best of a scheme against the best of bfloat16.
 """
 

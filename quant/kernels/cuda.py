@@ -117,7 +117,7 @@ def hadamard_quantize(x: Tensor, signs: Tensor | None, block: int, bits: int, sy
             BITS=bits,
             SYMMETRIC=symmetric,
             PACKED=packed,
-            num_warps=16 if block_a * block_b > 8192 else 8 if block_a * block_b > 2048 else 4,
+            num_warps=8 if block_a * block_b > 2048 else 4,
             enable_fp_fusion=False,
         )
     return codes, scale, zero

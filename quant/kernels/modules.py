@@ -1,7 +1,7 @@
 """The linear layer of packed weights: what QuantizedLinear computes, through the operators, in the memory that the codes need.
 
-Drop-in: the same arguments, the same result but for rounding (`PackedLinear` rounds once where `QuantizedLinear` of bfloat16 rounds the integer product,
-too). Weights lie as the device's kernels want them, so build it on the device where it runs.
+Drop-in: the same arguments, the same result but for rounding (it rounds once, where `QuantizedLinear` of bfloat16 rounds the integer
+product, too). Weights lie as the device's kernels want them, so build it on the device where it runs.
 
 On a CPU codes are kept one a byte as oneDNN wants them, those of 4 bits included; under torch.compile the quantization there is left to the compiler,
 which fuses it with what comes before and after. Weight-only layers as torch's own int4

@@ -59,14 +59,11 @@ def integer_kernel(
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """steps: bytes in a row of the weight; a constant, of which a model has few. scale_stride: 1, or 0 if one scale and zero point serve all tokens."""
+    """steps: bytes in a row of the weight, a constant: a model has few. scale_stride: 1, or 0 if one scale and zero point serve all tokens."""
     tile_m, tile_n = _tile(rows, columns, BLOCK_M, BLOCK_N, GROUP)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if W_PACKED:
-        sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
-    else:
-        sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    sums = tl.zeros((BLOCK_N, BLOCK_M) if W_PACKED else (BLOCK_M, BLOCK_N), dtype=tl.int32)
     for start in range(0, steps, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         w = _load(w_ptr, n, k, columns, steps, w_stride)

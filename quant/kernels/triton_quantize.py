@@ -16,10 +16,8 @@ def grid_of(high, low, bad, clip, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
     """Scale and zero point, float32, that cover clip * low to clip * high; NaN if `bad`."""
     top = tl.maximum(high, 0.0) * clip
     bottom = tl.minimum(low, 0.0) * clip
-    if SYMMETRIC:
-        scale = tl.div_rn(tl.maximum(-bottom, top), (2 ** (BITS - 1) - 1) * 1.0)
-    else:
-        scale = tl.div_rn(top - bottom, (2**BITS - 1) * 1.0)
+    span = tl.maximum(-bottom, top) if SYMMETRIC else top - bottom
+    scale = tl.div_rn(span, (2 ** (BITS - 1) - 1 if SYMMETRIC else 2**BITS - 1) * 1.0)
     scale = tl.where(scale < _TINY, 1.0, scale)
     scale = tl.where(bad != 0, float("nan"), scale)
     zero = -(2 ** (BITS - 1)) * 1.0 - tl.div_rn(bottom, scale)

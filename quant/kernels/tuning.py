@@ -1,6 +1,7 @@
 """Tile sizes: what was measured for a shape on a device, else a rule of thumb. Nothing is tried out at the first call.
 
-configs/tuned.json: {"device|op|N|K|bucket": [block_m, block_n, block_k, warps, stages]}; bucket: M rounded up to one of BUCKETS. benchmarks/kernels.py
+configs/tuned.json: {"device|op|N|K|bucket": [block_m, block_n, block_k, warps, stages]}; bucket: M rounded up to one of BUCKETS.
+benchmarks/kernels.py
 --tune writes such entries.
 """
 
