@@ -31,7 +31,7 @@ def quantize_per_token(x: Tensor, bits: int, symmetric: bool, clip: float, packe
     size = max(1, _PIECE_VALUES // max(1, width))
     if rows <= size or torch.compiler.is_compiling():
         return _quantize(x, bits, symmetric, clip, packed)
-    pieces = [_quantize(piece, bits, symmetric, clip, packed) for piece in x.split(size)]
+    pieces = [_quantize(piece, bits, symmetric, clip, packed) for piece in (x[start : start + size] for start in range(0, rows, size))]
     codes, scale, zero = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return codes, scale, zero
 
@@ -130,7 +130,7 @@ def prepack(weight_OI: Tensor) -> Tensor | None:
 
     Its product, the weight's scales included, takes about half as long as torch._int_mm's on a strided one.
     """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_prepack"):
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_prepack"):  # type: ignore[no-untyped-call]
         return None
     packed: Tensor = torch.ops.onednn.qlinear_prepack(weight_OI.contiguous(), None)
     return packed
@@ -205,5 +205,5 @@ for _implementation in (
     linear_w4a16,
     linear_fp8,
 ):
-    LIBRARY.impl(_implementation.__name__, _implementation, "CPU")
-LIBRARY.impl("linear_w8a8", linear_w8a8, "MkldnnCPU")
+    LIBRARY.impl(_implementation.__name__, _implementation, "CPU")  # type: ignore[no-untyped-call]
+LIBRARY.impl("linear_w8a8", linear_w8a8, "MkldnnCPU")  # type: ignore[no-untyped-call]

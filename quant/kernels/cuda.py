@@ -82,7 +82,7 @@ def silu_mul_quantize(gate: Tensor, up: Tensor, bits: int, symmetric: bool, clip
 def _factors(width: int, block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """left' (A, A), block-diagonal, and right (B, B) of 1 and -1."""
     left_AA, right_BB = sylvester_paley.kronecker_signs(block)
-    left_AA = torch.block_diag(*[left_AA] * (width // block))
+    left_AA = torch.kron(torch.eye(width // block, dtype=left_AA.dtype), left_AA)
     return left_AA.T.contiguous().to(device, dtype), right_BB.contiguous().to(device, dtype)
 
 

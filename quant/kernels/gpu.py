@@ -27,4 +27,4 @@ def _call(name: str, *operands: object) -> Any:
 
 
 for _name in NAMES:
-    LIBRARY.impl(_name, partial(_call, _name), "CUDA")
+    LIBRARY.impl(_name, partial(_call, _name), "CUDA")  # type: ignore[no-untyped-call]

@@ -83,13 +83,13 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., I) in the layer's dtype. Returns (..., O)."""
         x_TC = x.reshape(-1, self.in_features)
-        y_TO = self._float(x_TC) if self.activations is None else self._codes(x_TC, self.activations)
+        y_TO: Tensor = self._float(x_TC) if self.activations is None else self._codes(x_TC, self.activations)
         return y_TO.reshape(*x.shape[:-1], self.out_features)
 
     def _float(self, x_TC: Tensor) -> Tensor:
         x_TC = on_input(self.chain, x_TC)
         if self.group is not None and len(x_TC) <= _FEW:
-            y_TO = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TC, self.few_weight, self.group, self.few_grid)
+            y_TO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TC, self.few_weight, self.group, self.few_grid)
             y_TO = y_TO if self.bias is None else y_TO + self.bias
         else:
             y_TO = torch.ops.planish.linear_w4a16(x_TC, self.weight, self.w_scale, self.w_zero, self.bias)
@@ -109,12 +109,13 @@ class PackedLinear(nn.Module):
             if self.low is not None:
                 low_TR, up_OR = x_TC @ self.low.down_RC.T, self.low.up_OR
         x_zero = None if fmt.symmetric else zero
-        return self.op(codes, scale, x_zero, self.weight, self.w_scale, self.w_sum, self.bias, low_TR, up_OR, x_TC.dtype)
+        y_TO: Tensor = self.op(codes, scale, x_zero, self.weight, self.w_scale, self.w_sum, self.bias, low_TR, up_OR, x_TC.dtype)
+        return y_TO
 
     def _traced(self, x_TC: Tensor, fmt: ActivationFormat) -> Tensor:
         """The same on a CPU as operations that the compiler can fuse, all but the product."""
         codes, scale, zero = cpu.quantize_per_token(x_TC, fmt.bits, fmt.symmetric, fmt.clip, False)
-        y_TO = self.op(codes, None, None, self.weight, self.w_scale, None, None, None, None, torch.float32)
+        y_TO: Tensor = self.op(codes, None, None, self.weight, self.w_scale, None, None, None, None, torch.float32)
         if not fmt.symmetric:
             y_TO = y_TO - zero * (self.w_sum * self.w_scale)
         y_TO = y_TO * scale
@@ -123,7 +124,8 @@ class PackedLinear(nn.Module):
 
     def _quantize(self, x_TC: Tensor, fmt: ActivationFormat) -> tuple[Tensor, Tensor, Tensor]:
         if fmt.granularity == "token":
-            return torch.ops.planish.quantize_per_token(x_TC, fmt.bits, fmt.symmetric, fmt.clip, self.packed_input)
+            codes, scale, zero = torch.ops.planish.quantize_per_token(x_TC, fmt.bits, fmt.symmetric, fmt.clip, self.packed_input)
+            return codes, scale, zero
         found = quantize_input(x_TC, fmt, self.static)
         return found.codes, found.scale, found.scale.new_empty((0, 1), dtype=torch.int32) if found.zero is None else found.zero.to(torch.int32)
 

@@ -14,6 +14,8 @@ linear_w4a16: x float, weight packed, scale and zero (O, G), as `QuantizedLinear
 Shape suffixes: T tokens, C = I in channels, O out channels, G groups, R rank, K blocks of B channels.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,9 +39,9 @@ SCHEMAS = (
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
-LIBRARY = torch.library.Library("planish", "DEF")
+LIBRARY = torch.library.Library("planish", "DEF")  # type: ignore[no-untyped-call]
 for _schema in SCHEMAS:
-    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))  # type: ignore[no-untyped-call]
 
 
 def _quantized(x_TC: Tensor, symmetric: bool, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,32 +51,26 @@ def _quantized(x_TC: Tensor, symmetric: bool, packed: bool) -> tuple[Tensor, Ten
     return x_TC.new_empty((rows, width // 2 if packed else width), dtype=torch.int8), scale_T1, zero_T1
 
 
-@torch.library.register_fake("planish::quantize_per_token", lib=LIBRARY)
 def _quantize(x: Tensor, bits: int, symmetric: bool, clip: float, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _quantized(x, symmetric, packed)
 
 
-@torch.library.register_fake("planish::rms_norm_quantize", lib=LIBRARY)
 def _norm(x: Tensor, weight: Tensor, eps: float, bits: int, symmetric: bool, clip: float, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _quantized(x, symmetric, packed)
 
 
-@torch.library.register_fake("planish::silu_mul_quantize", lib=LIBRARY)
 def _silu(gate: Tensor, up: Tensor, bits: int, symmetric: bool, clip: float, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _quantized(gate, symmetric, packed)
 
 
-@torch.library.register_fake("planish::hadamard_quantize", lib=LIBRARY)
 def _hadamard(x: Tensor, signs: Tensor | None, block: int, bits: int, symmetric: bool, clip: float, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _quantized(x, symmetric, packed)
 
 
-@torch.library.register_fake("planish::blocks_quantize", lib=LIBRARY)
 def _blocks(x: Tensor, matrix: Tensor, bits: int, symmetric: bool, clip: float, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _quantized(x, symmetric, packed)
 
 
-@torch.library.register_fake("planish::quantize_fp8", lib=LIBRARY)
 def _fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
@@ -94,15 +90,26 @@ def _integer_linear(
     return x.new_empty((x.shape[0], len(w_scale)), dtype=dtype)
 
 
-for _name in ("linear_w8a8", "linear_w4a8", "linear_w4a4"):
-    torch.library.register_fake(f"planish::{_name}", _integer_linear, lib=LIBRARY)
-
-
-@torch.library.register_fake("planish::linear_w4a16", lib=LIBRARY)
 def _linear_w4a16(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-@torch.library.register_fake("planish::linear_fp8", lib=LIBRARY)
 def _linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+
+
+_FAKES: dict[str, Callable[..., object]] = {
+    "quantize_per_token": _quantize,
+    "rms_norm_quantize": _norm,
+    "silu_mul_quantize": _silu,
+    "hadamard_quantize": _hadamard,
+    "blocks_quantize": _blocks,
+    "quantize_fp8": _fp8,
+    "linear_w8a8": _integer_linear,
+    "linear_w4a8": _integer_linear,
+    "linear_w4a4": _integer_linear,
+    "linear_w4a16": _linear_w4a16,
+    "linear_fp8": _linear_fp8,
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"planish::{_name}", _fake, lib=LIBRARY)

@@ -13,6 +13,32 @@ from .triton_quantize import codes_of, grid_of, not_finite
 
 
 @triton.jit
+def _right_product(
+    x_ptr,
+    signs_ptr,
+    right_ptr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SIGNS: tl.constexpr,
+):
+    a = tl.arange(0, BLOCK_A)
+    b = tl.arange(0, BLOCK_B)
+    y = tl.zeros((BLOCK_A, BLOCK_B), dtype=tl.float32)
+    for start in range(0, B, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = (a < A)[:, None] & (k < B)[None, :]
+        x = tl.load(x_ptr + a[:, None] * B + k[None, :], mask=inside, other=0.0)
+        if SIGNS:
+            x = x * tl.load(signs_ptr + a[:, None] * B + k[None, :], mask=inside, other=0.0).to(x.dtype)
+        right = tl.load(right_ptr + k[:, None] * B + b[None, :], mask=(k < B)[:, None] & (b < B)[None, :], other=0.0)
+        y = tl.dot(x, right, y, input_precision="ieee")
+    return y
+
+
+@triton.jit
 def _left_product(left_ptr, row0, y, fine, A, HALF_A: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constexpr):
     m = tl.arange(0, BLOCK_H)
     k = tl.arange(0, BLOCK_A)
@@ -47,19 +73,10 @@ def hadamard_kernel(
 ):
     """left_ptr: left' (A, A), right_ptr: right (B, B), both in x's type. factor: 1 / sqrt(the size of a block)."""
     row = tl.program_id(0).to(tl.int64)
-    a = tl.arange(0, BLOCK_A)
     b = tl.arange(0, BLOCK_B)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     split: tl.constexpr = dtype != tl.float32
-    y = tl.zeros((BLOCK_A, BLOCK_B), dtype=tl.float32)
-    for start in range(0, B, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = (a < A)[:, None] & (k < B)[None, :]
-        x = tl.load(x_ptr + row * x_stride + a[:, None] * B + k[None, :], mask=inside, other=0.0)
-        if SIGNS:
-            x = x * tl.load(signs_ptr + a[:, None] * B + k[None, :], mask=inside, other=0.0).to(dtype)
-        right = tl.load(right_ptr + k[:, None] * B + b[None, :], mask=(k < B)[:, None] & (b < B)[None, :], other=0.0)
-        y = tl.dot(x, right, y, input_precision="ieee")
+    y = _right_product(x_ptr + row * x_stride, signs_ptr, right_ptr, A, B, BLOCK_A, BLOCK_B, BLOCK_K, SIGNS)
     HALF_A: tl.constexpr = A // 2
     if split:
         coarse = y.to(tl.bfloat16)  # the range of float32, which sums of float16 need

@@ -30,6 +30,29 @@ def _load(ptr, row, k, rows, end, stride):
 
 
 @triton.jit
+def _scaled(sums, m, n, rows, columns, x_scale_ptr, x_zero_ptr, w_scale_ptr, w_sum_ptr, scale_stride, ZERO: tl.constexpr):
+    """The integer sums of codes as float32 products."""
+    in_m = m < rows
+    in_n = n < columns
+    if ZERO:
+        w_sum = tl.load(w_sum_ptr + n, mask=in_n, other=0)
+        sums -= tl.load(x_zero_ptr + m * scale_stride, mask=in_m, other=0)[:, None] * w_sum[None, :]
+    y = sums.to(tl.float32) * tl.load(x_scale_ptr + m * scale_stride, mask=in_m, other=0.0)[:, None]
+    return y * tl.load(w_scale_ptr + n, mask=in_n, other=0.0)[None, :]
+
+
+@triton.jit
+def _beside(y, m, n, rows, columns, low_ptr, up_ptr, rank: tl.constexpr, BLOCK_R: tl.constexpr):
+    """y + low up'."""
+    for first in range(0, rank, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        low = _load(low_ptr, m, r, rows, rank, rank)
+        up = _load(up_ptr, n, r, columns, rank, rank)
+        y = tl.dot(low, tl.trans(up), y, input_precision="ieee")
+    return y
+
+
+@triton.jit
 def integer_kernel(
     x_ptr,
     x_scale_ptr,
@@ -69,14 +92,8 @@ def integer_kernel(
         w = _load(w_ptr, n, k, columns, steps, w_stride)
         x = _load(x_ptr, m, k, rows, steps, x_stride)
         if W_PACKED:
-            if X_PACKED:
-                x_low = (x << 4).to(tl.int8)
-                x_high = (x & -16).to(tl.int8)
-            else:
-                x_low = x
-                x_high = tl.load(
-                    x_ptr + m.to(tl.int64)[:, None] * x_stride + steps + k[None, :], mask=(m < rows)[:, None] & (k < steps)[None, :], other=0
-                )
+            x_low = (x << 4).to(tl.int8) if X_PACKED else x
+            x_high = (x & -16).to(tl.int8) if X_PACKED else _load(x_ptr + steps, m, k, rows, steps, x_stride)
             sums = tl.dot((w << 4).to(tl.int8), tl.trans(x_low), sums, out_dtype=tl.int32)
             sums = tl.dot((w & -16).to(tl.int8), tl.trans(x_high), sums, out_dtype=tl.int32)
         else:
@@ -85,23 +102,14 @@ def integer_kernel(
         sums = tl.trans(sums) >> 4
     if X_PACKED:
         sums = sums >> 4
-    in_m = m < rows
     in_n = n < columns
-    if ZERO:
-        w_sum = tl.load(w_sum_ptr + n, mask=in_n, other=0)
-        sums -= tl.load(x_zero_ptr + m * scale_stride, mask=in_m, other=0)[:, None] * w_sum[None, :]
-    y = sums.to(tl.float32) * tl.load(x_scale_ptr + m * scale_stride, mask=in_m, other=0.0)[:, None]
-    y = y * tl.load(w_scale_ptr + n, mask=in_n, other=0.0)[None, :]
+    y = _scaled(sums, m, n, rows, columns, x_scale_ptr, x_zero_ptr, w_scale_ptr, w_sum_ptr, scale_stride, ZERO)
     if BIAS:
         y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     if SIDE:
-        for first in range(0, rank, BLOCK_R):
-            r = first + tl.arange(0, BLOCK_R)
-            low = _load(low_ptr, m, r, rows, rank, rank)
-            up = _load(up_ptr, n, r, columns, rank, rank)
-            y = tl.dot(low, tl.trans(up), y, input_precision="ieee")
+        y = _beside(y, m, n, rows, columns, low_ptr, up_ptr, rank, BLOCK_R)
     at = m.to(tl.int64)[:, None] * columns + n[None, :]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(m < rows)[:, None] & in_n[None, :])
 
 
 @triton.jit
