@@ -166,6 +166,7 @@ def samples() -> dict[str, tuple[object, ...]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str) -> None:
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -174,6 +175,7 @@ def test_opcheck(name: str) -> None:
     assert set(done.values()) == {"SUCCESS"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles_as_one_graph(name: str) -> None:
     operands = samples()[name]

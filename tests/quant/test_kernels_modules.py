@@ -66,6 +66,7 @@ def test_online_hadamard_alone() -> None:
     torch.testing.assert_close(PackedLinear(*arguments)(x), QuantizedLinear(*arguments)(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["w8a8", "w4a8", "w4a16 grouped"])
 def test_compiles_as_one_graph(name: str) -> None:
     fmt, activations = FORMS[name]
