@@ -110,7 +110,7 @@ def linear_w8a8(
     if weight.is_mkldnn:
         y_TO = _prepacked(x, x_zero, weight, w_scale, w_sum)
     else:
-        sum_TO = torch._int_mm(x, weight.T)
+        sum_TO = torch.ops.aten._int_mm(x, weight.T)
         if x_zero is not None:
             assert w_sum is not None
             sum_TO.addcmul_(x_zero, w_sum, value=-1)

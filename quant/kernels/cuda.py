@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false
+# (a launch takes num_warps and the like, which Triton's types do not know)
 """The operators on a CUDA device, through Triton: what each computes is defined in `schemas`, the kernels are in triton_*.py.
 
 `hopper_or_later`: devices of capability 9.0 and above have no instruction for 4-bit integers, and linear_w4a4 runs there as W4A8 does, on bytes
@@ -35,6 +37,11 @@ def _rows(x_TC: Tensor) -> Tensor:
     return x_TC if x_TC.stride(1) == 1 else x_TC.contiguous()
 
 
+def quantize_warps(block: int) -> int:
+    """For so many values in half a token: as few threads as hold them in registers without spilling."""
+    return min(8, max(1, block // 256))
+
+
 def _quantize(x: Tensor, other: Tensor | None, eps: float, producer: int, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
     codes, scale, zero = _results(x, symmetric, packed)
     x = _rows(x)
@@ -57,7 +64,7 @@ def _quantize(x: Tensor, other: Tensor | None, eps: float, producer: int, bits: 
             SYMMETRIC=symmetric,
             PACKED=packed,
             BLOCK=block,
-            num_warps=min(16, max(1, block // 512)),
+            num_warps=quantize_warps(block),
             enable_fp_fusion=False,
         )
     return codes, scale, zero
@@ -226,5 +233,5 @@ def linear_w4a16(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, 
 
 def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """torch's own kernel, rounded to bfloat16 and then to dtype; it needs capability 8.9 and widths that are multiples of 16."""
-    y_TO = torch._scaled_mm(x, weight.T, scale_a=x_scale, scale_b=w_scale[None, :], bias=None, out_dtype=torch.bfloat16)
+    y_TO: Tensor = torch.ops.aten._scaled_mm(x, weight.T, scale_a=x_scale, scale_b=w_scale[None, :], out_dtype=torch.bfloat16)
     return (y_TO if bias is None else y_TO + bias).to(dtype)

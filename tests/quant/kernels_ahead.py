@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from planish.quant.kernels.cuda import quantize_warps
 from planish.quant.kernels.triton_hadamard import hadamard_kernel
 from planish.quant.kernels.triton_linear import integer_kernel, weight_only_kernel
 from planish.quant.kernels.triton_quantize import quantize_kernel
@@ -106,7 +107,9 @@ def test_quantize(producer: int, width: int, architecture: int, tmp_path: Path) 
     block = triton.next_power_of_2(width // 2)
     pointers = {"x_ptr": "*bf16", "other_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*i32"}
     constants: dict[str, object] = {"PRODUCER": producer, "BITS": 4, "SYMMETRIC": False, "PACKED": True, "BLOCK": block}
-    check(build(quantize_kernel, pointers, constants, architecture, tmp_path, min(16, block // 512)), architecture, 128)
+    built = build(quantize_kernel, pointers, constants, architecture, tmp_path, quantize_warps(block))
+    print("quantize", width, producer, architecture, built.registers, built.local, len(re.findall("LDL|STL", built.sass)))
+    check(built, architecture)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
