@@ -46,7 +46,7 @@ def _quantize(x: Tensor, other: Tensor | None, eps: float, producer: int, bits: 
     codes, scale, zero = _results(x, symmetric, packed)
     x = _rows(x)
     other = x if other is None else other.contiguous() if other.ndim == 1 else _rows(other)
-    block = triton.next_power_of_2((x.shape[1] + 1) // 2)
+    block = 1 << ((x.shape[1] + 1) // 2 - 1).bit_length()
     if len(x):
         quantize_kernel[(len(x),)](
             x,
