@@ -29,7 +29,7 @@ def separate_large() -> None:
 
 
 def share_heap() -> None:
-    """Take `separate_large` back: large allocations lie in the heap again, as glibc itself has it once some were freed. Quicker, and takes more memory."""
+    """Take `separate_large` back: large allocations lie in the heap, as glibc has it once some were freed. Quicker, with more memory."""
     library = _glibc()
     if library is not None:
         library.mallopt(M_MMAP_THRESHOLD, LEARNED)

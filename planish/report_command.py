@@ -66,7 +66,7 @@ def write_pages(files: Sequence[Path], out: Path, markdown: Path | None = None) 
     from .eval.page import Links, Page, render, section
     from .journal import write_text
     from .outfile import check_outfile
-from .page_links import about
+    from .page_links import about
     from .quant.errors import PlanishError
 
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or ((out / INDEX).is_file() and about(out / INDEX)))):

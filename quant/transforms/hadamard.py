@@ -62,12 +62,20 @@ def rotate(x: Tensor, block: int | None = None, *, inverse: bool = False) -> Ten
     return y_TB.reshape(x.shape).to(x.dtype)
 
 
-@lru_cache(maxsize=64)
-def _halves(n: int) -> tuple[Tensor, Tensor]:
-    """H_n as a Kronecker product of two orthonormal factors, (A, A) and (B, B) in float64, of sizes as near as can be."""
+def kronecker_signs(n: int) -> tuple[Tensor, Tensor]:
+    """H_n sqrt(n) as a Kronecker product of two factors of 1 and -1, (A, A) and (B, B) in float64, of sizes as near as can be.
+
+    A kernel's operands: the x (..., n) of `rotate` is X (A, B), and x H is left' X right / sqrt(n).
+    """
     factors = _factors(n)
     cut = min(range(len(factors) + 1), key=lambda i: math.prod(factors[:i]) + math.prod(factors[i:]))
-    left_AA, right_BB = _signs(factors[:cut]), _signs(factors[cut:])
+    return _signs(factors[:cut]), _signs(factors[cut:])
+
+
+@lru_cache(maxsize=64)
+def _halves(n: int) -> tuple[Tensor, Tensor]:
+    """The same factors, orthonormal."""
+    left_AA, right_BB = kronecker_signs(n)
     return left_AA / math.sqrt(len(left_AA)), right_BB / math.sqrt(len(right_BB))
 
 

@@ -1,0 +1,337 @@
+"""The operators on a GPU, in one run of at most ten minutes: ceilings first, then correctness, then time at the shapes of Llama 3 8B.
+
+python benchmarks/kernels.py [--minutes 9] [--tune] [--json FILE]
+
+Ceilings: copy bandwidth and bfloat16 GEMM, measured. Correctness: fresh random odd shapes, results in memory that was full of NaN before. Time: CUDA
+graphs that go through at least 240 MB of weights, so that none comes from the cache; medians of replays. Floor: the time that the operands' bytes or
+the arithmetic take at the ceilings (int8 and float8 at twice the bfloat16 rate). Beside each operator: bfloat16 cuBLAS, torch._int_mm with scaling,
+torch._scaled_mm, and vLLM's and GemLite's kernels where they are installed. --tune tries tile sizes and prints what to put in configs/tuned.json.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from planish.quant.kernels import pack_nibbles
+
+SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+"""(out, in) of the linears of Llama 3 8B, q/k/v and gate/up as one."""
+TOKENS = (1, 16, 64, 512, 4096)
+LINEARS = ("linear_w8a8", "linear_w4a8", "linear_w4a4", "linear_w4a16", "linear_fp8")
+ROTATED_BYTES = 240_000_000
+_WEIGHT_BYTES = {"bf16": 2.0, "linear_w8a8": 1.0, "linear_fp8": 1.0}
+_INPUT_BYTES = {"bf16": 2.0, "linear_w4a16": 2.0, "linear_w4a4": 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """bytes_s: of a copy, read and written; flops: of a bfloat16 GEMM."""
+
+    bytes_s: float
+    flops: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement, microseconds."""
+
+    op: str
+    shape: str
+    tokens: int
+    us: float
+    floor_us: float
+    bf16_us: float
+
+    @property
+    def of_floor(self) -> float:
+        """How near to the floor, 1 at best."""
+        return self.floor_us / self.us
+
+    @property
+    def times_bf16(self) -> float:
+        """Speed against bfloat16 cuBLAS."""
+        return self.bf16_us / self.us
+
+
+def floor_us(op: str, tokens: int, out: int, inputs: int, ceilings: Ceilings) -> float:
+    """What no kernel can beat: operands once through memory, or the arithmetic, whichever is longer."""
+    moved = out * inputs * _WEIGHT_BYTES.get(op, 0.5) + tokens * inputs * _INPUT_BYTES.get(op, 1.0) + 2 * tokens * out
+    rate = ceilings.flops * (1 if op in ("bf16", "linear_w4a16") else 2)
+    return 1e6 * max(moved / ceilings.bytes_s, 2 * tokens * out * inputs / rate)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """All rows as Markdown."""
+    lines = ["| op | shape | M | us | floor us | of floor | times bf16 |", "|---|---|---|---|---|---|---|"]
+    lines += [f"| {r.op} | {r.shape} | {r.tokens} | {r.us:.1f} | {r.floor_us:.1f} | {100 * r.of_floor:.0f} % | {r.times_bf16:.2f} |" for r in rows]
+    return "\n".join(lines)
+
+
+def operands(op: str, tokens: int, out: int, inputs: int, device: str, seed: int = 0) -> tuple[list[object], Tensor]:
+    """Random operands of a linear operator, and its result in float64 on the CPU."""
+    g = torch.Generator().manual_seed(seed)
+    if op == "linear_fp8":
+        x, w = (
+            torch.ops.planish.quantize_fp8(torch.randn(tokens, inputs, generator=g)),
+            torch.ops.planish.quantize_fp8(torch.randn(out, inputs, generator=g)),
+        )
+        twin = (x[0].double() * x[1]) @ (w[0].double() * w[1]).T
+        values: list[object] = [*x, w[0], w[1].flatten(), None, torch.bfloat16]
+    elif op == "linear_w4a16":
+        x_TC, w_OI = torch.randn(tokens, inputs, generator=g).bfloat16(), torch.randint(-8, 8, (out, inputs), generator=g).to(torch.int8)
+        groups = inputs // 128 if inputs % 128 == 0 else 1
+        scale = torch.rand(out, groups, generator=g) * 0.01
+        twin = x_TC.double() @ (w_OI.reshape(out, groups, -1) * scale[:, :, None]).bfloat16().flatten(1).double().T
+        values = [x_TC, pack_nibbles(w_OI), scale, None, None]
+    else:
+        x_bits, w_bits = (4 if op == "linear_w4a4" else 8), (8 if op == "linear_w8a8" else 4)
+        q_TC = torch.randint(-(1 << x_bits - 1), 1 << x_bits - 1, (tokens, inputs), generator=g).to(torch.int8)
+        w_OI = torch.randint(-(1 << w_bits - 1), 1 << w_bits - 1, (out, inputs), generator=g).to(torch.int8)
+        zero, x_scale, w_scale = (
+            torch.randint(-8, 8, (tokens, 1), generator=g).int(),
+            torch.rand(tokens, 1, generator=g),
+            torch.rand(out, generator=g),
+        )
+        twin = (q_TC.double() - zero) * x_scale.double() @ (w_OI.double() * w_scale[:, None]).T
+        packed_x, packed_w = pack_nibbles(q_TC) if x_bits == 4 else q_TC, pack_nibbles(w_OI) if w_bits == 4 else w_OI
+        values = [packed_x, x_scale, zero, packed_w, w_scale, w_OI.sum(1, dtype=torch.int32), None, None, None, torch.bfloat16]
+    return [value.to(device) if isinstance(value, Tensor) else value for value in values], twin
+
+
+def poison(values: int, device: str) -> None:
+    """Leave memory full of NaN behind, where the next result of so many values will probably lie."""
+    torch.full((max(1, values),), torch.nan, dtype=torch.bfloat16, device=device)
+
+
+def relative_error(op: str, tokens: int, out: int, inputs: int, device: str, seed: int) -> float:
+    """Of the operator against float64, the largest difference over the largest value; infinite if any result is not finite."""
+    values, twin = operands(op, tokens, out, inputs, device, seed)
+    poison(tokens * out, device)
+    y = getattr(torch.ops.planish, op)(*values).double().cpu()
+    return float((y - twin).abs().max() / twin.abs().max()) if bool(y.isfinite().all()) else float("inf")
+
+
+def odd_shapes(op: str, seed: int) -> tuple[int, int, int]:
+    """(tokens, out, in) that no tile divides, fresh for every seed; float8 takes multiples of 16."""
+    g = torch.Generator().manual_seed(seed)
+    tokens, out, half = (int(torch.randint(1, top, (), generator=g)) for top in (300, 600, 400))
+    return (tokens, 16 * (out // 16 + 1), 16 * (half // 8 + 1)) if op == "linear_fp8" else (tokens, out, 2 * half)
+
+
+def check(device: str, seeds: Sequence[int], tolerance: float = 0.01) -> list[str]:
+    """What went wrong, a line each."""
+    wrong = []
+    for op in LINEARS:
+        for seed in seeds:
+            shape = odd_shapes(op, seed)
+            error = relative_error(op, *shape, device, seed)
+            if not error <= tolerance:
+                wrong.append(f"{op} {shape}: relative error {error:.3g}")
+    return wrong
+
+
+def graph_us(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
+    """Microseconds a call: all of them, each with weights of its own, in one CUDA graph; the median of its replays."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / len(calls))
+    return statistics.median(times)
+
+
+def ceilings() -> Ceilings:
+    """Measured."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy_us = graph_us([lambda: target.copy_(source)])
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    gemm_us = graph_us([lambda: a @ a])
+    return Ceilings(2 * source.numel() / copy_us * 1e6, 2 * 8192**3 / gemm_us * 1e6)
+
+
+def copies(weight: Tensor) -> list[Tensor]:
+    """So many of it that ROTATED_BYTES are read, at least two."""
+    count = max(2, -(-ROTATED_BYTES // (weight.numel() * weight.element_size())))
+    return [weight.clone() for _ in range(count)]
+
+
+def linear_us(op: str, tokens: int, out: int, inputs: int) -> float:
+    """Of one operator."""
+    values, _ = random_on_gpu(op, tokens, out, inputs)
+    at = 1 if op == "linear_w4a16" else 2 if op == "linear_fp8" else 3
+    weight = values[at]
+    assert isinstance(weight, Tensor)
+    function = getattr(torch.ops.planish, op)
+    return graph_us([lambda w=w: function(*values[:at], w, *values[at + 1 :]) for w in copies(weight)])
+
+
+def random_on_gpu(op: str, tokens: int, out: int, inputs: int) -> tuple[list[object], None]:
+    """Operands as `operands` makes them, without the float64 twin."""
+    b = {"device": "cuda"}
+    if op == "linear_w4a16":
+        scale = torch.rand(out, inputs // 128, **b)
+        return [
+            torch.randn(tokens, inputs, dtype=torch.bfloat16, **b),
+            torch.randint(-128, 128, (out, inputs // 2), dtype=torch.int8, **b),
+            scale,
+            None,
+            None,
+        ], None
+    x_width, w_width = inputs // (2 if op == "linear_w4a4" else 1), inputs // (1 if op in ("linear_w8a8", "linear_fp8") else 2)
+    x = torch.randint(-100, 100, (tokens, x_width), dtype=torch.int8, **b)
+    w = torch.randint(-100, 100, (out, w_width), dtype=torch.int8, **b)
+    grid = torch.rand(tokens, 1, **b), torch.rand(out, **b)
+    if op == "linear_fp8":
+        return [x.to(torch.float8_e4m3fn), grid[0], w.to(torch.float8_e4m3fn), grid[1], None, torch.bfloat16], None
+    return [
+        x,
+        grid[0],
+        torch.zeros(tokens, 1, dtype=torch.int32, **b),
+        w,
+        grid[1],
+        w.sum(1, dtype=torch.int32),
+        None,
+        None,
+        None,
+        torch.bfloat16,
+    ], None
+
+
+def bf16_us(tokens: int, out: int, inputs: int) -> float:
+    """Of cuBLAS."""
+    x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
+    weights = copies(torch.randn(out, inputs, device="cuda", dtype=torch.bfloat16))
+    return graph_us([lambda w=w: torch.nn.functional.linear(x, w) for w in weights])
+
+
+def peers(tokens: int, out: int, inputs: int) -> dict[str, float]:
+    """Other people's kernels for the same product, as far as they are here and take the shape."""
+    x, w = (torch.randint(-100, 100, (n, inputs), dtype=torch.int8, device="cuda") for n in (tokens, out))
+    a, b = torch.rand(tokens, 1, device="cuda"), torch.rand(out, 1, device="cuda")
+    found: dict[str, float] = {}
+    if tokens > 16:
+        found["torch._int_mm + scales"] = graph_us([lambda w=w: (torch._int_mm(x, w.T) * a * b.T).bfloat16() for w in copies(w)])
+    if torch.cuda.get_device_capability() >= (8, 9):
+        fx, fw = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+        found["torch._scaled_mm"] = graph_us(
+            [lambda w=w: torch._scaled_mm(fx, w.T, scale_a=a, scale_b=b.T, out_dtype=torch.bfloat16) for w in copies(fw)]
+        )
+    if importlib.util.find_spec("vllm"):
+        from vllm import _custom_ops as vllm_ops
+
+        found["vLLM cutlass int8"] = graph_us([lambda w=w: vllm_ops.cutlass_scaled_mm(x, w.T, a, b, torch.bfloat16) for w in copies(w)])
+    if importlib.util.find_spec("gemlite"):
+        from gemlite.helper import A16W4_INT
+
+        layer = A16W4_INT(device="cuda:0", dtype=torch.bfloat16).from_weights(
+            torch.randint(0, 16, (out, inputs), dtype=torch.uint8, device="cuda"),
+            torch.rand(out, inputs // 128, device="cuda"),
+            torch.full((out, inputs // 128), 8.0, device="cuda"),
+            4,
+            128,
+        )
+        wide = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
+        found["GemLite A16W4 (one weight)"] = graph_us([lambda: layer(wide)])
+    return found
+
+
+def quantizers_us(tokens: int, width: int, limits: Ceilings) -> list[Row]:
+    """The quantizers; their floor is 2 bytes read (4 with silu) and 1 written for every value. Beside them, in place of bf16: a copy of the input."""
+    x = [torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(max(2, ROTATED_BYTES // (2 * tokens * width)))]
+    weight, grid, ops = torch.ones(width, device="cuda", dtype=torch.bfloat16), (8, False, 1.0, False), torch.ops.planish
+    copy_us = graph_us([lambda v=v: v.clone() for v in x])
+    calls: dict[str, tuple[int, list[Callable[[], object]]]] = {
+        "quantize_per_token": (3, [lambda v=v: ops.quantize_per_token(v, *grid) for v in x]),
+        "rms_norm_quantize": (3, [lambda v=v: ops.rms_norm_quantize(v, weight, 1e-5, *grid) for v in x]),
+        "silu_mul_quantize": (5, [lambda v=v: ops.silu_mul_quantize(v, x[0], *grid) for v in x]),
+        "hadamard_quantize": (3, [lambda v=v: ops.hadamard_quantize(v, None, width, *grid) for v in x]),
+    }
+    return [
+        Row(name, f"width {width}", tokens, graph_us(run), 1e6 * moved * tokens * width / limits.bytes_s, copy_us)
+        for name, (moved, run) in calls.items()
+    ]
+
+
+def tune(until: float) -> str:
+    """The best of tuning.candidates for every operator, shape and number of tokens, as far as time allows."""
+    from planish.quant.kernels import cuda, tuning
+
+    best: dict[str, tuning.Config] = {}
+    for tokens in TOKENS:
+        for op in LINEARS[:4]:
+            for out, inputs in SHAPES.values():
+                values, _ = random_on_gpu(op, tokens, out, inputs)
+                timed: list[tuple[float, tuning.Config]] = []
+                for config in tuning.candidates(op, tokens):
+                    if time.monotonic() > until:
+                        return tuning.stored(best)
+                    launch = cuda.linear_w4a16 if op == "linear_w4a16" else lambda *v, config, op=op: cuda.integer_linear(op, *v, config=config)
+                    try:
+                        timed.append((graph_us([lambda f=launch, v=values, c=config: f(*v, config=c)] * 8, 5), config))
+                    except RuntimeError as too_large:  # more shared memory than there is
+                        print(f"{op} {config}: {type(too_large).__name__}", file=sys.stderr)
+                steps = inputs // (1 if op == "linear_w8a8" else 2)
+                best[tuning.key(torch.cuda.get_device_name(), op, tokens, out, steps)] = min(timed, key=lambda pair: pair[0])[1]
+    return tuning.stored(best)
+
+
+def main() -> int:
+    """All of it; 1 if a result is wrong, 2 without a GPU."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--minutes", type=float, default=9)
+    p.add_argument("--tune", action="store_true")
+    p.add_argument("--json", type=Path)
+    a = p.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks/kernels.py needs a CUDA device, and torch sees none here. On a CPU: benchmarks/cpu_speed.py.", file=sys.stderr)
+        return 2
+    until = time.monotonic() + 60 * a.minutes
+    limits = ceilings()
+    print(json.dumps({"device": torch.cuda.get_device_name(), **asdict(limits)}), flush=True)
+    wrong = check("cuda", range(int(time.time()), int(time.time()) + 4))
+    print("\n".join(wrong) or "all operators are right at fresh random shapes", flush=True)
+    if a.tune:
+        print(tune(until))
+        return bool(wrong)
+    rows: list[Row] = []
+    for tokens in TOKENS:
+        for shape, (out, inputs) in SHAPES.items():
+            if time.monotonic() > until:
+                break
+            bf16 = bf16_us(tokens, out, inputs)
+            rows.append(Row("bf16", shape, tokens, bf16, floor_us("bf16", tokens, out, inputs, limits), bf16))
+            rows += [Row(op, shape, tokens, linear_us(op, tokens, out, inputs), floor_us(op, tokens, out, inputs, limits), bf16) for op in LINEARS]
+            rows += [
+                Row(n, shape, tokens, us, floor_us("linear_w8a8", tokens, out, inputs, limits), bf16) for n, us in peers(tokens, out, inputs).items()
+            ]
+        rows += [row for width in (4096, 14336) if time.monotonic() < until for row in quantizers_us(tokens, width, limits)]
+    if a.json:
+        a.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    print(table(rows))
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The operators on a CPU, in torch's own: what each computes is defined in `schemas`.
+
+Integer products are torch._int_mm's: exact, and with AMX or AVX512-VNNI about twice as fast as bfloat16's where the weight lies as its transpose,
+see `cpu_layout`.
+
+Shape suffixes: T tokens, C = I in channels, O out channels, G groups, R rank.
+"""
+
+import torch
+from torch import Tensor
+
+from ..formats import LEAST_SCALE, by_group, code_range
+from ..transforms.factors import Blocks, Hadamard
+from .nibbles import pack_nibbles, unpack_nibbles
+from .schemas import LIBRARY
+
+Codes = tuple[Tensor, Tensor, Tensor]
+_FP8_MAX = 448.0
+_PIECE_VALUES = 1 << 18  # float32 values that are worked on at a time, in the processor's cache
+_LEAST = min(torch.finfo(torch.float32).tiny, LEAST_SCALE)
+
+
+def cpu_layout(weight_OI: Tensor) -> Tensor:
+    """The same (O, I) weight with the strides of a transposed (I, O) one, which torch._int_mm takes without copying."""
+    return weight_OI.T.contiguous().T
+
+
+def quantize_per_token(x: Tensor, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
+    """Codes of x_TC; see `schemas`."""
+    rows, width = x.shape
+    size = max(1, _PIECE_VALUES // max(1, width))
+    if rows <= size or torch.compiler.is_compiling():
+        return _quantize(x, bits, symmetric, clip, packed)
+    pieces = [_quantize(piece, bits, symmetric, clip, packed) for piece in (x[start : start + size] for start in range(0, rows, size))]
+    codes, scale, zero = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return codes, scale, zero
+
+
+def _quantize(x_TC: Tensor, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
+    y_TC = x_TC.to(torch.float32, copy=True)  # the extremes are found several times faster in float32 than in 16 bits
+    scale_T1, zero_T1 = _grid(y_TC, bits, symmetric, clip)
+    y_TC.div_(scale_T1)
+    if zero_T1 is not None:
+        y_TC.add_(zero_T1)
+    y_TC.round_()
+    if clip < 1 or not symmetric:  # a symmetric grid that covers the whole range has no code beyond its ends
+        y_TC.clamp_(*code_range(bits))
+    codes_TC = y_TC.to(torch.int8)
+    zero = x_TC.new_empty((0, 1), dtype=torch.int32) if zero_T1 is None else zero_T1.to(torch.int32)
+    return pack_nibbles(codes_TC) if packed else codes_TC, scale_T1, zero
+
+
+def _grid(x_TC: Tensor, bits: int, symmetric: bool, clip: float) -> tuple[Tensor, Tensor | None]:
+    """As formats.scale_and_zero with fewer passes; NaN in the scale of a token that is not finite."""
+    qmin, qmax = code_range(bits)
+    low_T1, high_T1 = x_TC.amin(1, keepdim=True) * clip, x_TC.amax(1, keepdim=True) * clip
+    if symmetric:
+        scale_T1 = torch.maximum(-low_T1, high_T1) / qmax
+    else:
+        low_T1, high_T1 = low_T1.clamp(max=0), high_T1.clamp(min=0)
+        scale_T1 = (high_T1 - low_T1) / (qmax - qmin)
+    scale_T1 = torch.where(scale_T1 < _LEAST, 1.0, scale_T1)
+    scale_T1 = torch.where(scale_T1 == torch.inf, torch.nan, scale_T1)
+    return scale_T1, None if symmetric else (qmin - low_T1 / scale_T1).round_().clamp_(qmin, qmax)
+
+
+def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
+    """Codes of x_TC / sqrt(mean(x²) + eps) * weight_C."""
+    wide_TC = x.float()
+    normal_TC = (wide_TC * torch.rsqrt(wide_TC.square().mean(1, keepdim=True) + eps)).to(x.dtype)
+    return quantize_per_token((weight * normal_TC).to(x.dtype), bits, symmetric, clip, packed)
+
+
+def silu_mul_quantize(gate: Tensor, up: Tensor, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
+    """Codes of silu(gate_TC) * up_TC."""
+    return quantize_per_token(torch.nn.functional.silu(gate).mul_(up), bits, symmetric, clip, packed)
+
+
+def hadamard_quantize(x: Tensor, signs: Tensor | None, block: int, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
+    """Codes of (x_TC * signs_C) H, H block-diagonal; see factors.Hadamard."""
+    return quantize_per_token(Hadamard(block, signs).on_input(x), bits, symmetric, clip, packed)
+
+
+def blocks_quantize(x: Tensor, matrix: Tensor, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
+    """Codes of x_TC times the block-diagonal matrix_KBB; see factors.Blocks."""
+    return quantize_per_token(Blocks(matrix).on_input(x), bits, symmetric, clip, packed)
+
+
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x_TC as float8_e4m3fn with a scale for every token: its largest value becomes 448."""
+    scale_T1 = x.abs().amax(1, keepdim=True).float() / _FP8_MAX
+    scale_T1 = torch.where(scale_T1 < _LEAST, 1.0, scale_T1)
+    scale_T1 = torch.where(scale_T1 == torch.inf, torch.nan, scale_T1)
+    return (x.float() / scale_T1).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn), scale_T1
+
+
+def linear_w8a8(
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_zero: Tensor | None,
+    weight: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor | None,
+    bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Codes times codes, one a byte each; see `schemas`. weight: strided, or as `prepack` laid it out."""
+    if weight.is_mkldnn:
+        y_TO = _prepacked(x, x_zero, weight, w_scale, w_sum)
+    else:
+        sum_TO = torch.ops.aten._int_mm(x, weight.T)
+        if x_zero is not None:
+            assert w_sum is not None
+            sum_TO.addcmul_(x_zero, w_sum, value=-1)
+        y_TO = sum_TO.float().mul_(w_scale)
+    if x_scale is not None:
+        y_TO.mul_(x_scale)
+    if bias is not None:
+        y_TO.add_(bias)
+    if low is not None:
+        assert up is not None
+        y_TO.addmm_(low.float(), up.float().T)
+    return y_TO.to(dtype)
+
+
+def prepack(weight_OI: Tensor) -> Tensor | None:
+    """An int8 weight in oneDNN's own layout, an opaque tensor (I, O) for linear_w8a8; None where this torch has no oneDNN.
+
+    Its product, the weight's scales included, takes about half as long as torch._int_mm's on a strided one.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_prepack"):  # type: ignore[no-untyped-call]
+        return None
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(weight_OI.contiguous(), None)
+    return packed
+
+
+def _prepacked(x: Tensor, x_zero: Tensor | None, weight: Tensor, w_scale: Tensor, w_sum: Tensor | None) -> Tensor:
+    """(x - x_zero) (weight w_scale)' in float32."""
+    zeros_O = torch.zeros(len(w_scale), dtype=torch.int32)
+    y_TO: Tensor = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, weight, w_scale, zeros_O, None, 1.0, 0, torch.float32, "none", [], "")
+    if x_zero is not None:
+        assert w_sum is not None
+        y_TO.addcmul_(x_zero.float(), w_sum * w_scale, value=-1)
+    return y_TO
+
+
+def linear_w4a8(
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_zero: Tensor | None,
+    weight: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor | None,
+    bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight is packed. On a CPU it is unpacked at every call; unpack it once and take linear_w8a8 where memory allows."""
+    return linear_w8a8(x, x_scale, x_zero, unpack_nibbles(weight), w_scale, w_sum, bias, low, up, dtype)
+
+
+def linear_w4a4(
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_zero: Tensor | None,
+    weight: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor | None,
+    bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Both are packed. On a CPU as linear_w4a8."""
+    return linear_w8a8(unpack_nibbles(x), x_scale, x_zero, unpack_nibbles(weight), w_scale, w_sum, bias, low, up, dtype)
+
+
+def linear_w4a16(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The weight is dequantized and rounded to x's dtype, then multiplied."""
+    w_OGI = by_group(unpack_nibbles(weight).float(), scale.shape[1])
+    if zero is not None:
+        w_OGI = w_OGI.sub_(zero[:, :, None])
+    return torch.nn.functional.linear(x, w_OGI.mul_(scale[:, :, None]).flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Products and sums in float32."""
+    y_TO = (x.float() @ weight.float().T).mul_(x_scale).mul_(w_scale)
+    return (y_TO if bias is None else y_TO.add_(bias)).to(dtype)
+
+
+for _implementation in (
+    quantize_per_token,
+    rms_norm_quantize,
+    silu_mul_quantize,
+    hadamard_quantize,
+    blocks_quantize,
+    quantize_fp8,
+    linear_w8a8,
+    linear_w4a8,
+    linear_w4a4,
+    linear_w4a16,
+    linear_fp8,
+):
+    LIBRARY.impl(_implementation.__name__, _implementation, "CPU")  # type: ignore[no-untyped-call]
+LIBRARY.impl("linear_w8a8", linear_w8a8, "MkldnnCPU")  # type: ignore[no-untyped-call]

@@ -1,0 +1,143 @@
+"""The linear layer of packed weights: what QuantizedLinear computes, through the operators, in the memory that the codes need.
+
+Drop-in: the same arguments, the same result but for rounding (it rounds once, where `QuantizedLinear` of bfloat16 rounds the integer
+product, too). Weights lie as the device's kernels want them, so build it on the device where it runs.
+
+On a CPU codes are kept one a byte as oneDNN wants them, those of 4 bits included; under torch.compile the quantization there is left to the compiler,
+which fuses it with what comes before and after. Weight-only layers as torch's own int4
+kernel for few tokens wants them, where their group has a size that it knows and their scales are exact in bfloat16, and packed besides.
+
+Shape suffixes: T tokens, C = I in channels, O out channels, G groups.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import ActivationFormat, QuantizedWeight
+from ..linear import Side, StaticGrid, quantize_input
+from ..transforms.factors import Chain, Hadamard, on_input
+from . import cpu
+from .nibbles import pack_nibbles
+
+_FEW = 32  # tokens up to which torch's int4 kernel for few tokens is taken; beyond, dequantizing once costs less
+_TORCH_GROUPS = (32, 64, 128, 256)
+
+
+class PackedLinear(nn.Module):
+    """y = Q(x T) Ŵᵀ + b for x (..., I): see QuantizedLinear. Only for what `supports` says yes to."""
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        activations: ActivationFormat | None = None,
+        static: StaticGrid | None = None,
+        chain: Chain = (),
+        dtype: torch.dtype = torch.float32,
+        side: Side | None = None,
+    ) -> None:
+        super().__init__()
+        assert self.supports(weight, activations, side)
+        self.activations, self.static, self.chain, self.dtype = activations, static, chain, dtype
+        self.out_features, self.in_features = weight.codes.shape
+        self.low = None if side is None or side.low is None else side.low.to(dtype)
+        self.bias = None if bias is None else nn.Buffer(bias.to(dtype))
+        if activations is None:
+            self._weight_only(weight, dtype)
+        else:
+            self._integer(weight, activations)
+
+    @staticmethod
+    def supports(weight: QuantizedWeight, activations: ActivationFormat | None, side: Side | None = None) -> bool:
+        """Whether the operators compute such a layer: weight-only of 4 bits; else integer codes on both sides, their scales per channel or tensor and
+        per token or tensor, symmetric weights (or asymmetric of up to 7 bits); no channels kept out of the codes."""
+        if side is not None and side.kept is not None:
+            return False
+        if activations is None:
+            return weight.format.bits == 4 and weight.codes.shape[1] % 2 == 0
+        zero_fits = weight.zero is None or weight.format.bits < 8
+        return weight.scale.shape[1] == 1 and activations.granularity != "group" and zero_fits
+
+    def _integer(self, weight: QuantizedWeight, activations: ActivationFormat) -> None:
+        codes_OI = weight.codes if weight.zero is None else (weight.codes - weight.zero).to(torch.int8)
+        even = codes_OI.shape[1] % 2 == 0
+        packed = codes_OI.is_cuda and even and weight.zero is None and weight.format.bits <= 4
+        self.packed_input = packed and activations.bits == 4 and activations.granularity == "token"
+        self.op = torch.ops.planish.linear_w4a4 if self.packed_input else torch.ops.planish.linear_w4a8 if packed else torch.ops.planish.linear_w8a8
+        self.weight = nn.Buffer(pack_nibbles(codes_OI) if packed else codes_OI.contiguous() if codes_OI.is_cuda else _cpu_weight(codes_OI))
+        self.w_scale = nn.Buffer(weight.scale.float().expand(self.out_features, 1).flatten().contiguous())
+        self.w_sum = nn.Buffer(codes_OI.sum(1, dtype=torch.int32))
+
+    def _weight_only(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        shape = (self.out_features, weight.scale.shape[1])
+        self.weight = nn.Buffer(pack_nibbles(weight.codes))
+        self.w_scale = nn.Buffer(weight.scale.float().expand(shape).contiguous())
+        self.w_zero = None if weight.zero is None else nn.Buffer(weight.zero.float().expand(shape).contiguous())
+        self.group = _torch_group(weight) if dtype == torch.bfloat16 else None
+        if self.group is not None:
+            codes_OI = (weight.codes + 8).to(torch.int32)
+            self.few_weight = nn.Buffer(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI, 1))
+            scale_GO = self.w_scale.T.repeat_interleave(self.in_features // self.group // shape[1], 0)
+            self.few_grid = nn.Buffer(torch.stack([scale_GO, torch.zeros_like(scale_GO)], -1).to(dtype).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., I) in the layer's dtype. Returns (..., O)."""
+        x_TC = x.reshape(-1, self.in_features)
+        y_TO: Tensor = self._float(x_TC) if self.activations is None else self._codes(x_TC, self.activations)
+        return y_TO.reshape(*x.shape[:-1], self.out_features)
+
+    def _float(self, x_TC: Tensor) -> Tensor:
+        x_TC = on_input(self.chain, x_TC)
+        if self.group is not None and len(x_TC) <= _FEW:
+            y_TO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TC, self.few_weight, self.group, self.few_grid)
+            y_TO = y_TO if self.bias is None else y_TO + self.bias
+        else:
+            y_TO = torch.ops.planish.linear_w4a16(x_TC, self.weight, self.w_scale, self.w_zero, self.bias)
+        return y_TO if self.low is None else y_TO + self.low.on_input(x_TC)
+
+    def _codes(self, x_TC: Tensor, fmt: ActivationFormat) -> Tensor:
+        if torch.compiler.is_compiling() and x_TC.device.type == "cpu" and fmt.granularity == "token":
+            return self._traced(on_input(self.chain, x_TC), fmt)
+        ops, low_TR, up_OR = torch.ops.planish, None, None
+        last = self.chain[-1] if self.chain else None
+        if fmt.granularity == "token" and isinstance(last, Hadamard) and self.low is None:
+            x_TC = on_input(self.chain[:-1], x_TC)
+            codes, scale, zero = ops.hadamard_quantize(x_TC, last.signs_C, last.block, fmt.bits, fmt.symmetric, fmt.clip, self.packed_input)
+        else:
+            x_TC = on_input(self.chain, x_TC)
+            codes, scale, zero = self._quantize(x_TC, fmt)
+            if self.low is not None:
+                low_TR, up_OR = x_TC @ self.low.down_RC.T, self.low.up_OR
+        x_zero = None if fmt.symmetric else zero
+        y_TO: Tensor = self.op(codes, scale, x_zero, self.weight, self.w_scale, self.w_sum, self.bias, low_TR, up_OR, x_TC.dtype)
+        return y_TO
+
+    def _traced(self, x_TC: Tensor, fmt: ActivationFormat) -> Tensor:
+        """The same on a CPU as operations that the compiler can fuse, all but the product."""
+        codes, scale, zero = cpu.quantize_per_token(x_TC, fmt.bits, fmt.symmetric, fmt.clip, False)
+        y_TO: Tensor = self.op(codes, None, None, self.weight, self.w_scale, None, None, None, None, torch.float32)
+        if not fmt.symmetric:
+            y_TO = y_TO - zero * (self.w_sum * self.w_scale)
+        y_TO = y_TO * scale
+        y_TO = y_TO if self.bias is None else y_TO + self.bias
+        return y_TO.to(x_TC.dtype) if self.low is None else (y_TO + self.low.on_input(x_TC)).to(x_TC.dtype)
+
+    def _quantize(self, x_TC: Tensor, fmt: ActivationFormat) -> tuple[Tensor, Tensor, Tensor]:
+        if fmt.granularity == "token":
+            codes, scale, zero = torch.ops.planish.quantize_per_token(x_TC, fmt.bits, fmt.symmetric, fmt.clip, self.packed_input)
+            return codes, scale, zero
+        found = quantize_input(x_TC, fmt, self.static)
+        return found.codes, found.scale, found.scale.new_empty((0, 1), dtype=torch.int32) if found.zero is None else found.zero.to(torch.int32)
+
+
+def _cpu_weight(codes_OI: Tensor) -> Tensor:
+    packed = cpu.prepack(codes_OI)
+    return cpu.cpu_layout(codes_OI) if packed is None else packed
+
+
+def _torch_group(weight: QuantizedWeight) -> int | None:
+    """The group size of torch's own int4 kernel on a CPU for this weight; None if that kernel cannot compute it as it is."""
+    inputs, groups = weight.codes.shape[1], weight.scale.shape[1]
+    exact = weight.zero is None and torch.equal(weight.scale, weight.scale.bfloat16().float())
+    sizes = [size for size in _TORCH_GROUPS if (inputs // groups) % size == 0 and inputs % size == 0]
+    return max(sizes, default=None) if exact and weight.codes.device.type == "cpu" and weight.codes.shape[0] % 16 == 0 else None

@@ -1,0 +1,130 @@
+"""The Triton kernels compiled ahead of time for every architecture, without a GPU: they compile, spill nothing, and use the tensor cores' instruction
+that they are meant to. Run by test_kernels_triton.py in a process of its own.
+"""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from planish.quant.kernels.cuda import quantize_warps
+from planish.quant.kernels.triton_hadamard import hadamard_kernel
+from planish.quant.kernels.triton_linear import integer_kernel, weight_only_kernel
+from planish.quant.kernels.triton_quantize import quantize_kernel
+from planish.quant.kernels.tuning import rule
+
+ARCHITECTURES = (80, 89, 90, 100, 120)
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program can have
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What was compiled: registers a thread, bytes of local memory, KiB of shared memory, SASS."""
+
+    registers: int
+    local: int
+    shared: float
+    sass: str
+
+
+def build(kernel: object, pointers: dict[str, str], constants: dict[str, object], architecture: int, tmp: Path, warps: int, stages: int = 3) -> Built:
+    """Pointers by name with their types; all other arguments that are no constants are int32, or float32 where the name says so."""
+    names = kernel.arg_names  # type: ignore[attr-defined]
+    floats = {"eps", "clip", "factor"}
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "fp32" if n in floats else "i32") for n in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers or n.endswith("stride") or n in ("rows", "columns", "width")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps, "num_stages": stages})
+    cubin = tmp / "kernel.cubin"
+    cubin.write_bytes(made.asm["cubin"])
+    usage = subprocess.run([BINARIES / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    sass = subprocess.run([BINARIES / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    local = re.search(r"STACK:(\d+).*?LOCAL:(\d+)", usage)
+    registers = re.search(r"REG:(\d+)", usage)
+    assert local is not None
+    assert registers is not None
+    return Built(int(registers[1]), int(local[1]) + int(local[2]), made.metadata.shared / 1024, sass)
+
+
+def opcodes(sass: str) -> set[str]:
+    return {found.split(".")[0] for found in re.findall(r"\b(?:[A-Z]*MMA)[A-Z0-9.]*", sass)}
+
+
+def check(built: Built, architecture: int, registers: int = 255) -> None:
+    assert built.local == 0
+    assert not re.search(r"\b(?:LDL|STL)\b", built.sass)
+    assert built.registers <= registers
+    assert built.shared <= SHARED[architecture]
+
+
+INTEGER = {"x_ptr": "*i8", "x_scale_ptr": "*fp32", "x_zero_ptr": "*i32", "w_ptr": "*i8", "w_scale_ptr": "*fp32", "w_sum_ptr": "*i32"}
+INTEGER |= {"bias_ptr": "*bf16", "low_ptr": "*bf16", "up_ptr": "*bf16", "y_ptr": "*bf16"}
+EXPECTED = {80: {"IMMA"}, 89: {"IMMA"}, 90: {"IGMMA"}, 100: {"IMMA"}, 120: {"IMMA"}}
+FLOAT = {80: {"HMMA"}, 89: {"HMMA"}, 90: {"HGMMA"}, 100: {"HMMA", "UTCHMMA"}, 120: {"HMMA"}}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["linear_w8a8", "linear_w4a8", "linear_w4a4"])
+@pytest.mark.parametrize("tokens", [1, 4096])
+def test_integer_linear(name: str, tokens: int, architecture: int, tmp_path: Path) -> None:
+    config, packed = rule(name, tokens), name != "linear_w8a8"
+    constants: dict[str, object] = {"X_PACKED": name == "linear_w4a4", "W_PACKED": packed, "ZERO": True, "BIAS": True, "SIDE": False}
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "BLOCK_R": 16, "GROUP": 8}
+    constants |= {"steps": 2048 if packed else 4096, "rank": 0}
+    built = build(integer_kernel, INTEGER, constants, architecture, tmp_path, config.warps, config.stages)
+    print(name, tokens, architecture, built.registers, built.local, round(built.shared), opcodes(built.sass))
+    check(built, architecture)
+    if tokens > 64:
+        assert opcodes(built.sass) & EXPECTED[architecture]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tokens", [1, 4096])
+def test_w4a16(tokens: int, architecture: int, tmp_path: Path) -> None:
+    config = rule("linear_w4a16", tokens)
+    constants: dict[str, object] = {"SIZE": 128, "ZERO": False, "BIAS": False, "UNIFORM": True, "steps": 2048, "GROUP": 8}
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    pointers = {"x_ptr": "*bf16", "w_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
+    built = build(weight_only_kernel, pointers, constants, architecture, tmp_path, config.warps, config.stages)
+    print("w4a16", tokens, architecture, built.registers, built.local, round(built.shared), opcodes(built.sass))
+    check(built, architecture)
+    if tokens > 64:
+        assert opcodes(built.sass) & FLOAT[architecture]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("producer", [0, 1, 2])
+@pytest.mark.parametrize("width", [4096, 14336])
+def test_quantize(producer: int, width: int, architecture: int, tmp_path: Path) -> None:
+    block = triton.next_power_of_2(width // 2)
+    pointers = {"x_ptr": "*bf16", "other_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*i32"}
+    constants: dict[str, object] = {"PRODUCER": producer, "BITS": 4, "SYMMETRIC": False, "PACKED": True, "BLOCK": block}
+    built = build(quantize_kernel, pointers, constants, architecture, tmp_path, quantize_warps(block))
+    print("quantize", width, producer, architecture, built.registers, built.local, len(re.findall("LDL|STL", built.sass)))
+    check(built, architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("a", "b"), [(64, 64), (112, 128), (24, 24)])
+def test_hadamard(a: int, b: int, architecture: int, tmp_path: Path) -> None:
+    blocks = {name: max(16, triton.next_power_of_2(n)) for name, n in {"BLOCK_A": a, "BLOCK_H": a // 2, "BLOCK_B": b}.items()}
+    tile = blocks["BLOCK_A"] * blocks["BLOCK_B"]
+    pointers = dict.fromkeys(("x_ptr", "signs_ptr", "left_ptr", "right_ptr"), "*bf16") | {
+        "codes_ptr": "*i8",
+        "scale_ptr": "*fp32",
+        "zero_ptr": "*i32",
+    }
+    constants: dict[str, object] = {"A": a, "B": b, **blocks, "BLOCK_K": min(blocks["BLOCK_B"], 32), "SIGNS": False, "BITS": 4}
+    constants |= {"SYMMETRIC": False, "PACKED": True}
+    warps = 8 if tile > 2048 else 4
+    built = build(hadamard_kernel, pointers, constants, architecture, tmp_path, warps)
+    print("hadamard", a, b, architecture, built.registers, built.local, round(built.shared), opcodes(built.sass))
+    check(built, architecture)

@@ -1,0 +1,186 @@
+"""The operators on a CPU: against float64 twins, against QuantizedLinear, odd shapes, input that is not finite, torch.compile."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from planish.quant.errors import PlanishError
+from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat
+from planish.quant.kernels import NAMES, pack_nibbles, unpack_nibbles
+from planish.quant.linear import QuantizedLinear, Side, quantize_input
+from planish.quant.low_rank import LowRank
+from planish.quant.transforms.factors import Blocks, Hadamard
+
+OPS = torch.ops.planish
+GRIDS = [(8, True, False), (8, False, False), (4, True, True), (4, False, True), (4, False, False), (6, True, False)]
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)
+
+
+def integers(*shape: int, bits: int, seed: int = 0) -> Tensor:
+    return torch.randint(-(1 << bits - 1), 1 << bits - 1, shape, generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+
+
+def unpacked(codes: Tensor, packed: bool) -> Tensor:
+    return unpack_nibbles(codes) if packed else codes
+
+
+def test_nibbles_all_bytes() -> None:
+    codes = torch.cartesian_prod(torch.arange(-8, 8), torch.arange(-8, 8)).to(torch.int8)
+    packed = pack_nibbles(codes)
+    assert sorted(packed.flatten().tolist()) == list(range(-128, 128))
+    assert torch.equal(unpack_nibbles(packed), codes)
+    with pytest.raises(PlanishError, match="3 codes"):
+        pack_nibbles(codes.new_zeros(2, 3))
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "packed"), GRIDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 46), (1, 64), (0, 32)])
+def test_quantize_is_that_of_quantized_linear(bits: int, symmetric: bool, packed: bool, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    x = draw(*shape, dtype=dtype)
+    x[1:2] = 0
+    for clip in (1.0, 0.8):
+        codes, scale, zero = OPS.quantize_per_token(x, bits, symmetric, clip, packed)
+        twin = quantize_input(x, ActivationFormat(bits=bits, symmetric=symmetric, clip=clip))
+        assert torch.equal(unpacked(codes, packed), twin.codes)
+        assert torch.equal(scale, twin.scale)
+        assert zero.shape == (0, 1) if twin.zero is None else torch.equal(zero, twin.zero.int())
+
+
+def test_quantize_input_that_is_not_contiguous_or_aligned() -> None:
+    wide = draw(6, 66)
+    for x in (wide[:, 1:65], wide[::2, ::2], draw(64, 6).T):
+        for got, twin in zip(
+            OPS.quantize_per_token(x, 8, False, 1.0, False), OPS.quantize_per_token(x.contiguous(), 8, False, 1.0, False), strict=True
+        ):
+            assert torch.equal(got, twin)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_token_that_is_not_finite_spoils_its_own_outputs_only(bad: float, symmetric: bool) -> None:
+    x = draw(3, 32)
+    x[1, 7] = bad
+    codes, scale, zero = OPS.quantize_per_token(x, 8, symmetric, 1.0, False)
+    weight, good = integers(16, 32, bits=8), [0, 2]
+    y = OPS.linear_w8a8(
+        codes, scale, None if symmetric else zero, weight, torch.ones(16), weight.sum(1, dtype=torch.int32), None, None, None, torch.float32
+    )
+    assert y[1].isnan().all()
+    assert torch.equal(codes[good], OPS.quantize_per_token(x[good], 8, symmetric, 1.0, False)[0])
+    assert y[good].isfinite().all()
+    assert OPS.quantize_fp8(x)[1].isnan().flatten().tolist() == [False, True, False]
+
+
+def test_fused_quantizers() -> None:
+    x, gate, weight = draw(4, 24, dtype=torch.bfloat16), draw(4, 24, seed=1, dtype=torch.bfloat16), draw(24, seed=2, dtype=torch.bfloat16)
+    signs, matrix = draw(24, seed=3).sign(), draw(2, 12, 12, seed=4)
+    norm = torch.nn.functional.rms_norm(x.float(), (24,), eps=1e-5).bfloat16() * weight
+    pairs = [
+        (OPS.rms_norm_quantize(x, weight, 1e-5, 8, False, 1.0, False), norm),
+        (OPS.silu_mul_quantize(gate, x, 8, False, 1.0, False), torch.nn.functional.silu(gate) * x),
+        (OPS.hadamard_quantize(x, signs, 12, 8, False, 1.0, False), Hadamard(12, signs).on_input(x)),
+        (OPS.hadamard_quantize(x, None, 24, 8, False, 1.0, False), Hadamard(24).on_input(x)),
+        (OPS.blocks_quantize(x, matrix, 8, False, 1.0, False), Blocks(matrix).on_input(x)),
+    ]
+    for fused, alone in pairs:
+        for got, twin in zip(fused, OPS.quantize_per_token(alone, 8, False, 1.0, False), strict=True):
+            assert torch.equal(got, twin)
+
+
+def integer_case(name: str, tokens: int, asymmetric: bool, side: bool) -> tuple[tuple[object, ...], Tensor]:
+    """Operands of an integer linear of 34 inputs and 9 outputs, and its result in float64."""
+    x_bits, w_bits = (4 if name == "linear_w4a4" else 8), (8 if name == "linear_w8a8" else 4)
+    x, weight = integers(tokens, 34, bits=x_bits), integers(9, 34, bits=w_bits, seed=1)
+    x_scale, w_scale, bias = draw(tokens, 1).abs(), draw(9, seed=2).abs(), draw(9, seed=3)
+    x_zero = integers(tokens, 1, bits=x_bits, seed=4).int() if asymmetric else None
+    low, up = (draw(tokens, 3, seed=5), draw(9, 3, seed=6)) if side else (None, None)
+    twin = (x.double() - (0 if x_zero is None else x_zero)) * x_scale.double() @ (weight.double() * w_scale[:, None]).T + bias.double()
+    twin += low.double() @ up.double().T if low is not None and up is not None else 0
+    operands = (pack_nibbles(x) if x_bits == 4 else x, x_scale, x_zero, pack_nibbles(weight) if w_bits == 4 else weight, w_scale)
+    return (*operands, weight.sum(1, dtype=torch.int32), bias, low, up, torch.float32), twin
+
+
+@pytest.mark.parametrize("name", ["linear_w8a8", "linear_w4a8", "linear_w4a4"])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 33])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("side", [False, True])
+def test_integer_linear_against_float64(name: str, tokens: int, asymmetric: bool, side: bool) -> None:
+    operands, twin = integer_case(name, tokens, asymmetric, side)
+    y = getattr(OPS, name)(*operands)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), twin, rtol=1e-5, atol=1e-2)  # sums of up to 34 * 127 * 127 * 9 * 9, some of which nearly cancel
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_linear_is_quantized_linear(bits: int, symmetric: bool) -> None:
+    codes, scale, x = integers(24, 48, bits=bits), draw(24, 1).abs(), draw(7, 48)
+    bias, low = draw(24, seed=1), LowRank(draw(2, 48, seed=2), draw(24, 2, seed=3))
+    activations = ActivationFormat(bits=8, symmetric=symmetric)
+    twin = QuantizedLinear(QuantizedWeight(codes, scale, None, WeightFormat(bits=bits)), bias, activations, side=Side(low))(x)
+    q, s, z = OPS.quantize_per_token(x, 8, symmetric, 1.0, False)
+    weight = codes if bits == 8 else pack_nibbles(codes)
+    op = OPS.linear_w8a8 if bits == 8 else OPS.linear_w4a8
+    side_T = x @ low.down_RC.T
+    y = op(q, s, None if symmetric else z, weight, scale.flatten(), codes.sum(1, dtype=torch.int32), bias, side_T, low.up_OR, torch.float32)
+    torch.testing.assert_close(y, twin, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_w4a16_is_quantized_linear(dtype: torch.dtype, groups: int) -> None:
+    codes, scale, zero = integers(10, 48, bits=4), draw(10, groups).abs(), integers(10, groups, bits=4, seed=1).float()
+    x, bias = draw(3, 48, dtype=dtype), draw(10, dtype=dtype)
+    fmt = WeightFormat(bits=4, symmetric=False, granularity="group", group_size=48 // groups)
+    y = OPS.linear_w4a16(x, pack_nibbles(codes), scale, zero, bias)
+    assert torch.equal(y, QuantizedLinear(QuantizedWeight(codes, scale, zero, fmt), bias, dtype=dtype)(x))
+
+
+def test_fp8() -> None:
+    x, weight = draw(5, 32), draw(12, 32, seed=1)
+    (q, s), (w, t) = OPS.quantize_fp8(x), OPS.quantize_fp8(weight)
+    twin = (q.double() * s) @ (w.double() * t).T + 1
+    y = OPS.linear_fp8(q, s, w, t.flatten(), torch.ones(12), torch.float32)
+    torch.testing.assert_close(y.double(), twin, rtol=1e-5, atol=1e-5)
+    assert float((twin - 1 - x.double() @ weight.double().T).norm() / (x @ weight.T).norm()) < 0.05
+    assert s.flatten().tolist() == pytest.approx((x.abs().amax(1) / 448).tolist())
+
+
+def samples() -> dict[str, tuple[object, ...]]:
+    x, grid = draw(3, 34), (8, False, 1.0, False)
+    fp8, scale = OPS.quantize_fp8(draw(16, 34))
+    integer = {name: integer_case(name, 3, True, True)[0] for name in ("linear_w8a8", "linear_w4a8", "linear_w4a4")}
+    return integer | {
+        "quantize_per_token": (x, 4, True, 0.9, True),
+        "rms_norm_quantize": (x, draw(34), 1e-5, *grid),
+        "silu_mul_quantize": (x, x, *grid),
+        "hadamard_quantize": (x, None, 2, *grid),
+        "blocks_quantize": (x, draw(1, 2, 2), *grid),
+        "quantize_fp8": (x,),
+        "linear_w4a16": (x, integers(9, 17, bits=8), draw(9, 2), None, None),
+        "linear_fp8": (fp8[:3], scale[:3], fp8, scale.flatten(), None, torch.bfloat16),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str) -> None:
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    kept = checks[1:] if "fp8" in name else checks  # the first compares tensors by arithmetic that torch lacks for float8
+    done = torch.library.opcheck(getattr(OPS, name).default, samples()[name], test_utils=kept)
+    assert set(done.values()) == {"SUCCESS"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_as_one_graph(name: str) -> None:
+    operands = samples()[name]
+    op = getattr(OPS, name)
+    torch.compiler.reset()  # or its limit of versions of one function is reached
+    compiled = torch.compile(lambda *operands: op(*operands), fullgraph=True, backend="aot_eager")
+    for got, twin in zip(*(y if isinstance(y, tuple) else (y,) for y in (compiled(*operands), op(*operands))), strict=True):
+        assert torch.equal(got.float(), twin.float())

@@ -1,0 +1,92 @@
+"""The kernels' benchmarks as far as they go without a GPU: floors, tables, correctness against float64, and a polite refusal."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from planish.quant.kernels import PackedLinear, tuning
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+kernels, end_to_end, cpu_speed = script("kernels"), script("end_to_end"), script("cpu_speed")
+
+
+def test_operators_are_right_at_random_shapes() -> None:
+    assert kernels.check("cpu", range(3)) == []
+
+
+def test_a_wrong_operator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernels.operands
+    monkeypatch.setattr(kernels, "operands", lambda *a: (right(*a)[0], right(*a)[1] * 1.1))
+    assert len(kernels.check("cpu", [0])) == len(kernels.LINEARS)
+
+
+def test_odd_shapes_are_fresh() -> None:
+    shapes = {kernels.odd_shapes(op, seed) for op in kernels.LINEARS for seed in range(20)}
+    assert len(shapes) > 30
+    assert all(tokens > 0 and out > 0 and inputs > 0 and inputs % 2 == 0 for tokens, out, inputs in shapes)
+
+
+def test_floors() -> None:
+    h200 = kernels.Ceilings(4.8e12, 989e12)
+    assert kernels.floor_us("bf16", 1, 4096, 4096, h200) == pytest.approx(7.0, abs=0.1)
+    assert kernels.floor_us("linear_w8a8", 1, 14336, 4096, h200) == pytest.approx(12.3, abs=0.1)
+    assert kernels.floor_us("linear_w8a8", 4096, 4096, 4096, h200) == pytest.approx(69.5, abs=0.5)
+    assert kernels.floor_us("linear_w4a16", 4096, 4096, 4096, h200) == pytest.approx(139, abs=1)
+
+
+def test_tables_and_ratios() -> None:
+    row = kernels.Row("linear_w8a8", "o", 16, us=20.0, floor_us=5.0, bf16_us=40.0)
+    assert "| linear_w8a8 | o | 16 | 20.0 | 5.0 | 25 % | 2.00 |" in kernels.table([row])
+    speeds = {"bf16": {"prefill": 100.0, "decode": 10.0}, "w8a8": {"prefill": 150.0, "decode": 30.0}}
+    assert "| w8a8 | 150 | 1.50 | 30 | 3.00 |" in end_to_end.table(speeds)
+    assert cpu_speed.ratios({"bf16/plain": 4.0, "bf16/compiled": 3.0, "w8a8/plain": 2.0, "w8a8/compiled": 1.5}) == {"bf16": 1.0, "w8a8": 2.0}
+
+
+def test_copies_fill_more_than_a_cache() -> None:
+    weight = torch.zeros(4096, 4096, dtype=torch.int8)
+    assert len(kernels.copies(weight)) * weight.numel() >= kernels.ROTATED_BYTES
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a4", "w4a16"])
+def test_a_small_llama_of_every_scheme_runs(scheme: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(end_to_end.config(1, hidden=128, inner=256, vocabulary=64), dtype=torch.bfloat16).eval()
+    packed = end_to_end.packed(model, scheme)
+    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 7
+    with torch.no_grad():
+        assert packed(torch.arange(5)[None]).logits.isfinite().all()
+
+
+def test_tuned_configurations_are_found(tmp_path: Path) -> None:
+    config = tuning.Config(16, 64, 128, 4, 3)
+    name = tuning.key("Some GPU", "linear_w4a8", 7, 4096, 2048)
+    assert name == "Some GPU|linear_w4a8|4096|2048|16"
+    (tmp_path / "tuned.json").write_text(tuning.stored({name: config}))
+    assert tuning.tuned(tmp_path / "tuned.json") == {name: config}
+    assert tuning.choose("no such device", "linear_w8a8", 4096, 64, 64) == tuning.rule("linear_w8a8", 4096)
+    assert all(len(set(tuning.candidates(op, tokens))) > 3 for op in kernels.LINEARS[:4] for tokens in kernels.TOKENS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and they would run")
+@pytest.mark.parametrize("name", ["kernels", "end_to_end"])
+def test_they_refuse_politely_without_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [name])
+    assert globals()[name].main() == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
