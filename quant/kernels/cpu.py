@@ -16,6 +16,7 @@ from .schemas import LIBRARY
 
 Codes = tuple[Tensor, Tensor, Tensor]
 _FP8_MAX = 448.0
+_LEAST_PRODUCT = 512  # results; for fewer oneDNN takes its reference implementation, a hundred times slower
 _PIECE_VALUES = 1 << 18  # float32 values that are worked on at a time, in the processor's cache
 _LEAST = min(torch.finfo(torch.float32).tiny, LEAST_SCALE)
 
@@ -138,8 +139,11 @@ def prepack(weight_OI: Tensor) -> Tensor | None:
 
 def _prepacked(x: Tensor, x_zero: Tensor | None, weight: Tensor, w_scale: Tensor, w_sum: Tensor | None) -> Tensor:
     """(x - x_zero) (weight w_scale)' in float32."""
+    tokens, rows = len(x), -(-_LEAST_PRODUCT // len(w_scale))
+    x = x if tokens >= rows else torch.nn.functional.pad(x, (0, 0, 0, rows - tokens))
     zeros_O = torch.zeros(len(w_scale), dtype=torch.int32)
     y_TO: Tensor = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, weight, w_scale, zeros_O, None, 1.0, 0, torch.float32, "none", [], "")
+    y_TO = y_TO[:tokens]
     if x_zero is not None:
         assert w_sum is not None
         y_TO.addcmul_(x_zero.float(), w_sum * w_scale, value=-1)
