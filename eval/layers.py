@@ -45,7 +45,8 @@ class SiteView:
 class LayerView:
     """A compressed checkpoint beside its original, site by site. inputs: whose inputs the errors are on, base or quantized.
 
-    whole: both models on the text, of windows of length tokens. sites: those that are quantized, in the model's order.
+    whole: both models on the text, of windows of length tokens; the original too with the checkpoint's prefix before it, if there is one. sites:
+    those that are quantized, in the model's order.
     """
 
     checkpoint: str

@@ -29,7 +29,7 @@ def store(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.bfloa
     return folder
 
 
-def outlying(folder: Path, family: str = "llama") -> Path:
+def outlying(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> Path:
     """A model whose norms make a few channels large, and whose tokens are alike: inputs that are correlated and hard to quantize."""
     model = tiny(family, changes={"vocab_size": VOCABULARY})
     generator = torch.Generator().manual_seed(7)
@@ -41,7 +41,7 @@ def outlying(folder: Path, family: str = "llama") -> Path:
                 parameter[::9] *= 15
             elif "mlp.up_proj" in name:
                 parameter[::11] *= 15
-    return store(model, folder)
+    return store(model, folder, dtype)
 
 
 def quick(name: str, *settings: str) -> Recipe:

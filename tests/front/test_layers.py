@@ -90,27 +90,25 @@ def test_errors_and_restored_sites_are_those_of_the_whole_model(pair: tuple[Path
             small.set_submodule(path, layer)
 
 
-RECIPES = ("w8a8", "w4a16-channel", "w4a4-best", "paper-quarot", "paper-resq", "paper-lorc", "paper-outliertune", "paper-spinquant")
+SLOW = pytest.param("paper-spinquant", marks=pytest.mark.slow)  # learns rotations, and does so again
+RECIPES = ("w8a8", "w4a16-channel", "w4a4-best", "paper-quarot", "paper-resq", "paper-lorc", "paper-outliertune", SLOW)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_with_its_only_site_restored_a_model_is_the_original(name: str, tmp_path: Path) -> None:
-    base = outlying(tmp_path / "base")
-    recipe = quick(name)
-    scheme = recipe.scheme
-    only = with_settings(recipe, ["overrides=[{sites: ['0.*', '2.*', '1.qkv', '1.o', '1.gate_up'], keep: true}]"])
-    assert only.scheme == scheme
-    planish.compress(only, base, tmp_path / "out", dtype=torch.float32)
+    base = outlying(tmp_path / "base", dtype=torch.float32)  # so that nothing that stays in full precision is rounded
+    only = with_settings(quick(name), ["overrides=[{sites: ['0.*', '2.*', '1.qkv', '1.o', '1.gate_up'], keep: true}]"])
+    planish.compress(only, base, tmp_path / "out")
     view = planish.layers(tmp_path / "out", base, windows=1, length=24)
     (site,) = view.sites
     assert (site.name, site.restored is not None) == ("1.down", True)
     assert site.restored is not None
     assert view.whole.kl > 0
-    assert site.restored.kl < max(2e-5, 0.02 * view.whole.kl)
-    assert site.weights < site.error + 1e-4 or site.activations is not None
+    assert site.restored.kl < max(1e-6, 1e-3 * view.whole.kl)
     exact = compare(open_checkpoint(base), open_stored(tmp_path / "out"), evaluation_windows(open_checkpoint(base), "builtin", 1, 24))
     assert view.whole.quantized.nll == pytest.approx(exact.quantized.nll, rel=1e-5)
-    assert view.whole.base.nll == pytest.approx(exact.base.nll, rel=2e-3)  # rewritten weights are rounded to bfloat16
+    if not open_stored(tmp_path / "out").extension.prefix:  # which stands before the twin's text too
+        assert view.whole.base.nll == pytest.approx(exact.base.nll, rel=1e-5)
 
 
 def test_another_model_than_the_one_compressed(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -148,5 +146,5 @@ def test_the_command_prints_a_table_json_and_a_page(pair: tuple[Path, Path], pla
 def test_the_page_has_every_site_and_says_what_was_not_measured(pair: tuple[Path, Path]) -> None:
     view: LayerView = planish.layers(pair[1], pair[0], windows=1, length=16, sites=0)
     page = layers_page(view)
-    assert page.count("int4 per channel, activations int4 per token") == 12
+    assert page.count(">int4 per channel, activations int4 per token<") == 12
     assert "layer-gains" not in page

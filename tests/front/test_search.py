@@ -69,7 +69,8 @@ def test_a_measured_cost_is_that_of_a_model_with_that_site_alone_quantized(base:
     assert all(option.measured for each in result.sites for option in each.options.values())
 
 
-def test_one_probe_a_site_says_nearly_what_all_do(base: Path) -> None:
+def test_one_probe_a_site_says_nearly_what_all_do(tmp_path: Path) -> None:
+    base = source("llama", tmp_path / "base")  # no outliers: divergences so small that they are quadratic
     one, every = (planish.search(quick("w4a16-channel"), base, "6bpw", candidates=("4", "8"), every=each, tokens=64) for each in (False, True))
     assert [sum(option.measured for option in site.options.values()) for site in one.sites] == [1] * 12
     for ours, theirs in zip(one.sites, every.sites, strict=True):
