@@ -16,7 +16,7 @@ from ..quant.transforms.factors import Chain
 from .checkpoint import Checkpoint, build_skeleton, open_checkpoint
 from .extension import Extension, SiteInput, chain_prefix, restored
 from .locate import weight_files
-from .packing import Packed, clipped, read_config, stored_names
+from .packing import GUARD, OWN, PLAIN, Packed, clipped, read_config, stored_names
 from .prefix import PrefixCache, from_tensors, tensor_names
 from .quantized import quantized_readers
 from .shards import read_json, read_shards
@@ -105,7 +105,7 @@ def open_stored(folder: str | Path) -> StoredCheckpoint:
     folder = Path(folder)
     values = read_json(folder / "config.json")
     quantization = values.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+    if not isinstance(quantization, dict) or quantization.get("quant_method") not in (PLAIN, OWN):
         where = folder / "config.json"
         raise PlanishError(f"{where}: quantization_config is {quantization!r}. Give a compressed-tensors checkpoint, such as planish writes.")
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -127,7 +127,8 @@ def open_stored(folder: str | Path) -> StoredCheckpoint:
     missing = sorted(needed - tensors.keys())
     if missing:
         raise PlanishError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}. The checkpoint is incomplete: compress again.")
-    unused = tuple(sorted(name for name in tensors.keys() - needed if ".planish." not in name))
+    guarded = {f"{name}.{GUARD}" for name in packed}
+    unused = tuple(sorted(name for name in tensors.keys() - needed - guarded if ".planish." not in name))
     return StoredCheckpoint(path=folder, config=config, tensors=tensors, aliases=aliases, unused=unused, packed=packed, extension=extension)
 
 

@@ -18,7 +18,7 @@ from .beside import check_beside
 from .calib.checkpoint import Checkpoint, check_language, open_checkpoint
 from .calib.data import Calibration
 from .calib.heap import trim
-from .calib.packing import Layout, Packed, default_layout
+from .calib.packing import Packed, default_layout
 from .calib.precision import bfloat16_products, pick_device, working_dtype
 from .calib.prefix import prefix_ids
 from .calib.proof import check_structure, prove
@@ -101,7 +101,7 @@ def make_plan(
     checkpoint, topology = runner.checkpoint, runner.topology
     widths = {site.name: reader_weight(runner.blocks[0].get_submodule(site.readers[0])).shape[1] for site in topology.sites}
     resolved = resolve(recipe, topology, lambda _block, site: widths[site])
-    packed = _packed(recipe, resolved)
+    packed = _packed(recipe, resolved, topology.family)
     check_beside(recipe.steps, packed, runner)
     raising = check_raising(recipe.steps, packed)
     check_attention(recipe.solver, topology, packed)
@@ -156,9 +156,17 @@ def _opened(model: str | Path, device: str | None, dtype: torch.dtype | None, al
     return runner
 
 
-def _packed(recipe: Recipe, resolved: Resolved) -> dict[Address, Packed | None]:
-    """How the linears of each site are stored; None: in full precision."""
-    return {address: None if scheme is None else Packed(scheme, _layout(recipe, scheme)) for address, scheme in resolved.schemes.items()}
+def _packed(recipe: Recipe, resolved: Resolved, family: str) -> dict[Address, Packed | None]:
+    """How the linears of each site are stored; None: in full precision. PlanishError: a layout that a checkpoint of planish's own does not have."""
+    own, layout = recipe.extended or family in PLAIN_LINEARS, recipe.export.layout
+    if own and layout == "int-quantized":
+        raise PlanishError(
+            "export.layout: int-quantized is for other consumers, but planish alone runs this checkpoint, and packs its codes. Leave export.layout out."
+        )
+    return {
+        address: None if scheme is None else Packed(scheme, default_layout(scheme, own=own) if layout == "auto" else layout)
+        for address, scheme in resolved.schemes.items()
+    }
 
 
 def _saving(sizes: Sizes, program: int, asked: bool) -> tuple[bool, bool]:
@@ -166,10 +174,6 @@ def _saving(sizes: Sizes, program: int, asked: bool) -> tuple[bool, bool]:
     room = program + int(psutil.virtual_memory().available * AVAILABLE_SHARE)
     offload = asked or sizes.compressing(program, offload=False, replay=True).total > room
     return offload, offload or sizes.compressing(program, offload=False, replay=False).total > room
-
-
-def _layout(recipe: Recipe, scheme: Scheme) -> Layout:
-    return default_layout(scheme, extended=recipe.extended) if recipe.export.layout == "auto" else recipe.export.layout
 
 
 def _prefix(recipe: Recipe, checkpoint: Checkpoint) -> tuple[int, ...]:
