@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from .calib.precision import pick_device
-from .calib.prefix import attach
+from .calib.prefixed import attach
 from .calib.stored import open_any
 
 
