@@ -24,10 +24,10 @@ PLAIN, OWN = "compressed-tensors", "planish"
 consumers leave out. vLLM and SGLang refuse a quant_method that they do not know, by name; transformers logs that it does not, and goes on with random
 weights: that is what GUARD is for."""
 TRANSPOSED, EXTENDED = "conv1d-", "planish-"
-"""Stand before a format's name where the layers are transposed (transformers' Conv1D), or where there is an extension. No library has a format of that
+"""Stand before a format's name where the layers are transposed (transformers' Conv1D), or where there is an extension. No library has one of that
 name, so one that looks at formats only refuses too."""
 GUARD = "weight"
-"""Local name of an empty tensor beside every quantized linear of a checkpoint of planish's own: in the place that the model has for the weight, it has
+"""Local name of an empty tensor beside every quantized linear of a checkpoint of planish's own: in the place that the model has for a weight, it has
 the wrong shape, so whoever loads the checkpoint as an ordinary model fails. Codes are never in that place, see default_layout."""
 
 

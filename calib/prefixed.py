@@ -101,7 +101,7 @@ def attach(model: PreTrainedModel, prefix: PrefixCache) -> None:
 
 
 def begin(cache: Cache, prefix: PrefixCache, batch: int, model: PreTrainedModel) -> None:
-    """Put the prefix into an empty cache, in place, for its owner goes on with it; one that has it already stays as it is. PlanishError: other kinds."""
+    """Put the prefix into an empty cache, in place, for its owner goes on with it, unless it has it. PlanishError: other kinds."""
     if not isinstance(cache, _Prefixed):
         _adopt(cache, prefix)
     assert isinstance(cache, _Prefixed)

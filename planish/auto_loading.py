@@ -54,8 +54,8 @@ class PlanishQuantizer(HfQuantizer):
         for name in self.checkpoint.packed:
             put(model, name.removeprefix(self.root), nn.Identity())
         linears = "|".join(re.escape(name.removeprefix(self.root)) for name in self.checkpoint.packed)
-        known = list(model._keys_to_ignore_on_load_unexpected or [])
-        model._keys_to_ignore_on_load_unexpected = [*known, r"\.planish\.", rf"^({re.escape(self.root)})?({linears})\."]
+        known = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*known, r"\.planish\.", rf"^({re.escape(self.root)})?({linears})\."}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_kwargs: Any) -> None:
         from .calib.prefixed import attach

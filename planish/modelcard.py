@@ -35,6 +35,13 @@ def model_card(plan: Plan, blocks: Sequence[BlockRecord], stored: int, bits: flo
 
 def _use(plan: Plan) -> str:
     """How to run it, in the consumers that do."""
+    if plan.servers == ("planish",):
+        return (
+            "Only with planish installed (`pip install planish`); other software refuses the folder.\n\n"
+            '```python\nimport planish\n\nmodel = planish.load("THIS_FOLDER")\n```\n\n'
+            "After that import `AutoModelForCausalLM.from_pretrained` does the same; with planish in vLLM's environment `vllm serve THIS_FOLDER` does "
+            "for Llama, Mistral, Qwen2 and Qwen3."
+        )
     line, call = "import planish", "planish.load"
     if "transformers" in plan.servers:
         line, call = "from transformers import AutoModelForCausalLM", "AutoModelForCausalLM.from_pretrained"

@@ -27,7 +27,6 @@ from .calib.sites import Topology, reader_weight
 from .estimate import Memory, Sizes, resident
 from .fused import Fused, fused
 from .quant.errors import PlanishError
-from .quant.formats import Scheme
 from .quant.transforms import Prefix
 from .raising_check import check_raising
 from .recipe import Recipe, load_recipe
@@ -161,7 +160,7 @@ def _packed(recipe: Recipe, resolved: Resolved, family: str) -> dict[Address, Pa
     own, layout = recipe.extended or family in PLAIN_LINEARS, recipe.export.layout
     if own and layout == "int-quantized":
         raise PlanishError(
-            "export.layout: int-quantized is for other consumers, but planish alone runs this checkpoint, and packs its codes. Leave export.layout out."
+            "export.layout: int-quantized is for other consumers, but planish alone runs this one, and packs its codes. Leave export.layout out."
         )
     return {
         address: None if scheme is None else Packed(scheme, default_layout(scheme, own=own) if layout == "auto" else layout)
@@ -266,9 +265,9 @@ def _in_vllm(how: Packed) -> bool:
 
 def _warnings(packed: dict[Address, Packed | None], topology: Topology, extended: bool) -> tuple[str, ...]:
     if extended:
-        return ("transforms at run time, clips, side paths or a prefix: planish.load runs the checkpoint, others refuse it.",)
+        return ("transforms at run time, clips, side paths or a prefix: others run the checkpoint only with planish (docs/serving.md).",)
     if topology.family in PLAIN_LINEARS:
-        return (f"{topology.family}: its linear layers are Conv1D modules; vLLM and transformers refuse the checkpoint, planish.load runs it.",)
+        return (f"{topology.family}: its linear layers are Conv1D modules; transformers runs the checkpoint only with planish, vLLM refuses it.",)
     if any(how and how.scheme.activations is not None and how.scheme.activations.bits != 8 for how in packed.values()):
         return ("activations of other than 8 bits: transformers simulates them, vLLM refuses the checkpoint.",)
     return ()

@@ -70,7 +70,9 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Told where the checkpoint is, and of what family. PlanishError: not a local folder, or a family that is not served."""
         if not Path(model_name).is_dir():
-            raise PlanishError(f"{model_name}: planish serves local folders. Download it (hf download {model_name} --local-dir FOLDER), and give FOLDER.")
+            raise PlanishError(
+                f"{model_name}: planish serves local folders. Download it (hf download {model_name} --local-dir FOLDER), and give FOLDER."
+            )
         if hf_config is not None and hf_config.model_type not in FAMILIES:
             raise PlanishError(f"{model_name}: a {hf_config.model_type}, and in vLLM planish runs {', '.join(FAMILIES)} so far. Use planish.load.")
         self.folder = model_name

@@ -89,7 +89,7 @@ def store_prefix(layer: nn.Module, name: str, checkpoint: StoredCheckpoint) -> N
         raise PlanishError(f"{name}: the checkpoint has no prefix for this attention layer. Use planish.load.")
     if layer.attn_backend.forward_includes_kv_cache_update or not hasattr(impl, "do_kv_cache_update"):  # type: ignore[union-attr]
         raise PlanishError(
-            f"{type(impl).__name__} writes its cache itself, so the checkpoint's prefix has no way in. Choose another --attention-backend, or use planish.load."
+            f"{type(impl).__name__} writes its cache itself: the prefix has no way in. Choose another --attention-backend, or use planish.load."
         )
     device, dtype = torch.empty(0).device, torch.get_default_dtype()
     stored = [tensor[0].transpose(0, 1).to(device, dtype).contiguous() for tensor in checkpoint.read(tensor_names(block)).values()]

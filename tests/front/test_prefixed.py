@@ -1,4 +1,4 @@
-"""A model with a prefix is called as one without: caches of either kind, padding, going on with a cache, beams, speculation; refused where it must be."""
+"""A model with a prefix is called as one without: caches of either kind, padding, going on with a cache, beams, speculation."""
 
 import copy
 from collections.abc import Callable
@@ -21,7 +21,9 @@ NEW = 6
 
 
 def compressed(family: str, folder: Path) -> Path:
-    planish.compress(quick("w4a4-best", "steps=[prefix: {tokens: [5, 7]}, hadamard]", *FINE), source(family, folder / "model", torch.float32), folder / "out")
+    planish.compress(
+        quick("w4a4-best", "steps=[prefix: {tokens: [5, 7]}, hadamard]", *FINE), source(family, folder / "model", torch.float32), folder / "out"
+    )
     return folder / "out"
 
 
