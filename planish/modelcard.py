@@ -39,8 +39,8 @@ def _use(plan: Plan) -> str:
         return (
             "Only with planish installed (`pip install planish`); other software refuses the folder.\n\n"
             '```python\nimport planish\n\nmodel = planish.load("THIS_FOLDER")\n```\n\n'
-            "After that import `AutoModelForCausalLM.from_pretrained` does the same; with planish in vLLM's environment `vllm serve THIS_FOLDER` does "
-            "for Llama, Mistral, Qwen2 and Qwen3."
+            "After that import `AutoModelForCausalLM.from_pretrained` does the same; so does `vllm serve THIS_FOLDER` with planish in vLLM's "
+            "environment, for Llama, Mistral, Qwen2 and Qwen3."
         )
     line, call = "import planish", "planish.load"
     if "transformers" in plan.servers:
