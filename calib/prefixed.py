@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..quant.errors import PlanishError
 from .prefix import PrefixCache
@@ -49,14 +49,14 @@ def attach(model: PreTrainedModel, prefix: PrefixCache) -> None:
     Takes no cache, a DynamicCache, or a StaticCache of full attention; masks (B, L), not padded on the left where attention has a window.
     PlanishError for others.
     """
-    body = model.get_submodule(topology(model.config).blocks.rpartition(".")[0])  # whom both the whole model and the base model call
+    body = _body(model)
     signature, windowed = inspect.signature(body.forward), getattr(model.config.get_text_config(), "sliding_window", None) is not None
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = dict(signature.bind(*args, **kwargs).arguments)
         named |= named.pop("kwargs", {})
-        ids, embeds, past = named.get("input_ids"), named.get("inputs_embeds"), named.get("past_key_values")
-        batch = len(ids if embeds is None else embeds)  # type: ignore[arg-type]
+        past: Any = named.get("past_key_values")
+        batch = len(named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"])
         if past is None:
             asked = named.get("use_cache")
             grows = model.config.get_text_config().use_cache if asked is None else asked
@@ -96,8 +96,15 @@ def attach(model: PreTrainedModel, prefix: PrefixCache) -> None:
     body.register_forward_pre_hook(before, with_kwargs=True)
     body.register_forward_hook(after, with_kwargs=True, always_call=True)
     if model.can_generate():
-        prepare.__signature__ = inspect.signature(type(model).prepare_inputs_for_generation)  # type: ignore[attr-defined]
+        kind: Any = type(model)
+        prepare.__signature__ = inspect.signature(kind.prepare_inputs_for_generation)  # type: ignore[attr-defined]
         model.prepare_inputs_for_generation = MethodType(prepare, model)  # type: ignore[method-assign, assignment, unused-ignore]
+
+
+def _body(model: PreTrainedModel) -> nn.Module:
+    """What holds the blocks: the whole model and the base model both call it."""
+    path, base = topology(model.config).blocks.rpartition(".")[0], model.base_model_prefix
+    return model.get_submodule(path if hasattr(model, base) else path.removeprefix(base).removeprefix("."))
 
 
 def begin(cache: Cache, prefix: PrefixCache, batch: int, model: PreTrainedModel) -> None:
@@ -131,9 +138,8 @@ def _adopt(cache: Cache, prefix: PrefixCache) -> None:
 
 def _make_room(cache: Cache, length: int) -> None:
     for layer in cache.layers:
-        if type(layer) is not StaticLayer or layer.is_initialized:
-            raise PlanishError(
-                f"past_key_values is a StaticCache with {'tensors of its own already' if layer.is_initialized else type(layer).__name__}, "
-                "where the prefix has no room. Take a DynamicCache, or none."
-            )
+        if type(layer) is not StaticLayer:
+            raise PlanishError(f"past_key_values has a {type(layer).__name__}, where the prefix has no room. Take a DynamicCache, or none.")
+        if layer.is_initialized:
+            raise PlanishError("past_key_values: this StaticCache has its tensors already, so the prefix has no room. Take a new one.")
         layer.max_cache_len += length

@@ -81,7 +81,7 @@ def _refused(checkpoint: StoredCheckpoint) -> Check:
 @contextlib.contextmanager
 def by_itself() -> Iterator[None]:
     """Transformers as it is where planish is not imported."""
-    known = (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)
+    known: tuple[dict[str, Any], ...] = (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)
     ours = [mapping.pop(OWN, None) for mapping in known]
     logger = logging.getLogger("transformers")
     level = logger.level

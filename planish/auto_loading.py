@@ -39,20 +39,17 @@ class PlanishQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.checkpoint: StoredCheckpoint | None = None
-        self.dtype: torch.dtype | None = None
 
-    def _process_model_before_weight_loading(
-        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, dtype: torch.dtype | None = None, **_kwargs: Any
-    ) -> None:
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_kwargs: Any) -> None:
         from .calib.quantized import put
         from .calib.stored import open_stored
 
         if not checkpoint_files:
             raise PlanishError("from_pretrained: no weight files, and a checkpoint of planish is not made of a state_dict. Give its folder.")
-        self.checkpoint, self.dtype = open_stored(Path(checkpoint_files[0]).parent), dtype
+        self.checkpoint = open_stored(Path(checkpoint_files[0]).parent)
         self.root = _root(model, self.checkpoint)
         for name in self.checkpoint.packed:
-            put(model, name.removeprefix(self.root), nn.Identity())
+            put(model, name.removeprefix(self.root), _Place())
         linears = "|".join(re.escape(name.removeprefix(self.root)) for name in self.checkpoint.packed)
         known = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*known, r"\.planish\.", rf"^({re.escape(self.root)})?({linears})\."}
@@ -64,8 +61,8 @@ class PlanishQuantizer(HfQuantizer):
         places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
         if len(places) > 1 or "disk" in places:
             raise PlanishError(f"device_map: the model would lie in {', '.join(sorted(places))}, and planish runs it in one place. Give one device.")
-        device = next(parameter.device for parameter in model.parameters())
-        dtype = self.dtype or self.checkpoint.dtype
+        whole = next(parameter for parameter in model.parameters() if parameter.numel())
+        device, dtype = whole.device, whole.dtype
         self.checkpoint.load_quantized(model, self.root, dtype, device)
         if (prefix := self.checkpoint.prefix_cache(dtype, device)) is not None:
             attach(model, prefix)
@@ -78,6 +75,14 @@ class PlanishQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """No."""
         return False
+
+
+class _Place(nn.Module):
+    """Stands where a quantized linear will, while transformers loads the rest: its weight is the checkpoint's empty one (packing.GUARD)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
 
 def _root(model: "PreTrainedModel", checkpoint: "StoredCheckpoint") -> str:

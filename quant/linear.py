@@ -150,7 +150,7 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         """Moves to another device. dtypes stay: codes and scales are what they are, and an input of another dtype is an error."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(self.matrix[:0]).device
         if device != self.matrix.device:
             self._move(device)
