@@ -6,7 +6,7 @@ cut their ids by it; inside, it is that of all keys, for masks are made by it.
 
 import inspect
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
@@ -49,7 +49,7 @@ def attach(model: PreTrainedModel, prefix: PrefixCache) -> None:
     Takes no cache, a DynamicCache, or a StaticCache of full attention; masks (B, L), not padded on the left where attention has a window.
     PlanishError for others.
     """
-    body = _body(model)
+    body, kind = _body(model), cast(Any, type(model))
     signature, windowed = inspect.signature(body.forward), getattr(model.config.get_text_config(), "sliding_window", None) is not None
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -90,13 +90,12 @@ def attach(model: PreTrainedModel, prefix: PrefixCache) -> None:
         past, ids = kwargs.get("past_key_values"), args[0] if args else kwargs["input_ids"]
         if past is not None:
             begin(past, prefix, len(ids), self)
-        inputs: dict[str, Any] = type(self).prepare_inputs_for_generation(self, *args, **kwargs)
+        inputs: dict[str, Any] = kind.prepare_inputs_for_generation(self, *args, **kwargs)
         return inputs
 
     body.register_forward_pre_hook(before, with_kwargs=True)
     body.register_forward_hook(after, with_kwargs=True, always_call=True)
     if model.can_generate():
-        kind: Any = type(model)
         prepare.__signature__ = inspect.signature(kind.prepare_inputs_for_generation)  # type: ignore[attr-defined]
         model.prepare_inputs_for_generation = MethodType(prepare, model)  # type: ignore[method-assign, assignment, unused-ignore]
 

@@ -24,7 +24,7 @@ def load(model: str | Path, *, dtype: torch.dtype | None = None, device: str | t
     checkpoint.load_module(loaded, "", dtype=dtype or checkpoint.dtype, device=where)
     loaded.tie_weights()
     if isinstance(checkpoint, StoredCheckpoint):  # so that transformers neither saves it without its weights nor compiles it in generate()
-        loaded.hf_quantizer = PlanishQuantizer(PlanishConfig(), pre_quantized=True)
+        loaded.hf_quantizer = PlanishQuantizer(PlanishConfig(), pre_quantized=True)  # type: ignore[assignment]
     if (prefix := checkpoint.prefix_cache(dtype or checkpoint.dtype, where)) is not None:
         attach(loaded, prefix)
     if (checkpoint.path / "generation_config.json").is_file():
