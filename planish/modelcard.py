@@ -6,6 +6,7 @@ from importlib.metadata import version
 from .preflight import Plan
 from .recipe import to_yaml
 from .records import BlockRecord
+from .serving import VLLM_FAMILIES
 
 
 def model_card(plan: Plan, blocks: Sequence[BlockRecord], stored: int, bits: float) -> str:
@@ -36,11 +37,13 @@ def model_card(plan: Plan, blocks: Sequence[BlockRecord], stored: int, bits: flo
 def _use(plan: Plan) -> str:
     """How to run it, in the consumers that do."""
     if plan.servers == ("planish",):
+        server = (
+            "" if plan.checkpoint.config.model_type not in VLLM_FAMILIES else ", and so does `vllm serve THIS_FOLDER` with planish in its environment"
+        )
         return (
             "Only with planish installed (`pip install planish`); other software refuses the folder.\n\n"
             '```python\nimport planish\n\nmodel = planish.load("THIS_FOLDER")\n```\n\n'
-            "After that import `AutoModelForCausalLM.from_pretrained` does the same; so does `vllm serve THIS_FOLDER` with planish in vLLM's "
-            "environment, for Llama, Mistral, Qwen2 and Qwen3."
+            f"After that import `AutoModelForCausalLM.from_pretrained` does the same{server}."
         )
     line, call = "import planish", "planish.load"
     if "transformers" in plan.servers:

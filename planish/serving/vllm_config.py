@@ -18,11 +18,10 @@ from ..calib.packing import PLAIN
 from ..calib.stored import StoredCheckpoint, open_stored
 from ..quant.errors import PlanishError
 from ..quant.linear import QuantizedLinear
+from . import VLLM_FAMILIES
 from .vllm_plugin import METHOD
 from .vllm_prefix import store_prefix
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Whose linears vLLM keeps in the rows' order of the checkpoint; others' it may turn about while loading, unseen by planish."""
 _LAYERS: dict[str, list[QuantizedLinear]] = {}
 
 
@@ -73,8 +72,10 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
             raise PlanishError(
                 f"{model_name}: planish serves local folders. Download it (hf download {model_name} --local-dir FOLDER), and give FOLDER."
             )
-        if hf_config is not None and hf_config.model_type not in FAMILIES:
-            raise PlanishError(f"{model_name}: a {hf_config.model_type}, and in vLLM planish runs {', '.join(FAMILIES)} so far. Use planish.load.")
+        if hf_config is not None and hf_config.model_type not in VLLM_FAMILIES:
+            raise PlanishError(
+                f"{model_name}: a {hf_config.model_type}, and in vLLM planish runs {', '.join(VLLM_FAMILIES)} so far. Use planish.load."
+            )
         self.folder = model_name
 
     @property
