@@ -7,12 +7,12 @@ prefix, or an older name), TensorInfo.name is the name in the file.
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -220,7 +220,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -
     family = FAMILIES.get(config.model_type)
     auto, options = (AutoModelForCausalLM, {}) if family is None or family.head is not None else (AutoModel, dict(family.options))
     try:
-        with init_empty_weights(include_buffers=False):
+        with _parameters_on_meta():
             # None: sdpa where the family has it, else eager (Gemma 2). The configuration is copied because from_config writes into it.
             model = auto.from_config(  # type: ignore[no-untyped-call]
                 copy.deepcopy(config), attn_implementation=None, dtype=dtype, trust_remote_code=False, **options
@@ -232,6 +232,23 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -
         parameter.requires_grad = False
     model.train(False)
     return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters of modules made inside have no memory; buffers, which no file holds, have."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(self, name, param)
+        if param is not None:
+            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 def _unknown(values: dict[str, object]) -> str:

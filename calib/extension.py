@@ -1,7 +1,7 @@
 """What a checkpoint says beyond compressed-tensors, under the key `planish` of config.json: transforms of sites' inputs, clips, side paths,
 the prefix.
 
-No other consumer executes any of it, so the checkpoint's format gets a name that no other library knows (packing.EXTENDED): they refuse it.
+No other consumer executes any of it, so the checkpoint gets a quant_method of its own and guards (packing.OWN, GUARD): they refuse it.
 
 {"version": 1, "prefix": [ids], "sites": {"0.qkv": {"clip": 0.9, "chain": [{"kind": "hadamard", "block": 576}], "kept": 64, "kept_bits": 8, "ranks":
 {"self_attn.q_proj": 32}}}}

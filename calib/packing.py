@@ -20,10 +20,16 @@ from ..quant.linear import StaticGrid
 
 Layout = Literal["int-quantized", "pack-quantized"]
 _SHAPE_BYTES = 16  # weight_shape: two 64-bit numbers
+PLAIN, OWN = "compressed-tensors", "planish"
+"""A checkpoint's quant_method. OWN where the checkpoint says more than compressed-tensors can (extension.py), or has transposed layers, which its
+consumers leave out. vLLM and SGLang refuse a quant_method that they do not know, by name; transformers logs that it does not, and goes on with random
+weights: that is what GUARD is for."""
 TRANSPOSED, EXTENDED = "conv1d-", "planish-"
-"""Stand before a format's name where the layers are transposed (transformers' Conv1D), or where the checkpoint says more than compressed-tensors can
-(extension.py). No consumer's library has a format of that name, so they all refuse the checkpoint; by the plain name, transformers would leave such
-layers out and go on with random weights, and leave out transforms without a word."""
+"""Stand before a format's name where the layers are transposed (transformers' Conv1D), or where there is an extension. No library has one of that
+name, so one that looks at formats only refuses too."""
+GUARD = "weight"
+"""Local name of an empty tensor beside every quantized linear of a checkpoint of planish's own: in the place that the model has for a weight, it has
+the wrong shape, so whoever loads the checkpoint as an ordinary model fails. Codes are never in that place, see default_layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +40,13 @@ class Packed:
     layout: Layout
 
 
-def default_layout(scheme: Scheme, *, extended: bool = False) -> Layout:
+def default_layout(scheme: Scheme, *, own: bool = False) -> Layout:
     """Weight-only schemes are packed; with quantized activations codes lie one a byte.
 
     That is what servers' int8 kernels take; and for activations of fewer bits it is what makes vLLM refuse, where it would silently leave packed ones
-    unquantized. Of an extended checkpoint, which only planish reads, all codes below 8 bits are packed.
+    unquantized. In a checkpoint of planish's own all codes are packed.
     """
-    narrow = scheme.weights is not None and scheme.weights.bits < 8
-    return "pack-quantized" if scheme.activations is None or (extended and narrow) else "int-quantized"
+    return "pack-quantized" if scheme.activations is None or own else "int-quantized"
 
 
 def pack(weight: QuantizedWeight, layout: Layout, scale_dtype: torch.dtype, static: StaticGrid | None) -> dict[str, Tensor]:
@@ -88,6 +93,16 @@ def unpack(tensors: Mapping[str, Tensor], packed: Packed) -> tuple[QuantizedWeig
     return QuantizedWeight(codes, scale, zero, fmt), static
 
 
+def guards(linears: Iterable[str]) -> dict[str, Tensor]:
+    """The empty tensors that keep others from loading these linears, by full name. See GUARD."""
+    return {f"{name}.{GUARD}": torch.empty(0, dtype=torch.uint8) for name in linears}
+
+
+def is_own(quantization: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config is of a checkpoint that planish alone runs."""
+    return quantization.get("quant_method") == OWN
+
+
 def stored_names(packed: Packed) -> tuple[str, ...]:
     """Local names of the tensors that `pack` writes for a linear stored like this."""
     fmt, act = packed.scheme.weights, packed.scheme.activations
@@ -119,7 +134,7 @@ def _words(count: int, bits: int) -> int:
 def quantization_config(linears: Mapping[str, Packed], ignored: Iterable[str], *, transposed: bool = False, extended: bool = False) -> dict[str, Any]:
     """config.json's quantization_config for these linears (by full module name); `ignored` ones stay in full precision.
 
-    transposed: some of them are Conv1D layers, whose codes nobody but planish finds a place for; extended: an Extension goes with them; see EXTENDED.
+    transposed: some of them are Conv1D layers, whose codes nobody but planish finds a place for; extended: an Extension goes with them; see OWN.
     """
     groups: dict[Packed, list[str]] = {}
     for name, packed in linears.items():
@@ -134,6 +149,8 @@ def quantization_config(linears: Mapping[str, Packed], ignored: Iterable[str], *
     data: dict[str, Any] = config.model_dump(mode="json", exclude_none=False)
     data.pop("moe_sparsity_config", None)
     mark = (EXTENDED if extended else "") + (TRANSPOSED if transposed else "")
+    if mark:
+        data["quant_method"] = OWN
     for part in (data, *data["config_groups"].values()):
         part["format"] = mark + part["format"]
     return data
@@ -175,7 +192,7 @@ def _scheme(packed: Packed, names: list[str], alone: bool) -> QuantizationScheme
 
 def read_config(data: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Packed]:
     """Which of the model's linears a quantization_config quantizes, and how. The inverse of `quantization_config`."""
-    config = QuantizationConfig.model_validate(_known_formats(data))
+    config = QuantizationConfig.model_validate({**_known_formats(data), "quant_method": PLAIN})
     ignored = config.ignore or []
     result: dict[str, Packed] = {}
     for name in linears:

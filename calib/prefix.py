@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from ..quant.errors import PlanishError
@@ -60,46 +60,11 @@ class PrefixCache(Cache):
         assert block.values is not None
         return {"key": block.keys, "value": block.values}
 
-    def growing(self, batch: int, dtype: torch.dtype) -> DynamicCache:
-        """A cache of its own for one batch that is generated: it begins with the prefix."""
-        cache = DynamicCache()
-        self.fill(cache, batch, dtype)
-        return cache
-
     def fill(self, cache: Cache, batch: int, dtype: torch.dtype) -> None:
         """Put the prefix into an empty cache."""
         for index in range(len(self.blocks)):
             keys, values = (tensor.to(dtype).expand(batch, -1, -1, -1) for tensor in self.tensors(index).values())
             cache.update(keys, values, index)
-
-
-def attach(model: PreTrainedModel, prefix: PrefixCache) -> None:
-    """Let the prefix stand before whatever the model is called with, also by generate(): positions and masks count from behind it.
-
-    Takes no cache, or a DynamicCache of its own making or an empty one; PlanishError for other kinds.
-    """
-
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = kwargs.get("inputs_embeds")
-        given = (args[0] if args else kwargs["input_ids"]) if given is None else given
-        caches = kwargs.get("use_cache")
-        past = kwargs.get("past_key_values")
-        if past is None:
-            growing = model.config.get_text_config().use_cache if caches is None else caches
-            past = prefix.growing(len(given), model.dtype) if growing else prefix
-        elif type(past) is not DynamicCache:
-            raise PlanishError(f"past_key_values is a {type(past).__name__}, but a model with a prefix takes a DynamicCache, or none.")
-        elif not past.get_seq_length():
-            prefix.fill(past, len(given), model.dtype)
-        kwargs["past_key_values"] = past
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if isinstance(mask, Tensor):
-            kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), prefix.length), mask], dim=1)
-        if positions is not None:
-            kwargs["position_ids"] = positions + prefix.length
-        return args, kwargs
-
-    model.register_forward_pre_hook(before, with_kwargs=True)
 
 
 class PrefixStream:

@@ -19,12 +19,12 @@ def quantized_readers(
     chains: Mapping[str, Chain],
     inputs: Mapping[str, SiteInput],
     dtype: torch.dtype,
-) -> dict[str, nn.Module]:
+) -> dict[str, QuantizedLinear]:
     """The quantized linears under `prefix` (a block's full name), by their path inside it.
 
     chains: what inputs go through, inputs: what is said of them, both by full name.
     """
-    layers: dict[str, nn.Module] = {}
+    layers: dict[str, QuantizedLinear] = {}
     for name, how in packed.items():
         if not name.startswith(prefix + "."):
             continue
@@ -35,6 +35,12 @@ def quantized_readers(
         side = restored_side(beside, what, how.scheme)
         layers[name.removeprefix(prefix + ".")] = QuantizedLinear(weight, bias, how.scheme.activations, static, chain, dtype, side)
     return layers
+
+
+def put(block: nn.Module, path: str, module: nn.Module) -> None:
+    """Let `module` stand at `path` of the block."""
+    parent, _, child = path.rpartition(".")
+    setattr(block.get_submodule(parent), child, module)
 
 
 def load_rest(block: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:

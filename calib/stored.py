@@ -1,7 +1,7 @@
 """A compressed checkpoint on disk, opened like any other: its quantized linears come to life as QuantizedLinear."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,18 +11,17 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..quant.errors import PlanishError
-from ..quant.linear import QuantizedLinear
+from ..quant.linear import QuantizedLinear, share_input
 from ..quant.transforms.factors import Chain
 from .checkpoint import Checkpoint, build_skeleton, open_checkpoint
 from .extension import Extension, SiteInput, chain_prefix, restored
 from .locate import weight_files
-from .packing import Packed, clipped, read_config, stored_names
+from .packing import GUARD, OWN, PLAIN, Packed, clipped, read_config, stored_names
 from .prefix import PrefixCache, from_tensors, tensor_names
-from .quantized import quantized_readers
+from .quantized import put, quantized_readers
 from .shards import read_json, read_shards
 from .side import expected_tensors, side_name, side_names
 from .topology import Topology, topology
-from .walk import put
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,17 +39,37 @@ class StoredCheckpoint(Checkpoint):
 
     def load_module(self, module: nn.Module, prefix: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
         """As of any checkpoint; the quantized linears inside are replaced by QuantizedLinear modules that compute in dtype."""
-        root = f"{prefix}." if prefix else ""
+        self.load_quantized(module, f"{prefix}." if prefix else "", dtype or self.dtype, device)
+        Checkpoint.load_module(self, module, prefix, dtype=dtype, device=device)
+
+    def load_quantized(self, module: nn.Module, root: str, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Put the quantized linears into the module. root: what their names begin with, and their paths in the module do not."""
         names = [name for name in self.packed if name.startswith(root)]
-        chains, inputs = self._chains(names, device), self._inputs(names)
+        for name, layer in self.quantized(names, dtype, device).items():
+            put(module, name.removeprefix(root), layer)
+
+    def quantized(self, names: Sequence[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, QuantizedLinear]:
+        """These quantized linears, ready to run; those of one site prepare their input once."""
+        chains, inputs, layers = self._chains(names, device), self._inputs(names), dict[str, QuantizedLinear]()
         for name in names:
             local = [f"{name}.{part}" for part in stored_names(self.packed[name])]
             local += [f"{name}.bias"] if f"{name}.bias" in self.tensors else []
             local += side_names(name, self.tensors).values()
             tensors = {key: tensor.to(device) for key, tensor in self.read(local).items()}
-            layer = quantized_readers(name.rpartition(".")[0], tensors, {name: self.packed[name]}, chains, inputs, dtype or self.dtype)
-            put(module, name.removeprefix(root), next(iter(layer.values())))
-        Checkpoint.load_module(self, module, prefix, dtype=dtype, device=device)
+            made = quantized_readers(name.rpartition(".")[0], tensors, {name: self.packed[name]}, chains, inputs, dtype)
+            layers[name] = next(iter(made.values()))
+        for readers in self._sites(names):
+            share_input([layers[name] for name in readers])
+        return layers
+
+    def _sites(self, names: Iterable[str]) -> list[list[str]]:
+        """These linears, where there is an extension, by their sites."""
+        sites = dict[object, list[str]]()
+        known = topology(self.config) if self.extension.sites else None
+        for name in names:
+            if known is not None and (address := known.address(name)) is not None:
+                sites.setdefault((address[0], address[1].name), []).append(name)
+        return list(sites.values())
 
     def _chains(self, linears: Iterable[str], device: torch.device | str) -> dict[str, Chain]:
         """What the inputs of these linears go through; readers of one site share theirs."""
@@ -105,7 +124,7 @@ def open_stored(folder: str | Path) -> StoredCheckpoint:
     folder = Path(folder)
     values = read_json(folder / "config.json")
     quantization = values.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+    if not isinstance(quantization, dict) or quantization.get("quant_method") not in (PLAIN, OWN):
         where = folder / "config.json"
         raise PlanishError(f"{where}: quantization_config is {quantization!r}. Give a compressed-tensors checkpoint, such as planish writes.")
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -127,7 +146,8 @@ def open_stored(folder: str | Path) -> StoredCheckpoint:
     missing = sorted(needed - tensors.keys())
     if missing:
         raise PlanishError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}. The checkpoint is incomplete: compress again.")
-    unused = tuple(sorted(name for name in tensors.keys() - needed if ".planish." not in name))
+    guarded = {f"{name}.{GUARD}" for name in packed}
+    unused = tuple(sorted(name for name in tensors.keys() - needed - guarded if ".planish." not in name))
     return StoredCheckpoint(path=folder, config=config, tensors=tensors, aliases=aliases, unused=unused, packed=packed, extension=extension)
 
 

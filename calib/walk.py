@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..quant.errors import PlanishError
 from ..quant.linear import QuantizedInput
+from .quantized import put
 from .sites import Site
 from .workers import Workers
 
@@ -182,12 +183,6 @@ def walking(block: nn.Module, sites: Sequence[Site], passes: Sequence[Pass], rep
                 yield walk
             finally:
                 walk.abandon()
-
-
-def put(block: nn.Module, path: str, module: nn.Module) -> None:
-    """Let `module` stand at `path` of the block."""
-    parent, _, child = path.rpartition(".")
-    setattr(block.get_submodule(parent), child, module)
 
 
 @dataclass(slots=True, eq=False)

@@ -8,7 +8,8 @@ float32, nats per token: a model of 30 blocks, w8a8 0.0061 against 0.0042, w4a8 
 
 import contextlib
 import io
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+from ..calib.packing import OWN, is_own
 from ..calib.runner import HEAD_TOKENS, BlockRunner
+from ..calib.shards import read_json
 from ..calib.stored import StoredCheckpoint
 from .check import Check, Figure, listed, not_done
 from .score import Divergence, Report, arithmetic, final_hidden, last_bits
@@ -32,10 +36,11 @@ _REFUSALS = (OSError, ValueError, RuntimeError, LookupError, TypeError, Attribut
 
 def check_stock(checkpoint: StoredCheckpoint, ids_NL: Tensor, report: Report | None = None) -> Check:
     """KL(planish || transformers) per token in float32 on the CPU, with the whole model in memory."""
-    reason = _why_not(checkpoint)
+    own = is_own(dict(read_json(checkpoint.path / "config.json")["quantization_config"]))  # type: ignore[call-overload]
+    reason = _why_not(checkpoint, own)
     if reason is not None:
         return not_done(NAME, reason)
-    if checkpoint.extension:
+    if own:
         return _refused(checkpoint)
     ids = ids_NL[:MOST, :LONGEST]
     with arithmetic(torch.float32):
@@ -62,19 +67,39 @@ def check_stock(checkpoint: StoredCheckpoint, ids_NL: Tensor, report: Report | N
 
 
 def _refused(checkpoint: StoredCheckpoint) -> Check:
-    """Transformers knows nothing of the checkpoint's transforms and prefix, so it must not load it."""
+    """Transformers by itself knows nothing of the checkpoint's transforms and prefix, so it must not load it."""
     try:
-        _stock_logits(checkpoint.path, torch.zeros(0, 1, dtype=torch.long))
+        with by_itself():
+            _stock_logits(checkpoint.path, torch.zeros(0, 1, dtype=torch.long))
     except _REFUSALS as error:
-        return Check(NAME, True, f"refuses the checkpoint, as it must, for planish alone runs its transforms: {type(error).__name__}", {})
-    return Check(NAME, False, "transformers loads the checkpoint, but knows nothing of its transforms and prefix: it would run wrong", {})
+        return Check(NAME, True, f"refuses the checkpoint, as it must where planish is not imported: {type(error).__name__}", {})
+    return Check(
+        NAME, False, "transformers loads the checkpoint without planish, but knows nothing of what planish does to inputs: it would run wrong", {}
+    )
 
 
-def _why_not(checkpoint: StoredCheckpoint) -> str | None:
+@contextlib.contextmanager
+def by_itself() -> Iterator[None]:
+    """Transformers as it is where planish is not imported."""
+    known: tuple[dict[str, Any], ...] = (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)
+    ours = [mapping.pop(OWN, None) for mapping in known]
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # what it says about the checkpoint is for those who wanted to load it
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for mapping, mine in zip(known, ours, strict=True):
+            if mine is not None:
+                mapping[OWN] = mine
+
+
+def _why_not(checkpoint: StoredCheckpoint, own: bool) -> str | None:
     """Why stock transformers cannot be asked, None if it can."""
     skeleton = checkpoint.skeleton(torch.float32)
     plain = [name for name in checkpoint.packed if not isinstance(skeleton.get_submodule(name), nn.Linear)]
-    if plain:
+    if plain and not own:
         kind = type(skeleton.get_submodule(plain[0])).__name__
         return f"transformers runs quantized nn.Linear layers only, and this model has {kind} layers ({plain[0]})"
     needed = 4 * sum(parameter.numel() for parameter in skeleton.parameters())

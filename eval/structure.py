@@ -21,7 +21,7 @@ from ..calib.convert import REJECTED
 from ..calib.extension import KEY, Extension, SiteInput, chain_prefix, restored
 from ..calib.locate import weight_files
 from ..calib.naming import LEFTOVERS
-from ..calib.packing import Packed, read_config, stored_names
+from ..calib.packing import GUARD, OWN, PLAIN, Packed, is_own, read_config, stored_names
 from ..calib.prefix import tensor_names
 from ..calib.shards import CHUNK_BYTES, TensorInfo, read_chunks, read_json, read_shards, read_tensor
 from ..calib.side import FLOATS, expected_tensors, side_name
@@ -39,6 +39,7 @@ class Layout:
     """A compressed checkpoint as it lies on disk, nothing of it checked yet.
 
     linears: (N, K) of every linear layer by name. packed: how those that are declared quantized should be stored. extension: what else is declared.
+    own: planish alone runs it.
     """
 
     folder: Path
@@ -47,12 +48,13 @@ class Layout:
     linears: Mapping[str, tuple[int, int]]
     packed: Mapping[str, Packed]
     extension: Extension
+    own: bool = False
 
 
 def declared(folder: Path) -> dict[str, Any]:
     """The quantization_config of config.json. Errors: no such file, or not a compressed-tensors checkpoint."""
     quantization = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+    if not isinstance(quantization, dict) or quantization.get("quant_method") not in (PLAIN, OWN):
         found = "none" if not quantization else f"{quantization!r:.120}"
         raise PlanishError(f"{folder / 'config.json'}: quantization_config: {found}. Give a compressed-tensors checkpoint, such as planish writes.")
     return quantization
@@ -79,12 +81,12 @@ def read_layout(folder: Path) -> Layout:
     except ValidationError as error:
         raise PlanishError(f"{folder / 'config.json'}: quantization_config: {error}") from error
     extension = Extension.read(read_json(folder / "config.json"))
-    return Layout(folder, read_shards(weight_files(folder)), skeleton, linears, packed, extension)
+    return Layout(folder, read_shards(weight_files(folder)), skeleton, linears, packed, extension, is_own(quantization))
 
 
 def check_structure(layout: Layout) -> Check:
     """Every tensor that the declaration calls for is there in the right dtype and shape, and nothing else is."""
-    faults = [*_quantized_faults(layout), *_plain_faults(layout), *_extension_faults(layout), *_unexpected(layout)]
+    faults = [*_quantized_faults(layout), *_plain_faults(layout), *_extension_faults(layout), *_guard_faults(layout), *_unexpected(layout)]
     if not layout.packed:
         faults.insert(0, "config.json declares no linear layer quantized")
     figures = bits(layout)
@@ -261,6 +263,14 @@ def _extension_faults(layout: Layout) -> Iterator[str]:
         yield from (f"{tensor} is missing, but config.json declares a prefix" for tensor in names if tensor not in layout.tensors)
 
 
+def _guard_faults(layout: Layout) -> Iterator[str]:
+    """Where others could load what planish alone runs."""
+    for name in (f"{name}.{GUARD}" for name in layout.packed if layout.own):
+        info = layout.tensors.get(name)
+        if info is None or info.shape != (0,):
+            yield f"{name} is {'missing' if info is None else 'not empty'}, so other software would load a checkpoint that planish alone runs"
+
+
 def _side_faults(layout: Layout, site_input: SiteInput, block: str, readers: Sequence[str]) -> Iterator[str]:
     """Of the side paths of a site's readers, paths in the block: missing tensors, wrong dtypes or shapes, ranks of readers that there are not."""
     yield from (f"config.json: {KEY}.sites has a rank for {block}.{path}, which its site has not" for path in site_input.ranks if path not in readers)
@@ -303,6 +313,7 @@ def _extra_names(layout: Layout) -> set[str]:
 def _unexpected(layout: Layout) -> Iterator[str]:
     known = {*layout.skeleton.state_dict(), *layout.skeleton.all_tied_weights_keys} - {f"{name}.weight" for name in layout.packed}
     known |= {f"{name}.{local}" for name, how in layout.packed.items() for local in stored_names(how)} | _extra_names(layout)
+    known |= {f"{name}.{GUARD}" for name in layout.packed if layout.own}
     yield from (f"{name} is unexpected" for name in sorted(layout.tensors) if name not in known and not name.endswith(LEFTOVERS))
 
 

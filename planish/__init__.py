@@ -6,11 +6,14 @@
     planish.compress(recipe, "path/to/model", "path/to/new/folder")
     model = planish.load("path/to/new/folder")
 
-The names below are imported when they are first used, so that `import planish` is quick.
+Once it is imported, transformers' own from_pretrained loads these folders too. The names below are imported when they are first used, so that
+`import planish` is quick.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from .registration import register
 
 if TYPE_CHECKING:
     from .calib.data import Calibration
@@ -114,6 +117,9 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f".{home}", __name__), there)
     globals()[name] = value
     return value
+
+
+register()
 
 
 def __dir__() -> list[str]:

@@ -46,7 +46,7 @@ def names_for(target: Target, asked: Sequence[str] | None) -> tuple[str, ...]:
     return names
 
 
-def at_site(names: Sequence[str], how: Packed, width: int, target: Target, recipe: Recipe) -> dict[str, Packed | None]:
+def at_site(names: Sequence[str], how: Packed, width: int, target: Target, recipe: Recipe, family: str) -> dict[str, Packed | None]:
     """The candidates that fit a site of this width and whose checkpoint the target runs, with the activations that the recipe has there.
 
     how: as the recipe would store it at this site. None: full precision.
@@ -58,7 +58,7 @@ def at_site(names: Sequence[str], how: Packed, width: int, target: Target, recip
             found[name] = None
         elif fmt.group_size is None or width % fmt.group_size == 0:
             scheme = Scheme(weights=fmt, activations=how.scheme.activations)
-            packed = Packed(scheme, layout_for(recipe, scheme))
+            packed = Packed(scheme, layout_for(recipe, scheme, family))
             if _runs(packed, target):
                 found[name] = packed
     return found

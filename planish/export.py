@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .calib.extension import KEY, Extension
-from .calib.packing import Packed, quantization_config, stored_names
+from .calib.packing import Packed, guards, is_own, quantization_config, stored_names
 from .calib.rewritten import Rewritten, changed
 from .calib.shards import TensorInfo, read_header, read_json
 from .calib.topology import Topology
@@ -38,13 +38,15 @@ def write_checkpoint(plan: Plan, journal: Journal, packed: Mapping[str, Packed],
     """Write the whole checkpoint into the new folder: weights, config, side files, and planish's own records of it. Returns bits per weight."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / FOLDER).mkdir(parents=True)
-    tensors = _tensors(plan, journal)
+    tensors, config = _tensors(plan, journal), _config(plan, packed, journal.blocks)
+    if is_own(config["quantization_config"]):
+        tensors |= _guards(packed, journal.folder / "guards.safetensors")
     bits = bits_per_weight(packed, tensors, plan.quantized)
     write_shards(folder, tensors, plan.recipe.export.shard_bytes)
     for file in plan.checkpoint.carry_over():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.checkpoint.path / file, folder / file)
-    write_text(folder / "config.json", json.dumps(_config(plan, packed, journal.blocks), indent=2, sort_keys=True) + "\n")
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_text(folder / FOLDER / "recipe.yaml", to_yaml(plan.recipe))
     write_text(folder / FOLDER / MANIFEST, json.dumps(manifest(plan, journal.blocks, tensors, bits), indent=2) + "\n")
     write_text(folder / "README.md", model_card(plan, journal.blocks, stored_bytes(tensors), bits))
@@ -81,6 +83,13 @@ def _tensors(plan: Plan, journal: Journal) -> dict[str, TensorInfo]:
     for record in journal.blocks:
         tensors.update(sorted(read_header(journal.block_file(record.index)).items()))
     return tensors
+
+
+def _guards(packed: Mapping[str, Packed], file: Path) -> dict[str, TensorInfo]:
+    """Write what keeps others from loading the checkpoint, and say where it lies."""
+    save_file(guards(sorted(packed)), file)
+    sync(file)
+    return read_header(file)
 
 
 def _rewritten(source: Rewritten, topology: Topology, folder: Path) -> dict[str, TensorInfo]:

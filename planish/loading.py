@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from .auto_loading import PlanishConfig, PlanishQuantizer
 from .calib.precision import pick_device
-from .calib.prefix import attach
-from .calib.stored import open_any
+from .calib.prefixed import attach
+from .calib.stored import StoredCheckpoint, open_any
 
 
 def load(model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> PreTrainedModel:
@@ -22,6 +23,8 @@ def load(model: str | Path, *, dtype: torch.dtype | None = None, device: str | t
     loaded = checkpoint.skeleton(dtype)
     checkpoint.load_module(loaded, "", dtype=dtype or checkpoint.dtype, device=where)
     loaded.tie_weights()
+    if isinstance(checkpoint, StoredCheckpoint):  # so that transformers neither saves it without its weights nor compiles it in generate()
+        loaded.hf_quantizer = PlanishQuantizer(PlanishConfig(), pre_quantized=True)  # type: ignore[assignment]
     if (prefix := checkpoint.prefix_cache(dtype or checkpoint.dtype, where)) is not None:
         attach(loaded, prefix)
     if (checkpoint.path / "generation_config.json").is_file():

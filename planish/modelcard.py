@@ -6,6 +6,7 @@ from importlib.metadata import version
 from .preflight import Plan
 from .recipe import to_yaml
 from .records import BlockRecord
+from .serving import VLLM_FAMILIES
 
 
 def model_card(plan: Plan, blocks: Sequence[BlockRecord], stored: int, bits: float) -> str:
@@ -35,6 +36,15 @@ def model_card(plan: Plan, blocks: Sequence[BlockRecord], stored: int, bits: flo
 
 def _use(plan: Plan) -> str:
     """How to run it, in the consumers that do."""
+    if plan.servers == ("planish",):
+        server = (
+            "" if plan.checkpoint.config.model_type not in VLLM_FAMILIES else ", and so does `vllm serve THIS_FOLDER` with planish in its environment"
+        )
+        return (
+            "Only with planish installed (`pip install planish`); other software refuses the folder.\n\n"
+            '```python\nimport planish\n\nmodel = planish.load("THIS_FOLDER")\n```\n\n'
+            f"After that import `AutoModelForCausalLM.from_pretrained` does the same{server}."
+        )
     line, call = "import planish", "planish.load"
     if "transformers" in plan.servers:
         line, call = "from transformers import AutoModelForCausalLM", "AutoModelForCausalLM.from_pretrained"

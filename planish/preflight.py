@@ -102,7 +102,7 @@ def make_plan(
     checkpoint, topology = runner.checkpoint, runner.topology
     widths = {site.name: reader_weight(runner.blocks[0].get_submodule(site.readers[0])).shape[1] for site in topology.sites}
     resolved = resolve(recipe, topology, lambda _block, site: widths[site])
-    packed = _packed(recipe, resolved)
+    packed = _packed(recipe, resolved, topology.family)
     check_beside(recipe.steps, packed, runner)
     raising = check_raising(recipe.steps, packed)
     check_attention(recipe.solver, topology, packed)
@@ -157,9 +157,9 @@ def _opened(model: str | Path, device: str | None, dtype: torch.dtype | None, al
     return runner
 
 
-def _packed(recipe: Recipe, resolved: Resolved) -> dict[Address, Packed | None]:
-    """How the linears of each site are stored; None: in full precision."""
-    return {address: None if scheme is None else Packed(scheme, layout_for(recipe, scheme)) for address, scheme in resolved.schemes.items()}
+def _packed(recipe: Recipe, resolved: Resolved, family: str) -> dict[Address, Packed | None]:
+    """How the linears of each site are stored; None: in full precision. PlanishError as `layout_for`."""
+    return {address: None if scheme is None else Packed(scheme, layout_for(recipe, scheme, family)) for address, scheme in resolved.schemes.items()}
 
 
 def _saving(sizes: Sizes, program: int, asked: bool) -> tuple[bool, bool]:
@@ -169,9 +169,14 @@ def _saving(sizes: Sizes, program: int, asked: bool) -> tuple[bool, bool]:
     return offload, offload or sizes.compressing(program, offload=False, replay=False).total > room
 
 
-def layout_for(recipe: Recipe, scheme: Scheme) -> Layout:
-    """How the recipe stores linears of this scheme."""
-    return default_layout(scheme, extended=recipe.extended) if recipe.export.layout == "auto" else recipe.export.layout
+def layout_for(recipe: Recipe, scheme: Scheme, family: str) -> Layout:
+    """How the recipe stores linears of this scheme. PlanishError: a layout that a checkpoint of planish's own does not have."""
+    own, layout = recipe.extended or family in PLAIN_LINEARS, recipe.export.layout
+    if own and layout == "int-quantized":
+        raise PlanishError(
+            "export.layout: int-quantized is for other consumers, but planish alone runs this one, and packs its codes. Leave export.layout out."
+        )
+    return default_layout(scheme, own=own) if layout == "auto" else layout
 
 
 def _prefix(recipe: Recipe, checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -266,9 +271,9 @@ def runs_in_vllm(how: Packed) -> bool:
 
 def _warnings(packed: dict[Address, Packed | None], topology: Topology, extended: bool) -> tuple[str, ...]:
     if extended:
-        return ("transforms at run time, clips, side paths or a prefix: planish.load runs the checkpoint, others refuse it.",)
+        return ("transforms at run time, clips, side paths or a prefix: others run the checkpoint only with planish (docs/serving.md).",)
     if topology.family in PLAIN_LINEARS:
-        return (f"{topology.family}: its linear layers are Conv1D modules; vLLM and transformers refuse the checkpoint, planish.load runs it.",)
+        return (f"{topology.family}: its linear layers are Conv1D modules; transformers runs the checkpoint only with planish, vLLM refuses it.",)
     if any(how and how.scheme.activations is not None and how.scheme.activations.bits != 8 for how in packed.values()):
         return ("activations of other than 8 bits: transformers simulates them, vLLM refuses the checkpoint.",)
     return ()

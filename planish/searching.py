@@ -192,7 +192,8 @@ def _choices(plan: Plan, names: Sequence[str], target: Target) -> Choices:
     """The candidates of each site that the recipe quantizes. Raises PlanishError where there is no choice at all."""
     runner, known = BlockRunner(plan.source, plan.dtype, plan.device), plan.topology
     widths = {site.name: reader_weight(runner.blocks[0].get_submodule(site.readers[0])).shape[1] for site in known.sites}
-    choices = {address: at_site(names, how, widths[address[1]], target, plan.recipe) for address, how in plan.packed.items() if how is not None}
+    family, packed = plan.topology.family, plan.packed
+    choices = {at: at_site(names, how, widths[at[1]], target, plan.recipe, family) for at, how in packed.items() if how is not None}
     for (block, name), options in choices.items():
         if not any(how is not None for how in options.values()):
             raise PlanishError(

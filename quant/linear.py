@@ -7,7 +7,8 @@ per tensor or per group; per-channel and per-tensor weights multiply as integers
 Shape suffixes: T tokens, C = I in channels, O out channels, G groups, R channels that are kept out of the codes.
 """
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from .formats import ActivationFormat, QuantizedWeight, activation_grid, by_group, to_codes
 from .low_rank import LowRank
-from .transforms.factors import Chain, on_input
+from .transforms.factors import Chain, on_input, restore, store
 
 _PIECE_VALUES = 1 << 18  # float32 values that are worked on at a time: what stays in the processor's cache is done several times faster
 
@@ -123,17 +124,50 @@ class QuantizedLinear(nn.Module):
         self.low = None if side is None or side.low is None else side.low.to(dtype)
         kept = None if side is None else side.kept
         self.kept = 0 if kept is None else kept.channels
-        self.high = None if kept is None else _high(kept, dtype)
+        self.channels, self.high = kept, None if kept is None else _high(kept, dtype)
+        self.shared: SharedInput | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., I) in the layer's dtype. Returns (..., O)."""
+        x_TC, quantized, left_TI = self.prepare(x) if self.shared is None else self.shared.of(x, self)
+        y_TO = nn.functional.linear(x_TC, self.matrix, self.bias) if quantized is None else self.multiply(quantized, left_TI)
+        return self.beside(x_TC, y_TO).reshape(*x.shape[:-1], self.out_features)
+
+    def prepare(self, x: Tensor) -> "Prepared":
+        """What is made of x (..., I) before it is multiplied."""
         x_TC = on_input(self.chain, x.reshape(-1, x.shape[-1]))
         if self.activations is None:
-            y_TO = nn.functional.linear(x_TC, self.matrix, self.bias)
-        else:
-            quantized = quantize_input(without_first(x_TC, self.kept), self.activations, self.static)
-            y_TO = self.multiply(quantized, self.left(quantized))
-        return self.beside(x_TC, y_TO).reshape(*x.shape[:-1], self.out_features)
+            return x_TC, None, x_TC
+        quantized = quantize_input(without_first(x_TC, self.kept), self.activations, self.static)
+        return x_TC, quantized, self.left(quantized)
+
+    def prepares_like(self, other: "QuantizedLinear") -> bool:
+        """Whether another reader of the same site, with the same chain, can take what this one prepares."""
+        how = [(layer.activations, layer.kept, layer.factor is None, layer.matrix.dtype) for layer in (self, other)]
+        grids = [[] if layer.static is None else [layer.static.scale, layer.static.zero] for layer in (self, other)]
+        same = all(torch.equal(a, b) if a is not None and b is not None else a is b for a, b in zip(*grids, strict=False))
+        return how[0] == how[1] and len(grids[0]) == len(grids[1]) and same
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """Moves to another device. dtypes stay: codes and scales are what they are, and an input of another dtype is an error."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(self.matrix[:0]).device
+        if device != self.matrix.device:
+            self._move(device)
+        return self
+
+    def _move(self, device: torch.device) -> None:
+        self.matrix = self.matrix.to(device)
+        self.factor = None if self.factor is None else self.factor.to(device)
+        self.bias = None if self.bias is None else self.bias.to(device)
+        if self.static is not None:
+            self.static = StaticGrid(self.static.scale.to(device), None if self.static.zero is None else self.static.zero.to(device))
+        described, tensors = store(self.chain)
+        self.chain = restore(described, {name: tensor.to(device) for name, tensor in tensors.items()})
+        self.low = None if self.low is None else LowRank(self.low.down_RC.to(device), self.low.up_OR.to(device))
+        if self.channels is not None:
+            self.channels = _moved(self.channels, device)
+            self.high = _high(self.channels, self.matrix.dtype)
 
     def beside(self, x_TC: Tensor, y_TO: Tensor) -> Tensor:
         """y_TO and what the side path makes of the transformed input x_TC: (T, O)."""
@@ -159,6 +193,53 @@ class QuantizedLinear(nn.Module):
                 exact_TO += self.bias
             y_TO[rows] = exact_TO
         return y_TO
+
+
+Prepared = tuple[Tensor, QuantizedInput | None, Tensor]
+"""An input of a layer, ready to be multiplied: transformed (T, I); its codes, None if it has none; the left factor of the product (T, I)."""
+
+
+class SharedInput:
+    """What the readers of one site make of one input: made for the first of them, and let go when the last has had it."""
+
+    def __init__(self, readers: int) -> None:
+        self.readers = readers
+        self._made: tuple[weakref.ref[Tensor], int, Prepared] | None = None
+        self._left = 0
+
+    def of(self, x: Tensor, reader: QuantizedLinear) -> Prepared:
+        """x (..., I) as `reader` prepares it. The same x is the same object, unchanged since."""
+        if torch.compiler.is_compiling():
+            return reader.prepare(x)
+        made, version = self._made, 0 if x.is_inference() else x._version
+        if made is not None and made[0]() is x and made[1] == version:
+            self._left -= 1
+            if self._left <= 0:
+                self._made = None
+            return made[2]
+        prepared = reader.prepare(x)
+        self._made, self._left = (weakref.ref(x), version, prepared), self.readers - 1
+        return prepared
+
+    def __getstate__(self) -> dict[str, object]:
+        """For copies: without the input at hand."""
+        return {"readers": self.readers, "_made": None, "_left": 0}
+
+
+def share_input(readers: Sequence[QuantizedLinear]) -> None:
+    """Let the readers of one site, whose chain is the same, prepare each input once, where all prepare it alike. Each computes what it did."""
+    if len(readers) > 1 and all(readers[0].prepares_like(reader) for reader in readers[1:]):
+        shared = SharedInput(len(readers))
+        for reader in readers:
+            reader.shared = shared
+
+
+def _moved(kept: Kept, device: torch.device) -> Kept:
+    weight = kept.weight
+    if isinstance(weight, QuantizedWeight):
+        zero = None if weight.zero is None else weight.zero.to(device)
+        return Kept(QuantizedWeight(weight.codes.to(device), weight.scale.to(device), zero, weight.format), kept.activations)
+    return Kept(weight.to(device), kept.activations)
 
 
 def _high(kept: Kept, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

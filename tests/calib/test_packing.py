@@ -7,7 +7,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from helpers_solvers import format_name, weights
 from pydantic import ValidationError
 
-from planish.calib.packing import Layout, Packed, clipped, default_layout, pack, quantization_config, read_config, stored_names, unpack
+from planish.calib.packing import Layout, Packed, clipped, default_layout, is_own, pack, quantization_config, read_config, stored_names, unpack
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, QuantizedWeight, Scheme, WeightFormat
 from planish.quant.linear import StaticGrid
@@ -87,6 +87,7 @@ def test_default_layouts() -> None:
     four = WeightFormat(bits=4)
     assert default_layout(Scheme(weights=four)) == "pack-quantized"
     assert default_layout(Scheme(weights=four, activations=TOKEN)) == "int-quantized"
+    assert default_layout(Scheme(weights=four, activations=TOKEN), own=True) == "pack-quantized"
 
 
 MIXED = {
@@ -110,6 +111,7 @@ def test_configurations_round_trip(linears: dict[str, Packed], transposed: bool)
     before = str(data)
     assert read_config(data, [*linears, *kept]) == linears
     assert str(data) == before
+    assert is_own(data) == transposed
     if transposed:
         with pytest.raises(ValidationError, match="conv1d-"):
             QuantizationConfig.model_validate(data)

@@ -135,11 +135,11 @@ def test_candidates() -> None:
     assert names_for("vllm", ["4", "8", "4"]) == ("4", "8")
     recipe = load_recipe("w8a8")
     how = Packed(recipe.scheme, "int-quantized")
-    assert list(at_site(names_for("vllm", None), how, 96, "vllm", recipe)) == ["4", "8", "keep"]
+    assert list(at_site(names_for("vllm", None), how, 96, "vllm", recipe, "llama")) == ["4", "8", "keep"]
     weight_only = load_recipe("w4a16-channel")
     how = Packed(weight_only.scheme, "pack-quantized")
-    assert list(at_site(names_for("vllm", None), how, 96, "vllm", weight_only)) == ["4", "4-g32", "8", "keep"]
-    assert list(at_site(["4-g32-asym", "4-g32", "5"], how, 96, "transformers", weight_only)) == ["4-g32", "5"]
+    assert list(at_site(names_for("vllm", None), how, 96, "vllm", weight_only, "llama")) == ["4", "4-g32", "8", "keep"]
+    assert list(at_site(["4-g32-asym", "4-g32", "5"], how, 96, "transformers", weight_only, "llama")) == ["4-g32", "5"]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

