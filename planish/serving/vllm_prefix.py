@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
 from vllm.forward_context import get_forward_context  # pyright: ignore[reportMissingImports]
 from vllm.v1.core.sched.scheduler import Scheduler  # pyright: ignore[reportMissingImports]
 from vllm.v1.engine.input_processor import InputProcessor  # pyright: ignore[reportMissingImports]
@@ -54,11 +55,11 @@ def prefix_of(vllm_config: Any) -> tuple[int, ...]:
 
 
 def _check_room(request: Any, length: int, longest: int) -> None:
-    """ValueError, which the server answers with status 400."""
+    """VLLMValidationError, which the server answers with status 400."""
     if request.prompt_token_ids is None or request.prompt_embeds is not None or request.resumable:
-        raise ValueError("This checkpoint has a prefix, and takes prompts of tokens only: no embeddings, no streamed input.")
+        raise VLLMValidationError("This checkpoint has a prefix, and takes prompts of tokens only: no embeddings, no streamed input.")
     if length + len(request.prompt_token_ids) >= longest:
-        raise ValueError(
+        raise VLLMValidationError(
             f"The prompt has {len(request.prompt_token_ids)} tokens, the checkpoint's own prefix {length}, and the model takes {longest} "
             "with at least one that is generated. Shorten the prompt."
         )
