@@ -94,7 +94,6 @@ def make_plan(
     Raises PlanishError: anything wrong with model or recipe, a topology that does not hold, groups that do not divide, patterns without a site,
     too little text, disk or memory. ids_NL: the calibration's tokens, where they are known already.
     """
-    separate_large()
     if out is not None:
         _check_free(out)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -149,6 +148,7 @@ def _check_disk(out: Path | None, written: int, elsewhere: Path | None, moved: i
 
 def _opened(model: str | Path, device: str | None, dtype: torch.dtype | None, allow_pickle: bool) -> BlockRunner:
     """The model, checked as far as names and shapes go, and how it will be computed."""
+    separate_large()
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     check_language(checkpoint, "compress it")
     where = pick_device(device)
