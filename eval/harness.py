@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lm_eval.api.metrics import mean as harness_mean
 from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models import huggingface
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .score import Report
@@ -23,6 +23,7 @@ from .tasks import Task, quiet, seed
 if TYPE_CHECKING:
     from .served_lm import ServedLM
 
+HFLM: Any = huggingface.HFLM  # whose decorator hides its type from type checkers
 SEEDS = (0, 1234)  # lm-evaluation-harness's own: of random, and of numpy and torch
 
 
@@ -107,8 +108,8 @@ def run_task(lm: "LoadedLM | ServedLM", task: Task) -> dict[str, Any]:
     torch.manual_seed(SEEDS[1])
     seed(task.harness)
     with quiet():
-        results: dict[str, Any] = evaluate(lm, {"tasks": {task.name: task.harness}}, limit=task.limit, bootstrap_iters=0)
-    return results
+        results: Any = evaluate(lm, {"tasks": {task.name: task.harness}}, limit=task.limit, bootstrap_iters=0)
+    return dict(results)
 
 
 def answers(lm: "LoadedLM | ServedLM", task: Task) -> Answers:
