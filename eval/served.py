@@ -145,7 +145,7 @@ def _by_number(server: Server, ids: list[int], entries: list[dict[str, dict[str,
         if entry is None or str(token) not in entry:
             break
         logprobs.append(float(entry[str(token)]["logprob"]))
-        tops.append(int(min(entry, key=lambda number: _order(entry[number]))))
+        tops.append(int(min(entry.items(), key=lambda item: _order(item[1]))[0]))
     if len(logprobs) != len(ids) - 1:
         raise PlanishError(f"{server.words}: log-probabilities are not those of the tokens sent (of {len(ids) - 1}, {len(logprobs)} fit).")
     return Said(logprobs, [token == top for token, top in zip(ids[1:], tops, strict=True)], tops)

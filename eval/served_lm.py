@@ -36,7 +36,8 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
 
     def __init__(self, server: Server, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None, batch_size: int = 1) -> None:
         super().__init__()
-        self.server, self.tokenizer, self.batch_size = server, tokenizer, batch_size
+        self.server, self.batch_size = server, batch_size
+        self.tokenizer: Any = tokenizer
         room = [length for length in (max_length, None if server.context is None else server.context - 2) if length is not None]
         self.max_length = min(room, default=CONTEXT)
         self.report: Report | None = None
@@ -57,7 +58,7 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
         """As of HFLM: the tokenizer's own special tokens, unless the text begins with them."""
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
-        settings = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        settings: dict[str, Any] = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         found: list[int] = self.tokenizer.encode(string, **settings)
         return found
 
@@ -88,7 +89,7 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
         return self._all(self._answer, [request.args for request in requests])
 
     def _answer(self, asked: tuple[str, dict[str, Any]]) -> str:
-        text, settings = asked[0], normalize_gen_kwargs(asked[1], NEW_TOKENS)
+        text, settings = asked[0], dict[str, Any](normalize_gen_kwargs(asked[1], NEW_TOKENS))
         until = handle_stop_sequences(settings.pop("until", None), eos=self.tokenizer.decode(self.eot_token_id))
         new = settings.pop("max_gen_toks")
         if new >= self.max_length:
