@@ -208,7 +208,7 @@ def _free(label: str, x: float, heights: Sequence[float], taken: Sequence[_Box],
     width = LETTER * len(label)
     rows = [(height - LINE / 2, MARK + 3) for height in heights] + [(heights[0] - MARK - 2 - LINE, -4.0), (heights[-1] + MARK + 2, -4.0)]
     places = [(_Box(at, y, width, LINE), anchor) for y, away in rows for at, anchor in ((x + away, "start"), (x - away - width, "end"))] + [
-        (_Box(x - width / 2, y, width, LINE), "middle") for y, _ in rows[len(heights) :]
+        (_Box(min(max(x - width / 2, frame.x), frame.x + frame.width - width), y, width, LINE), "middle") for y, _ in rows[len(heights) :]
     ]
     inside = [place for place in places if place[0].within(frame)] or places
     return next((place for place in inside if not any(place[0].meets(other) for other in taken)), inside[0])

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from planish.eval.scatter import HEIGHT, LEFT, LETTER, LINE, SHARES, TOP, WIDTH, Panel, Point, round_ticks, scatter
+from planish.eval.scatter import HEIGHT, LEFT, LETTER, LINE, NARROW, SHARES, TOP, WIDTH, Panel, Point, round_ticks, scatter
 
 SVG = "{http://www.w3.org/2000/svg}"
 POINTS = (
@@ -59,6 +59,12 @@ def test_names_do_not_overlap_and_stay_inside(points: tuple[Point, ...]) -> None
         apart = max(one[0], other[0]) - min(one[0] + LETTER * len(one[2]), other[0] + LETTER * len(other[2]))
         assert apart >= -0.2 or abs(one[1] - other[1]) >= LINE - 0.2
     assert all(x >= LEFT and x + LETTER * len(name) <= LEFT + WIDTH and TOP < y < TOP + HEIGHT for x, y, name in found)
+
+
+def test_a_long_name_stays_inside_a_narrow_panel() -> None:
+    points = (Point(label="a" * 30, x=6.0, values=(0.1, 0.2)), Point(label="b", x=4.0, values=(0.1, 0.2)), Point(label="c", x=8.0, values=(0.3, 0.4)))
+    svg = ET.fromstring(scatter("t", "KL", ["one", "two"], [Panel(x="bits", points=points, width=NARROW)]))
+    assert all(x >= LEFT and x + LETTER * len(name) <= LEFT + NARROW for x, _, name in labels(svg, points))
 
 
 def test_what_cannot_be_drawn_is_left_out() -> None:

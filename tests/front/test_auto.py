@@ -54,7 +54,7 @@ def test_every_site_says_what_it_chose_and_why(tmp_path: Path) -> None:
 
 def printed(result: Result) -> str:
     console = Console(width=200, file=StringIO())
-    console.print(*result_table(result, None, 1, Path("report")))
+    console.print(*result_table(result, None, run_report(result, "model", 1, None), [Path("report")]))
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
 
