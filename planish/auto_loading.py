@@ -54,7 +54,7 @@ class PlanishQuantizer(HfQuantizer):
         known = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*known, r"\.planish\.", rf"^({re.escape(self.root)})?({linears})\."}
 
-    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_kwargs: Any) -> "PreTrainedModel":
         from .calib.prefixed import attach
 
         assert self.checkpoint is not None
@@ -66,13 +66,14 @@ class PlanishQuantizer(HfQuantizer):
         self.checkpoint.load_quantized(model, self.root, dtype, device)
         if (prefix := self.checkpoint.prefix_cache(dtype, device)) is not None:
             attach(model, prefix)
+        return model
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """No: a checkpoint is saved by copying its folder."""
         return False
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
         """No."""
         return False
 
