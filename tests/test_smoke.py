@@ -1,9 +1,10 @@
-"""What must hold for an installed planish, wherever it lies: every module imports with the core requirements alone."""
+"""What must hold for an installed planish, wherever it lies: every module imports with the core requirements, but for a few with an extra's."""
 
 import importlib
 import pkgutil
 from importlib.metadata import version
 from importlib.resources import files
+from importlib.util import find_spec
 
 import pytest
 
@@ -12,12 +13,22 @@ import planish
 ELSEWHERE = ("planish.serving.vllm_config", "planish.serving.vllm_prefix")  # import inside vLLM's environment only, see test_vllm_plugin.py
 MODULES = sorted({module.name for module in pkgutil.walk_packages(planish.__path__, "planish.")} - set(ELSEWHERE))
 
+EXTRAS = {
+    **dict.fromkeys(("planish.eval.harness", "planish.eval.served_lm", "planish.lm_eval"), "lm_eval"),
+    **dict.fromkeys((f"planish.quant.kernels.{name}" for name in ("cuda", "triton_hadamard", "triton_linear", "triton_quantize")), "triton"),
+}
+"""Modules that others import late, and what they need besides."""
+
 pytestmark = pytest.mark.smoke
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_module_imports(name: str) -> None:
-    importlib.import_module(name)
+    if name in EXTRAS and find_spec(EXTRAS[name]) is None:
+        with pytest.raises(ModuleNotFoundError, match=EXTRAS[name]):
+            importlib.import_module(name)
+    else:
+        importlib.import_module(name)
 
 
 def test_the_rooms_are_there() -> None:
