@@ -4,9 +4,8 @@ import ctypes
 import ctypes.util
 import functools
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 LARGE = 1 << 20  # bytes from which an allocation gets pages of its own; 8 MB would take a quarter more memory in all, a sixth less time
-LEARNED = 32 << 20  # the most that glibc raises that threshold to by itself
 WORTH_TRIMMING = 8 << 20  # bytes freed at once after which `trim` pays
 
 
@@ -26,14 +25,6 @@ def separate_large() -> None:
     library = _glibc()
     if library is not None:
         library.mallopt(M_MMAP_THRESHOLD, LARGE)
-
-
-def share_heap() -> None:
-    """Take `separate_large` back: large allocations lie in the heap, as glibc has it once some were freed. Quicker, with more memory."""
-    library = _glibc()
-    if library is not None:
-        library.mallopt(M_MMAP_THRESHOLD, LEARNED)
-        library.mallopt(M_TRIM_THRESHOLD, 2 * LEARNED)
 
 
 def trim() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .beside import located
 from .block import BlockCompressor, Streams
-from .calib.heap import separate_large, share_heap, trim
+from .calib.heap import separate_large, trim
 from .calib.outlier_tokens import search_prefix, start_token
 from .calib.packing import Packed, clipped, made_dynamic
 from .calib.precision import bfloat16_products
@@ -91,7 +91,8 @@ def compress(
 def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
     """What the plan says, into the new folder `out`. A progress that is a Callback gets the numbers too."""
     start, numbers = time.monotonic(), progress if isinstance(progress, Callback) else Callback()
-    (separate_large if plan.offload else share_heap)()  # whoever saves memory on streams pays a little time for the rest too
+    if plan.offload:
+        separate_large()  # whoever saves memory on streams pays a little time for the rest too
     progress.stage("checking weights", plan.checkpoint.nbytes)
     plan.checkpoint.check_finite(lambda done, _all: progress.step(done))
     with _working_folder(out, plan) as journal, _stream_folder(out, plan, journal.folder) as folder_of_streams:

@@ -94,8 +94,7 @@ def make_plan(
     Raises PlanishError: anything wrong with model or recipe, a topology that does not hold, groups that do not divide, patterns without a site,
     too little text, disk or memory. ids_NL: the calibration's tokens, where they are known already.
     """
-    if out is not None:
-        _check_free(out)
+    _begin(out, offload_dir)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     original = runner = _opened(model, device, dtype, allow_pickle)
     checkpoint, topology = runner.checkpoint, runner.topology
@@ -140,6 +139,14 @@ def make_plan(
     )
 
 
+def _begin(out: Path | None, offload_dir: str | Path | None) -> None:
+    """PlanishError if the output exists. Where memory is to be saved, the heap does not grow by what planning reads: it would keep that."""
+    if out is not None:
+        _check_free(out)
+    if offload_dir is not None:
+        separate_large()
+
+
 def _check_disk(out: Path | None, written: int, elsewhere: Path | None, moved: int) -> None:
     """PlanishError if there is no room for so many bytes written at `out`, and moved there or elsewhere."""
     needs = {} if out is None else {out: written + (moved if elsewhere is None else 0)}
@@ -148,7 +155,6 @@ def _check_disk(out: Path | None, written: int, elsewhere: Path | None, moved: i
 
 def _opened(model: str | Path, device: str | None, dtype: torch.dtype | None, allow_pickle: bool) -> BlockRunner:
     """The model, checked as far as names and shapes go, and how it will be computed."""
-    separate_large()
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     check_language(checkpoint, "compress it")
     where = pick_device(device)

@@ -36,7 +36,7 @@ def test_trim_returns_what_many_small_tensors_held() -> None:
 
 
 @pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
-@pytest.mark.parametrize(("told", "separate"), [("", False), ("heap.separate_large()", True), ("heap.separate_large(); heap.share_heap()", False)])
+@pytest.mark.parametrize(("told", "separate"), [("", False), ("heap.separate_large()", True)])
 def test_large_allocations_lie_outside_the_heap(told: str, separate: bool) -> None:
     """glibc learns from a freed mapping to put such sizes into the heap, where a small tensor behind one keeps its memory; unless it is told."""
     code = (
@@ -76,7 +76,6 @@ def test_nothing_is_called_elsewhere(name: str | None, monkeypatch: pytest.Monke
     assert heap._glibc() is None
     heap.trim()
     heap.separate_large()
-    heap.share_heap()
     assert other.calls == []
 
 
@@ -89,5 +88,4 @@ def test_what_glibc_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", lambda _name: library)
     heap.separate_large()
     heap.trim()
-    heap.share_heap()
-    assert library.calls == [("mallopt", -3, 1 << 20), ("malloc_trim", 0), ("mallopt", -3, 32 << 20), ("mallopt", -1, 64 << 20)]
+    assert library.calls == [("mallopt", -3, 1 << 20), ("malloc_trim", 0)]
