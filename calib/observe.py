@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .outliers import massive
+from .outliers import PAPER, massive
 from .runner import Call
 from .sites import Site
 from .statistics import Extremes
@@ -59,14 +59,24 @@ class _Look:
     @classmethod
     def of(cls, inputs: Mapping[str, Tensor], hidden: Tensor, out: Tensor, squares: Collection[str]) -> "_Look":
         """From what the sites, the block and the next block are given."""
-        keep_T = ~sinks(hidden.flatten(0, 1), out.flatten(0, 1), *inputs.values())
-        seen = {name: Extremes(x_TC.shape[1]) for name, x_TC in inputs.items()}
-        for name, x_TC in inputs.items():
-            seen[name].update(x_TC, keep_T)
+        keep_T = ~sinks(hidden.flatten(0, 1), out.flatten(0, 1))
+        seen = _ranges(inputs, keep_T)
+        wide = [inputs[name] for name, found in seen.items() if not found.within(PAPER.floor)]  # only these can hold a massive activation
+        if wide and bool((further_T := keep_T & sinks(*wide)).any()):
+            keep_T = keep_T & ~further_T
+            seen = _ranges(inputs, keep_T)
         left_out = not keep_T.all()
         sinks_C = {name: x_TC[~keep_T].float().abs().amax(0) if left_out else torch.zeros_like(x_TC[0]).float() for name, x_TC in inputs.items()}
         square_C = {name: inputs[name][keep_T].float().square().sum(0) for name in inputs if name in squares}
         return cls(keep_T, seen, sinks_C, square_C)
+
+
+def _ranges(inputs: Mapping[str, Tensor], keep_T: Tensor) -> dict[str, Extremes]:
+    """The ranges of the sites' inputs over the tokens kept."""
+    seen = {name: Extremes(x_TC.shape[1]) for name, x_TC in inputs.items()}
+    for name, x_TC in inputs.items():
+        seen[name].update(x_TC, keep_T)
+    return seen
 
 
 def sinks(*views_TC: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..quant.errors import PlanishError
 
-_MEDIAN_VALUES = 1 << 16
+_MEDIAN_VALUES = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ PAPER = MassiveCriterion()
 def massive(h_TC: Tensor, criterion: MassiveCriterion = PAPER) -> Tensor:
     """Which tokens hold a massive activation: (T,) bool. h_TC: (T, C), any float type.
 
-    Equivalent to ((h.abs() > floor) & (h.abs() >= ratio * h.abs().median())).any(1); of more than 2^16 values the median is that of evenly
+    Equivalent to ((h.abs() > floor) & (h.abs() >= ratio * h.abs().median())).any(1); of more than 2^14 values the median is that of evenly
     spaced tokens. Raises PlanishError if h is not finite.
     """
     if not h_TC.numel():

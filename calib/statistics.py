@@ -16,6 +16,7 @@ from .sketch import QuantileSketch
 STRIDE = 7  # every seventh token kept enters the channels' sketch; prime to window lengths, so that every position has its turn
 _PIECE_VALUES = 1 << 18
 _FOLD = 32
+_MOST_CUTS = 8  # sink tokens of a batch up to which it is taken in around them
 
 
 class Extremes:
@@ -33,9 +34,12 @@ class Extremes:
     @torch.no_grad()
     def update(self, x_TC: Tensor, keep_T: Tensor | None = None) -> None:
         """Take in x: (T, C) of any float type. keep_T: bool, False for the sink tokens, which are left out; None keeps all."""
-        kept_TC = x_TC if keep_T is None or bool(keep_T.all()) else x_TC[keep_T]
-        if len(kept_TC):
+        for kept_TC in _runs(x_TC, keep_T):
             self.widen(len(kept_TC), _over_tokens(torch.amin, kept_TC), _over_tokens(torch.amax, kept_TC))
+
+    def within(self, bound: float) -> bool:
+        """Whether no value is further from zero than `bound`. NaN is not."""
+        return not self.tokens or (bool(self.minimum_C.amin() >= -bound) and bool(self.maximum_C.amax() <= bound))
 
     def widen(self, tokens: int, minimum_C: Tensor, maximum_C: Tensor) -> None:
         """Take in the range of more tokens, which may lie on another device: the result lies there too."""
@@ -52,6 +56,15 @@ class Extremes:
     def _check_any(self) -> None:
         if not self.tokens:
             raise PlanishError(f"Statistics of {self.name}: not one token was kept. Give more calibration text.")
+
+
+def _runs(x_TC: Tensor, keep_T: Tensor | None) -> list[Tensor]:
+    """The tokens kept: views of x where few are left out, a copy where many are."""
+    left_out = [] if keep_T is None else (~keep_T).nonzero().flatten().tolist()
+    if len(left_out) > _MOST_CUTS:
+        return [x_TC[keep_T]] if len(left_out) < len(x_TC) else []
+    ends = zip([-1, *left_out], [*left_out, len(x_TC)], strict=True)
+    return [x_TC[before + 1 : after] for before, after in ends if after > before + 1]
 
 
 def _over_tokens(reduce: Callable[[Tensor, int], Tensor], x_TC: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .calib.observe import Observation
 from .calib.precision import bfloat16_products
+from .calib.recorded import recording
 from .calib.runner import Call
 from .calib.sites import Site, absorb, exact_scale, reader_bias, reader_weight, tie
 from .calib.statistics import Extremes
@@ -111,6 +112,7 @@ def choose(
     chosen: dict[str, Scaling] = {}
     reference: Tensor | None = None
     seen_TC: dict[str, Tensor] = {}
+    still: Mapping[str, dict[str, nn.Module]] = {}
     for name, site in sites.items():
         scheme, step = schemes[name], scaler(steps, probe.index, name)
         if site.host is None or scheme is None or scheme.activations is None or step is None:
@@ -119,13 +121,13 @@ def choose(
         errors: dict[float | None, float] = {}
         if _auto(step):
             if reference is None:
-                with site_inputs(block, list(sites.values())) as inputs:
+                with site_inputs(block, list(sites.values())) as inputs, recording(block, list(sites.values())) as still:
                     reference = probe.run(block)
                 seen_TC = {at: x_TC[probe.keep_T] for at, x_TC in inputs.take().items()}
             scales = {None: None, **scales}
             chain = behind(name, seen_TC[name])
             for tried, on_trial_C in scales.items():
-                with replaced(block, _rounded(block, site, scheme, observed.seen[name], on_trial_C, chain)):
+                with replaced(block, {**still[name], **_rounded(block, site, scheme, observed.seen[name], on_trial_C, chain)}):
                     errors[tried] = relative_error(reference, probe.run(block))
         best = min(scales, key=lambda setting: errors.get(setting, 0.0))
         chosen[name] = Scaling(step, scales[best], best, {str(setting): error for setting, error in errors.items()})
