@@ -27,6 +27,7 @@ from .calib.stream import Stream, squares
 from .calib.walk import Pass, SiteWalk, replaced, walking
 from .calib.workers import Workers, workers_for
 from .flatten import flatten
+from .looks import Looks
 from .polishing import Flow, polish
 from .quant.linear import StaticGrid
 from .quant.solvers import Solver
@@ -82,12 +83,20 @@ class BlockResult:
 
 
 class BlockCompressor:
-    """Compresses the blocks of one model, one after the other, as one recipe says. packed: by (block, site); None stays in full precision."""
+    """Compresses the blocks of one model, one after the other, as one recipe says. packed: by (block, site); None stays in full precision.
+
+    looks: where what is seen in full precision is shared with other runs."""
 
     def __init__(
-        self, runner: BlockRunner, solver: Solver, steps: Sequence[Step], packed: Mapping[tuple[int, str], Packed | None], streams: Streams | None
+        self,
+        runner: BlockRunner,
+        solver: Solver,
+        steps: Sequence[Step],
+        packed: Mapping[tuple[int, str], Packed | None],
+        streams: Streams | None,
+        looks: Looks | None = None,
     ) -> None:
-        self.runner, self.solver, self.packed, self.streams = runner, solver, packed, streams
+        self.runner, self.solver, self.packed, self.streams, self.looks = runner, solver, packed, streams, looks
         self.steps = BlockSteps.of(steps, runner.topology)
         self.sites = {site.name: site for site in runner.topology.sites}
         self.workers = 1 if streams is None else workers_for(len(streams.calls), runner.device)
@@ -161,7 +170,7 @@ class Turn:
 
     def __init__(self, owner: BlockCompressor, index: int) -> None:
         self.runner, self.solver, self.sites, self.index = owner.runner, owner.solver, owner.sites, index
-        self.workers, self.steps = owner.workers, owner.steps
+        self.workers, self.steps, self.looks = owner.workers, owner.steps, owner.looks
         self.beside = {name: [step for step in owner.steps.beside if matches(step.sites, index, name)] for name in self.sites}
         self.dtype, self.stored = owner.runner.dtype, owner.runner.checkpoint.dtype
         self.packed = {name: owner.packed[index, name] for name in self.sites}
@@ -178,9 +187,13 @@ class Turn:
         hidden = streams.probe_hidden()
         known, original = self.runner.topology, self.runner.checkpoint.original_stream
         squares = self.steps.squares(self.index, known)
-        self.observation = observe(
-            block, self.index, known.sites, streams.calls, streams.full, streams.before, self.workers, original=original, squares=squares
-        )
+
+        def looked() -> Observation:
+            return observe(
+                block, self.index, known.sites, streams.calls, streams.full, streams.before, self.workers, original=original, squares=squares
+            )
+
+        self.observation = looked() if self.looks is None else self.looks.observe(block, self.index, streams.full, streams.before, squares, looked)
         self.record.sink_tokens = self.observation.sink_tokens
         passed = streams.probe.run(block, self.index, hidden)
         probe = Probe(streams.probe, self.index, hidden, ~sinks(original(hidden).flatten(0, 1), original(passed).flatten(0, 1)))

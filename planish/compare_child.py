@@ -41,7 +41,8 @@ IDS = "ids"  # the tensor in a file of calibration tokens
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """What to do. ids: file of calibration tokens. reference: file of eval.reference. out: the new checkpoint; where it exists, it is only measured.
-    clock: file in which the time and memory taken are kept over interruptions. threads: to compute with. The others: as of `planish.compress`."""
+    clock: file in which the time and memory taken are kept over interruptions. looks: folder that recipes which see the same share. threads: to
+    compute with. The others: as of `planish.compress`."""
 
     recipe: Recipe
     model: str
@@ -49,6 +50,7 @@ class Task:
     ids: str | None
     reference: str
     clock: str
+    looks: str | None
     device: str | None
     dtype: Literal["float32", "bfloat16"] | None
     offload_dir: str | None
@@ -140,7 +142,7 @@ def work(task: Task, channel: Channel) -> Mapping[str, Any]:
         took = dict(read_json(clock))
     else:
         timed = Clock.read(clock, channel)
-        carry_out(plan, out, timed)
+        carry_out(plan, out, timed, None if task.looks is None else Path(task.looks))
         took = timed.note()
     trim()
     stored = open_stored(out)

@@ -41,6 +41,10 @@ class Folder:
         """What the base model says of the texts."""
         return self.working / "reference.safetensors"
 
+    def looks(self, shared: str) -> Path:
+        """What recipes have seen of the model in full precision, those that share it."""
+        return self.working / f"looks-{shared}"
+
     @property
     def files(self) -> tuple[Path, ...]:
         """What is written at the end: page, JSON, Markdown, picture."""

@@ -164,7 +164,8 @@ class CompareJob:
         if len(pending) < len(plan.plans):
             progress.say(f"going on: {len(plan.plans) - len(pending)} of {len(plan.plans)} recipes are done")
         self._reference(plan, progress)
-        tasks = {name: self._task(plan, name) for name in pending}
+        sharing = plan.sharing(pending)
+        tasks = {name: self._task(plan, name, sharing.get(name)) for name in pending}
 
         def measure(name: str, lane: Progress, started: Started) -> Done:
             return self._measure(plan, name, tasks[name], lane, started)
@@ -179,6 +180,8 @@ class CompareJob:
                 over.append(name)
                 slower = (time.monotonic() - start) / plan.seconds(over)
                 rest = [name for name in pending if name not in over]
+                if name in sharing and not any(sharing.get(other) == sharing[name] for other in rest):
+                    shutil.rmtree(self.folder.looks(sharing[name]), ignore_errors=True)  # of no more use
                 left = f", about {duration(slower * plan.seconds(rest))} left" if rest else ""
                 words = "; ".join(f"{text} {quality_words(quality)}" for text, quality in done.row.quality.items())
                 progress.say(f"{name}: {words} ({len(plan.plans) - len(rest)} of {len(plan.plans)} recipes{left})")
@@ -213,7 +216,7 @@ class CompareJob:
         Path(task.clock).unlink()
         return done
 
-    def _task(self, plan: ComparisonPlan, name: str) -> Task:
+    def _task(self, plan: ComparisonPlan, name: str, shared: str | None) -> Task:
         one, (sha, ids_sha) = plan.plans[name], plan.identities()[name]
         own = self.folder.working / f"{name}-{sha[:8]}"  # another recipe of this name may have been interrupted here
         ids = None if ids_sha is None else self.folder.working / f"calibration-{ids_sha[:16]}.safetensors"
@@ -226,6 +229,7 @@ class CompareJob:
             ids=None if ids is None else str(ids),
             reference=str(self.folder.reference),
             clock=f"{own}.clock.json",
+            looks=None if shared is None else str(self.folder.looks(shared)),
             device=str(one.device),
             dtype="bfloat16" if one.dtype is torch.bfloat16 else "float32",
             offload_dir=None if self.offload_dir is None else str(self.offload_dir),

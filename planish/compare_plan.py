@@ -4,6 +4,8 @@ Shapes: ids (N, L) windows of token numbers.
 """
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -16,8 +18,10 @@ from torch import Tensor
 from .calib.checkpoint import Checkpoint, check_language, open_checkpoint
 from .calib.data import Calibration
 from .comparison import Text
+from .decode import encode
 from .estimate import LENGTH, Memory, products_per_second, resident
 from .eval.verify import evaluation_windows
+from .looks import alike
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
 from .recipe import Recipe, digest
@@ -70,7 +74,27 @@ class ComparisonPlan:
         """Bytes needed for these recipes, at most at once."""
         plans = [self.plans[name] for name in names]
         own = sum(sorted(plan.disk - (plan.out_bytes if keep else 0) for plan in plans)[-self.jobs :])
-        return own + (sum(plan.out_bytes for plan in plans) if keep else 0) + self.hidden_bytes
+        return own + (sum(plan.out_bytes for plan in plans) if keep else 0) + self.hidden_bytes + self._look_bytes(names)
+
+    def sharing(self, names: Iterable[str]) -> dict[str, str]:
+        """Those of these recipes that see the same in full precision as another of them, and a name for what they share."""
+        seen = {name: one for name in names if (one := self._seen(self.plans[name])) is not None}
+        counts = Counter(seen.values())
+        return {name: one for name, one in seen.items() if counts[one] > 1}
+
+    def _seen(self, plan: Plan) -> str | None:
+        """What decides what a recipe sees; None if it takes no text."""
+        if plan.ids is None or plan.recipe.calibration is None:
+            return None
+        parts = [sha256(plan.ids), plan.recipe.calibration.batch_size, [[type(step).__name__, encode(step)] for step in alike(plan.recipe.steps)]]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _look_bytes(self, names: Iterable[str]) -> int:
+        """Of all looks that these recipes share."""
+        one = {key: self.plans[name] for name, key in self.sharing(names).items()}
+        width: int = self.checkpoint.config.get_text_config().hidden_size
+        counts = [0 if plan.ids is None else plan.ids.numel() * plan.topology.block_count * plan.dtype.itemsize for plan in one.values()]
+        return width * sum(counts)
 
     def identities(self) -> dict[str, tuple[str, str | None]]:
         """By recipe, its digest and that of its calibration tokens."""

@@ -30,6 +30,7 @@ from .eval.probe import check_probe, read_probe, record_probe
 from .export import publish, write_checkpoint
 from .fused import settled
 from .journal import Journal
+from .looks import Looks
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
 from .quant.transforms import Prefix, Step, SuperWeights
@@ -88,8 +89,8 @@ def compress(
 
 
 @torch.no_grad()
-def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
-    """What the plan says, into the new folder `out`. A progress that is a Callback gets the numbers too."""
+def carry_out(plan: Plan, out: Path, progress: Progress, looks: Path | None = None) -> Result:
+    """What the plan says, into the new folder `out`. A progress that is a Callback gets the numbers too. looks: folder that runs share."""
     start, numbers = time.monotonic(), progress if isinstance(progress, Callback) else Callback()
     if plan.offload:
         separate_large()  # whoever saves memory on streams pays a little time for the rest too
@@ -101,7 +102,8 @@ def carry_out(plan: Plan, out: Path, progress: Progress) -> Result:
         plan, runner, steps = begun(plan, progress)
         plan, needs = _raised(plan, steps, folder_of_streams, progress)
         streams = streams_of(plan, runner, folder_of_streams)
-        compressor = BlockCompressor(runner, plan.recipe.solver, steps, plan.packed, streams)
+        shared = None if looks is None else Looks(looks, f"{plan.dtype} {plan.device.type} {torch.get_num_threads()} {plan.prefix}")
+        compressor = BlockCompressor(runner, plan.recipe.solver, steps, plan.packed, streams, shared)
         progress.stage("blocks", plan.topology.block_count)
         for index in range(plan.topology.block_count):
             if index < len(journal.blocks):
