@@ -14,8 +14,9 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 demo: $(VENV)/.installed
 	@$(VENV)/bin/planish demo
 
+# A process with one thread for every core, 8 at most.
 test: $(VENV)/.installed
-	$(VENV)/bin/pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n logical --maxprocesses 8 --dist worksteal
 
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff check
