@@ -6,6 +6,7 @@ Modules that had returned before the site's readers were called stand still: eac
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from torch import nn
 
@@ -33,7 +34,7 @@ def recording(block: nn.Module, sites: Sequence[Site]) -> Iterator[Mapping[str, 
     returned: dict[str, nn.Module] = {}
     again: set[str] = set()  # which give something else each time
 
-    def arrive(site: Site) -> None:
+    def arrive(site: Site, *_called: object) -> None:
         if site.name not in before:
             still = {path: module for path, module in returned.items() if path not in again and path not in site.readers}
             before[site.name] = {path: module for path, module in still.items() if not _inside(path, still)}
@@ -45,7 +46,7 @@ def recording(block: nn.Module, sites: Sequence[Site]) -> Iterator[Mapping[str, 
 
     handles = [module.register_forward_hook(leave) for module in paths]
     for site in sites:
-        handles += [block.get_submodule(path).register_forward_pre_hook(lambda _module, _inputs, site=site: arrive(site)) for path in site.readers]
+        handles += [block.get_submodule(path).register_forward_pre_hook(partial(arrive, site)) for path in site.readers]
     try:
         yield before
     finally:
