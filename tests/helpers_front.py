@@ -43,7 +43,7 @@ def start(*arguments: str | Path, folder: Path) -> "subprocess.Popen[str]":
         signal.signal(signal.SIGINT, before)
 
 
-def wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 120) -> None:
+def wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 300) -> None:
     """Until the file is there. Fails if the process ends before."""
     end = time.monotonic() + seconds
     while not path.exists():
