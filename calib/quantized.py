@@ -1,21 +1,15 @@
 """A block as its checkpoint stores it, made runnable: readers become QuantizedLinear, all else takes the stored values."""
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ..quant.formats import ActivationFormat, QuantizedWeight
-from ..quant.linear import Side, StaticGrid
+from ..quant.linear import QuantizedLinear
 from ..quant.transforms.factors import Chain
 from .extension import SiteInput
 from .packing import Packed, stored_names, unpack
 from .side import restored_side, side_names
-
-Layer = TypeVar("Layer")
-Build = Callable[[QuantizedWeight, Tensor | None, ActivationFormat | None, StaticGrid | None, Chain, torch.dtype, Side | None], Layer]
-"""Makes a layer of what is stored of it, such as QuantizedLinear."""
 
 
 def quantized_readers(
@@ -25,13 +19,12 @@ def quantized_readers(
     chains: Mapping[str, Chain],
     inputs: Mapping[str, SiteInput],
     dtype: torch.dtype,
-    build: Build[Layer],
-) -> dict[str, Layer]:
+) -> dict[str, QuantizedLinear]:
     """The quantized linears under `prefix` (a block's full name), by their path inside it.
 
-    chains: what inputs go through, inputs: what is said of them, both by full name. build: makes the layer, such as QuantizedLinear.
+    chains: what inputs go through, inputs: what is said of them, both by full name.
     """
-    layers: dict[str, Layer] = {}
+    layers: dict[str, QuantizedLinear] = {}
     for name, how in packed.items():
         if not name.startswith(prefix + "."):
             continue
@@ -40,7 +33,7 @@ def quantized_readers(
         what = inputs.get(name, SiteInput())
         beside = {local: tensors[full] for local, full in side_names(name, tensors).items()} if what else {}
         side = restored_side(beside, what, how.scheme)
-        layers[name.removeprefix(prefix + ".")] = build(weight, bias, how.scheme.activations, static, chain, dtype, side)
+        layers[name.removeprefix(prefix + ".")] = QuantizedLinear(weight, bias, how.scheme.activations, static, chain, dtype, side)
     return layers
 
 

@@ -18,7 +18,7 @@ from .extension import Extension, SiteInput, chain_prefix, restored
 from .locate import weight_files
 from .packing import GUARD, OWN, PLAIN, Packed, clipped, read_config, stored_names
 from .prefix import PrefixCache, from_tensors, tensor_names
-from .quantized import Build, Layer, put, quantized_readers
+from .quantized import put, quantized_readers
 from .shards import read_json, read_shards
 from .side import expected_tensors, side_name, side_names
 from .topology import Topology, topology
@@ -45,28 +45,21 @@ class StoredCheckpoint(Checkpoint):
     def load_quantized(self, module: nn.Module, root: str, dtype: torch.dtype, device: torch.device | str) -> None:
         """Put the quantized linears into the module. root: what their names begin with, and their paths in the module do not."""
         names = [name for name in self.packed if name.startswith(root)]
-        layers = self.quantized(names, dtype, device, QuantizedLinear)
-        for readers in self._sites(names):
-            share_input([layers[name] for name in readers])
-        for name, layer in layers.items():
+        for name, layer in self.quantized(names, dtype, device).items():
             put(module, name.removeprefix(root), layer)
 
-    def quantized(
-        self,
-        names: Sequence[str],
-        dtype: torch.dtype,
-        device: torch.device | str,
-        build: Build[Layer],
-    ) -> dict[str, Layer]:
-        """These quantized linears as `build` makes them, such as QuantizedLinear."""
-        chains, inputs, layers = self._chains(names, device), self._inputs(names), dict[str, Layer]()
+    def quantized(self, names: Sequence[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, QuantizedLinear]:
+        """These quantized linears, ready to run; those of one site prepare their input once."""
+        chains, inputs, layers = self._chains(names, device), self._inputs(names), dict[str, QuantizedLinear]()
         for name in names:
             local = [f"{name}.{part}" for part in stored_names(self.packed[name])]
             local += [f"{name}.bias"] if f"{name}.bias" in self.tensors else []
             local += side_names(name, self.tensors).values()
             tensors = {key: tensor.to(device) for key, tensor in self.read(local).items()}
-            made = quantized_readers(name.rpartition(".")[0], tensors, {name: self.packed[name]}, chains, inputs, dtype, build)
+            made = quantized_readers(name.rpartition(".")[0], tensors, {name: self.packed[name]}, chains, inputs, dtype)
             layers[name] = next(iter(made.values()))
+        for readers in self._sites(names):
+            share_input([layers[name] for name in readers])
         return layers
 
     def _sites(self, names: Iterable[str]) -> list[list[str]]:

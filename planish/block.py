@@ -29,7 +29,7 @@ from .calib.workers import Workers, workers_for
 from .flatten import flatten
 from .looks import Looks
 from .polishing import Flow, polish
-from .quant.linear import QuantizedLinear, StaticGrid
+from .quant.linear import StaticGrid
 from .quant.solvers import Solver
 from .quant.solvers.attention import Heads
 from .quant.transforms import Auto, ClipSearch, Polish, Step
@@ -134,7 +134,7 @@ class BlockCompressor:
                 self._forward(block, index, self.streams.full)
                 load_rest(block, name, tensors)
                 chains, inputs = self._chains(record, tensors), self._inputs(record)
-                with replaced(block, quantized_readers(name, tensors, packed, chains, inputs, self.runner.dtype, QuantizedLinear)):
+                with replaced(block, quantized_readers(name, tensors, packed, chains, inputs, self.runner.dtype)):
                     self._forward(block, index, self.streams.quant)
             finally:
                 self.runner.release_block(index)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,13 @@ from vllm.model_executor.models.utils import WeightsMapper  # pyright: ignore[re
 
 from ..calib.packing import PLAIN
 from ..calib.stored import StoredCheckpoint, open_stored
-from ..packed_loading import Parts, together
 from ..quant.errors import PlanishError
-from ..quant.kernels import PackedLinear
 from ..quant.linear import QuantizedLinear
 from . import VLLM_FAMILIES
 from .vllm_plugin import METHOD
 from .vllm_prefix import store_prefix
 
-_LAYERS: dict[str, list[PackedLinear | QuantizedLinear]] = {}
+_LAYERS: dict[str, list[QuantizedLinear]] = {}
 
 
 class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
@@ -132,12 +129,13 @@ class PlanishLinearMethod(LinearMethodBase):  # type: ignore[misc, unused-ignore
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Read the layer's linears."""
-        parts = list(self.config.checkpoint.quantized(self.names, self.dtype, self.device, Parts).values())
-        if layer.skip_bias_add and getattr(layer, "bias", None) is not None:  # whoever gets it back adds it
-            parts = [replace(part, bias=None) for part in parts]
-        linears = together(parts)
+        made = self.config.checkpoint.quantized(self.names, self.dtype, self.device)
+        linears = [made[name] for name in self.names]
         if sum(linear.out_features for linear in linears) != self.output_size:
             raise PlanishError(f"{self.prefix}: the checkpoint has {sum(linear.out_features for linear in linears)} rows, vLLM {self.output_size}.")
+        if layer.skip_bias_add and getattr(layer, "bias", None) is not None:  # whoever gets it back adds it
+            for linear in linears:
+                linear.bias = None
         _LAYERS[self.prefix] = linears
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
