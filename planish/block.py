@@ -26,18 +26,19 @@ from .calib.side import side_name, side_tensors
 from .calib.stream import Stream, squares
 from .calib.walk import Pass, SiteWalk, replaced, walking
 from .calib.workers import Workers, workers_for
-from .flatten import flatten
+from .flatten import Known, flatten
 from .polishing import Flow, polish
 from .quant.linear import StaticGrid
 from .quant.solvers import Solver
 from .quant.solvers.attention import Heads
-from .quant.transforms import Auto, ClipSearch, Polish, Step
+from .quant.transforms import Auto, ClipSearch, Flat, Polish, Step
 from .quant.transforms.factors import Chain, store
 from .quant.transforms.inputs import InputStep
 from .records import BlockRecord, SiteRecord
 from .resolve import matches
 from .smoothing import Probe, sink_ratio, static_grid
 from .solving import Readers, gather, output_error, settle
+from .together import learn_together
 
 STATIC_SINK_RATIO = 4.0  # a static range that sink tokens exceed by this would clip what makes them sinks
 
@@ -170,6 +171,7 @@ class Turn:
         self.record = BlockRecord(index, sites={name: SiteRecord() for name in self.sites})
         self.observation = Observation()
         self.scales: Mapping[str, Tensor] = {}
+        self.known: Mapping[str, Known] = {}
 
     def look(self, block: nn.Module, streams: Streams) -> None:
         """Send the full-precision stream through, then choose and absorb the scales. The block is float32 afterwards."""
@@ -222,6 +224,7 @@ class Turn:
 
     def walk(self, block: nn.Module, streams: Streams) -> None:
         """Send the quantized stream through, solving each site when all batches stand before it. The block is float32."""
+        self.known = self._learned(block, streams)
         sites = list(self.sites.values())
         with ExitStack() as stack:
             full = None
@@ -289,6 +292,20 @@ class Turn:
             record.note_choice(done.choice)
         self.record.equivalence = max(self.record.equivalence, done.error)
 
+    def _learned(self, block: nn.Module, streams: Streams) -> Mapping[str, Known]:
+        """The transforms of inputs that are learned together, by site."""
+        wanted: dict[str, list[InputStep]] = {}
+        for name in self.sites:
+            steps = [step for step in self.input_steps(name)[0] if not isinstance(step, Auto)]
+            at = next((i for i, step in enumerate(steps) if isinstance(step, Flat) and step.objective == "block"), None)
+            if at is not None and self.packed[name] is not None:
+                wanted[name] = steps[: at + 1]
+        if not wanted:
+            return {}
+        flow = Flow(self.index, streams.calls, streams.quant, streams.full, self.observation.keep_T)
+        readers = {name: Readers.of(block, self.sites[name], self.packed[name], self.static[name], self.stored) for name in wanted}
+        return learn_together(block, readers, wanted, flow, self.dtype)
+
     def _polish(self, step: Polish, block: nn.Module, streams: Streams) -> None:
         """Move what may be moved of the block together, then let the batches go through it as it will run."""
         flow = Flow(self.index, streams.calls, streams.quant, streams.full, self.observation.keep_T)
@@ -301,7 +318,10 @@ class Turn:
 
     def input_steps(self, name: str) -> tuple[list[InputStep | Auto], ClipSearch | None]:
         """The steps that transform the input of this site, and the search of its clip."""
-        steps = [step for step in self.steps.inputs if matches(step.sites, self.index, name)]
+        known = self.known.get(name)
+        steps = [
+            known if known is not None and isinstance(step, Flat) else step for step in self.steps.inputs if matches(step.sites, self.index, name)
+        ]
         return steps, next((step for step in self.steps.clips if matches(step.sites, self.index, name)), None)
 
     def passes(self, block: nn.Module, streams: Streams, stream: Stream) -> list[Pass]:
