@@ -16,6 +16,7 @@ from .beside import solve_beside, take_out
 from .blocksteps import BlockSteps
 from .calib.extension import SiteInput, chain_prefix, restored
 from .calib.heap import WORTH_TRIMMING, trim
+from .calib.key_values import hold, holding
 from .calib.observe import Observation, observe, sinks
 from .calib.packing import Packed, made_dynamic, pack
 from .calib.precision import bfloat16_products
@@ -28,6 +29,7 @@ from .calib.walk import Pass, SiteWalk, replaced, walking
 from .calib.workers import Workers, workers_for
 from .flatten import Known, flatten
 from .polishing import Flow, polish
+from .quant.key_values import HeldKeyValues
 from .quant.linear import StaticGrid
 from .quant.solvers import Solver
 from .quant.solvers.attention import Heads
@@ -49,7 +51,7 @@ class Streams:
 
     full, quant: the full-precision and the quantized hidden states; before: keeps what entered a block, for solvers that compare both.
     calls: how the blocks are called, by batch; probe: likewise for the first probe_shape (samples, tokens) of all.
-    prefix: what stands before every sample, in full precision; None if nothing does.
+    prefix: what stands before every sample, in full precision; None if nothing does. held: how keys and values are held in the quantized model.
     """
 
     full: Stream
@@ -60,6 +62,7 @@ class Streams:
     probe_shape: tuple[int, int]
     replay: bool
     prefix: PrefixStream | None = None
+    held: HeldKeyValues | None = None
 
     def probe_hidden(self) -> Tensor:
         """The probe's full-precision hidden states before the block to come: (P, L, D)."""
@@ -105,7 +108,8 @@ class BlockCompressor:
                 else:
                     turn.look(block, self.streams)
                     trim()
-                    turn.walk(block, self.streams)
+                    with holding(block, self.runner.topology, self.streams.held):
+                        turn.walk(block, self.streams)
                 return turn.result(block)
             finally:
                 self.runner.release_block(index)
@@ -126,7 +130,8 @@ class BlockCompressor:
                 self._forward(block, index, self.streams.full)
                 load_rest(block, name, tensors)
                 chains, inputs = self._chains(record, tensors), self._inputs(record)
-                with replaced(block, quantized_readers(name, tensors, packed, chains, inputs, self.runner.dtype)):
+                layers = quantized_readers(name, tensors, packed, chains, inputs, self.runner.dtype)
+                with holding(block, self.runner.topology, self.streams.held), replaced(block, layers):
                     self._forward(block, index, self.streams.quant)
             finally:
                 self.runner.release_block(index)
@@ -231,6 +236,8 @@ class Turn:
             if streams.before is not None:
                 weights = {id(p): nn.Parameter(p.detach().to(self.dtype), requires_grad=False) for p in block.parameters()}
                 twin = copy.deepcopy(block, weights)
+                if streams.held is not None:
+                    hold(twin, self.runner.topology, None)
                 full = stack.enter_context(walking(twin, sites, self.passes(twin, streams, streams.before), streams.replay, self.workers))
             self._collect(block)
             walk = stack.enter_context(walking(block, sites, self.passes(block, streams, streams.quant), streams.replay, self.workers))

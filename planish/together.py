@@ -181,8 +181,7 @@ class _Descent:
     def _slopes(self, batch: int, numbers: Sequence[Tensor]) -> Sequence[Tensor]:
         with torch.enable_grad(), bfloat16_products(True):
             off, size = self._squares(batch)
-            slopes = torch.autograd.grad(off / size, numbers, allow_unused=True)
-        return [torch.zeros_like(number) if slope is None else slope for number, slope in zip(numbers, slopes, strict=True)]
+            return torch.autograd.grad(off / size, numbers, materialize_grads=True)
 
     @torch.no_grad()
     def _judged(self) -> float:
