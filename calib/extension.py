@@ -1,5 +1,5 @@
 """What a checkpoint says beyond compressed-tensors, under the key `planish` of config.json: transforms of sites' inputs, clips, side paths,
-the prefix.
+the prefix, how keys and values are held.
 
 No other consumer executes any of it, so the checkpoint gets a quant_method of its own and guards (packing.OWN, GUARD): they refuse it.
 
@@ -8,16 +8,17 @@ No other consumer executes any of it, so the checkpoint gets a quant_method of i
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ..quant.errors import PlanishError
+from ..quant.key_values import HeldKeyValues, KvCache
 from ..quant.transforms.factors import Chain, restore
 
 KEY = "planish"
-VERSION = 1
+VERSION, NEWER = 1, 2  # the newer where keys and values are held in codes, which older readers would overlook
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +53,24 @@ class SiteInput:
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """All of it. prefix: its tokens. sites: by address, such as 0.qkv; only those with something to say. declared: also where nothing is said."""
+    """All of it. prefix: its tokens. sites: by address, such as 0.qkv; only those with something to say. declared: also where nothing is said.
+    held: of keys and values; its first tokens are the prefix."""
 
     prefix: tuple[int, ...] = ()
     sites: Mapping[str, SiteInput] = field(default_factory=dict)
     declared: bool = False
+    held: HeldKeyValues | None = None
 
     def __bool__(self) -> bool:
-        return self.declared or bool(self.prefix) or any(self.sites.values())
+        return self.declared or self.held is not None or bool(self.prefix) or any(self.sites.values())
 
     def to_dict(self) -> dict[str, object]:
         """As plain values, for JSON."""
         sites = {address: site.to_dict() for address, site in self.sites.items() if site}
-        return {"version": VERSION, "prefix": list(self.prefix), "sites": sites}
+        if self.held is None:
+            return {"version": VERSION, "prefix": list(self.prefix), "sites": sites}
+        kv_cache = {**asdict(self.held.cache), "rotated": self.held.rotated}
+        return {"version": NEWER, "prefix": list(self.prefix), "sites": sites, "kv_cache": kv_cache}
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "Extension":
@@ -73,12 +79,21 @@ class Extension:
         if data is None:
             return cls()
         try:
-            if data["version"] != VERSION:
-                raise PlanishError(f"config.json: {KEY}.version is {data['version']!r}, and this planish reads {VERSION}. Use the one that wrote it.")
+            if data["version"] not in (VERSION, NEWER):
+                raise PlanishError(
+                    f"config.json: {KEY}.version is {data['version']!r}, and this planish reads {VERSION} and {NEWER}. Use the one that wrote it."
+                )
             sites = {address: SiteInput.read(site) for address, site in data["sites"].items()}
-            return cls(tuple(int(token) for token in data["prefix"]), sites, declared=True)
+            prefix = tuple(int(token) for token in data["prefix"])
+            return cls(prefix, sites, declared=True, held=_held(data["kv_cache"], len(prefix)) if data["version"] == NEWER else None)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanishError(f"config.json: {KEY} is damaged ({error!r}). Compress the model again.") from error
+
+
+def _held(data: Mapping[str, Any], first: int) -> HeldKeyValues:
+    """What `Extension.to_dict` made of it."""
+    cache = KvCache(bits=int(data["bits"]), symmetric=bool(data["symmetric"]), clip=float(data["clip"]))
+    return HeldKeyValues(cache, bool(data["rotated"]), first)
 
 
 def chain_prefix(block: str, site: str) -> str:

@@ -15,6 +15,7 @@ from ..quant.linear import QuantizedLinear, share_input
 from ..quant.transforms.factors import Chain
 from .checkpoint import Checkpoint, build_skeleton, open_checkpoint
 from .extension import Extension, SiteInput, chain_prefix, restored
+from .key_values import hold_in
 from .locate import weight_files
 from .packing import GUARD, OWN, PLAIN, Packed, clipped, read_config, stored_names
 from .prefix import PrefixCache, from_tensors, tensor_names
@@ -43,10 +44,21 @@ class StoredCheckpoint(Checkpoint):
         Checkpoint.load_module(self, module, prefix, dtype=dtype, device=device)
 
     def load_quantized(self, module: nn.Module, root: str, dtype: torch.dtype, device: torch.device | str) -> None:
-        """Put the quantized linears into the module. root: what their names begin with, and their paths in the module do not."""
+        """Put the quantized linears into the module, and let its attention hold keys and values as declared. root: what their names begin with, and
+        their paths in the module do not."""
         names = [name for name in self.packed if name.startswith(root)]
         for name, layer in self.quantized(names, dtype, device).items():
             put(module, name.removeprefix(root), layer)
+        if self.extension.held is not None:
+            for path in self._attentions(root):
+                hold_in(module.get_submodule(path), self.extension.held)
+
+    def _attentions(self, root: str) -> Iterator[str]:
+        """The paths behind root of the modules that compute scores."""
+        known = topology(self.config)
+        if known.attention is not None:
+            names = [f"{known.block_name(index)}.{known.attention.module}" for index in range(known.block_count)]
+            yield from (name.removeprefix(root) for name in names if name.startswith(root))
 
     def quantized(self, names: Sequence[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, QuantizedLinear]:
         """These quantized linears, ready to run; those of one site prepare their input once."""

@@ -16,6 +16,7 @@ from .beside import solve_beside, take_out
 from .blocksteps import BlockSteps
 from .calib.extension import SiteInput, chain_prefix, restored
 from .calib.heap import WORTH_TRIMMING, trim
+from .calib.key_values import hold, holding
 from .calib.observe import Observation, observe, sinks
 from .calib.packing import Packed, made_dynamic, pack
 from .calib.precision import bfloat16_products
@@ -26,19 +27,21 @@ from .calib.side import side_name, side_tensors
 from .calib.stream import Stream, squares
 from .calib.walk import Pass, SiteWalk, replaced, walking
 from .calib.workers import Workers, workers_for
-from .flatten import flatten
+from .flatten import Known, flatten
 from .looks import Looks
 from .polishing import Flow, polish
+from .quant.key_values import HeldKeyValues
 from .quant.linear import StaticGrid
 from .quant.solvers import Solver
 from .quant.solvers.attention import Heads
-from .quant.transforms import Auto, ClipSearch, Polish, Step
+from .quant.transforms import Auto, ClipSearch, Flat, Polish, Step
 from .quant.transforms.factors import Chain, store
 from .quant.transforms.inputs import InputStep
 from .records import BlockRecord, SiteRecord
 from .resolve import matches
 from .smoothing import Probe, sink_ratio, static_grid
 from .solving import Readers, gather, output_error, settle
+from .together import learn_together
 
 STATIC_SINK_RATIO = 4.0  # a static range that sink tokens exceed by this would clip what makes them sinks
 
@@ -49,7 +52,7 @@ class Streams:
 
     full, quant: the full-precision and the quantized hidden states; before: keeps what entered a block, for solvers that compare both.
     calls: how the blocks are called, by batch; probe: likewise for the first probe_shape (samples, tokens) of all.
-    prefix: what stands before every sample, in full precision; None if nothing does.
+    prefix: what stands before every sample, in full precision; None if nothing does. held: how keys and values are held in the quantized model.
     """
 
     full: Stream
@@ -60,6 +63,7 @@ class Streams:
     probe_shape: tuple[int, int]
     replay: bool
     prefix: PrefixStream | None = None
+    held: HeldKeyValues | None = None
 
     def probe_hidden(self) -> Tensor:
         """The probe's full-precision hidden states before the block to come: (P, L, D)."""
@@ -113,7 +117,8 @@ class BlockCompressor:
                 else:
                     turn.look(block, self.streams)
                     trim()
-                    turn.walk(block, self.streams)
+                    with holding(block, self.runner.topology, self.streams.held):
+                        turn.walk(block, self.streams)
                 return turn.result(block)
             finally:
                 self.runner.release_block(index)
@@ -134,7 +139,8 @@ class BlockCompressor:
                 self._forward(block, index, self.streams.full)
                 load_rest(block, name, tensors)
                 chains, inputs = self._chains(record, tensors), self._inputs(record)
-                with replaced(block, quantized_readers(name, tensors, packed, chains, inputs, self.runner.dtype)):
+                layers = quantized_readers(name, tensors, packed, chains, inputs, self.runner.dtype)
+                with holding(block, self.runner.topology, self.streams.held), replaced(block, layers):
                     self._forward(block, index, self.streams.quant)
             finally:
                 self.runner.release_block(index)
@@ -179,6 +185,7 @@ class Turn:
         self.record = BlockRecord(index, sites={name: SiteRecord() for name in self.sites})
         self.observation = Observation()
         self.scales: Mapping[str, Tensor] = {}
+        self.known: Mapping[str, Known] = {}
 
     def look(self, block: nn.Module, streams: Streams) -> None:
         """Send the full-precision stream through, then choose and absorb the scales. The block is float32 afterwards."""
@@ -235,12 +242,15 @@ class Turn:
 
     def walk(self, block: nn.Module, streams: Streams) -> None:
         """Send the quantized stream through, solving each site when all batches stand before it. The block is float32."""
+        self.known = self._learned(block, streams)
         sites = list(self.sites.values())
         with ExitStack() as stack:
             full = None
             if streams.before is not None:
                 weights = {id(p): nn.Parameter(p.detach().to(self.dtype), requires_grad=False) for p in block.parameters()}
                 twin = copy.deepcopy(block, weights)
+                if streams.held is not None:
+                    hold(twin, self.runner.topology, None)
                 full = stack.enter_context(walking(twin, sites, self.passes(twin, streams, streams.before), streams.replay, self.workers))
             self._collect(block)
             walk = stack.enter_context(walking(block, sites, self.passes(block, streams, streams.quant), streams.replay, self.workers))
@@ -302,6 +312,20 @@ class Turn:
             record.note_choice(done.choice)
         self.record.equivalence = max(self.record.equivalence, done.error)
 
+    def _learned(self, block: nn.Module, streams: Streams) -> Mapping[str, Known]:
+        """The transforms of inputs that are learned together, by site."""
+        wanted: dict[str, list[InputStep]] = {}
+        for name in self.sites:
+            steps = [step for step in self.input_steps(name)[0] if not isinstance(step, Auto)]
+            at = next((i for i, step in enumerate(steps) if isinstance(step, Flat) and step.objective == "block"), None)
+            if at is not None and self.packed[name] is not None:
+                wanted[name] = steps[: at + 1]
+        if not wanted:
+            return {}
+        flow = Flow(self.index, streams.calls, streams.quant, streams.full, self.observation.keep_T)
+        readers = {name: Readers.of(block, self.sites[name], self.packed[name], self.static[name], self.stored) for name in wanted}
+        return learn_together(block, readers, wanted, flow, self.dtype)
+
     def _polish(self, step: Polish, block: nn.Module, streams: Streams) -> None:
         """Move what may be moved of the block together, then let the batches go through it as it will run."""
         flow = Flow(self.index, streams.calls, streams.quant, streams.full, self.observation.keep_T)
@@ -314,7 +338,10 @@ class Turn:
 
     def input_steps(self, name: str) -> tuple[list[InputStep | Auto], ClipSearch | None]:
         """The steps that transform the input of this site, and the search of its clip."""
-        steps = [step for step in self.steps.inputs if matches(step.sites, self.index, name)]
+        known = self.known.get(name)
+        steps = [
+            known if known is not None and isinstance(step, Flat) else step for step in self.steps.inputs if matches(step.sites, self.index, name)
+        ]
         return steps, next((step for step in self.steps.clips if matches(step.sites, self.index, name)), None)
 
     def passes(self, block: nn.Module, streams: Streams, stream: Stream) -> list[Pass]:

@@ -266,7 +266,8 @@ def streams_of(plan: Plan, runner: BlockRunner, folder: Path | None) -> Streams 
             quant[i] = hidden
         calls.append(call)
     before = stream("before") if plan.recipe.solver.needs_cross else None
-    return Streams(full, quant, before, calls[:-1], calls[-1], (probe.shape[0], probe.shape[1]), plan.replay, prefix)
+    held = plan.recipe.held_key_values(len(plan.prefix))
+    return Streams(full, quant, before, calls[:-1], calls[-1], (probe.shape[0], probe.shape[1]), plan.replay, prefix, held)
 
 
 def _stored_block(file: Path) -> dict[str, Tensor]:

@@ -124,7 +124,7 @@ def _config(plan: Plan, packed: Mapping[str, Packed], blocks: list[BlockRecord])
 
 def _extension(plan: Plan, blocks: list[BlockRecord]) -> Extension:
     sites = {f"{block.index}.{name}": site.site_input for block in blocks for name, site in block.sites.items()}
-    return Extension(plan.prefix, sites, declared=plan.recipe.extended)
+    return Extension(plan.prefix, sites, declared=plan.recipe.extended, held=plan.recipe.held_key_values(len(plan.prefix)))
 
 
 def manifest(plan: Plan, blocks: list[BlockRecord], tensors: Mapping[str, TensorInfo], bits: float) -> dict[str, Any]:

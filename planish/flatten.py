@@ -44,7 +44,23 @@ class Flattened:
     note: str = ""
 
 
-class _Part:
+@dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """What stands for a Flat that is learned already."""
+
+    found: Learned
+    sites: tuple[str, ...] = ("*",)
+
+    def chain(self, view: SiteView) -> Chain:
+        """The factors, whatever arrives."""
+        return self.found.chain
+
+    def learned(self, view: SiteView) -> Learned:
+        """With the clip."""
+        return self.found
+
+
+class Part:
     """What is known of some of a site's tokens: every so many enter the moments (coarse), and the sample (fine)."""
 
     def __init__(self, width: int, coarse: int, fine: int) -> None:
@@ -53,6 +69,7 @@ class _Part:
         self.coarse, self.fine = coarse, fine
 
     def add(self, x_TC: Tensor) -> None:
+        """Of tokens that come next, those that count."""
         some_TC = x_TC[:: self.coarse].float()
         self.second_CC = self.second_CC.to(some_TC.device).addmm_(some_TC.T, some_TC)
         self.sum_C = self.sum_C.to(some_TC.device) + some_TC.sum(0)
@@ -61,13 +78,15 @@ class _Part:
 
     @property
     def sample_TC(self) -> Tensor:
+        """All so far."""
         return torch.cat(self.samples)
 
     def view(self, readers: Readers) -> SiteView:
+        """The site by these tokens."""
         scheme = None if readers.packed is None else readers.packed.scheme
         return SiteView(self.sample_TC, self.second_CC / self.count, self.sum_C / self.count, tuple(readers.weights.values()), scheme)
 
-    def take(self, other: "_Part") -> None:
+    def take(self, other: "Part") -> None:
         """The other's tokens too."""
         self.second_CC += other.second_CC
         self.sum_C += other.sum_C
@@ -94,8 +113,8 @@ def look_at(readers: Readers, walk: SiteWalk, keep_T: Sequence[Tensor], held_out
     if total < (2 if held_out else 1):
         raise PlanishError(f"site {readers.site.name}: every calibration token is a sink, so there is nothing to transform for. Give other text.")
     coarse = -(-total // MOMENT_TOKENS)
-    first = _Part(readers.width, coarse, -(-total // sample))
-    held = _Part(readers.width, coarse, max(1, -(-(total - border) // HELD_TOKENS)))
+    first = Part(readers.width, coarse, -(-total // sample))
+    held = Part(readers.width, coarse, max(1, -(-(total - border) // HELD_TOKENS)))
     done = 0
     for pass_, keep in zip(walk.arrivals(readers.site.name), keep_T, strict=True):
         assert pass_.x is not None
@@ -145,7 +164,8 @@ def flatten(
 ) -> Flattened:
     """Transform the readers for the chain that the steps choose, and set their clip. PlanishError at `where`: the layer is off afterwards."""
     held_out = next((step.held_out for step in steps if isinstance(step, Auto)), 0.0)
-    look = look_at(readers, walk, keep_T, held_out, max([SAMPLE_TOKENS, *(step.tokens for step in steps if isinstance(step, Flat))]))
+    tokens = max([SAMPLE_TOKENS, *(step.tokens for step in steps if isinstance(step, Flat))])
+    look = look_at(readers, walk, keep_T, held_out, tokens)
     view = look.view
     with bfloat16_products(False):
         final, choice = chosen(steps, clip, readers, look, stored)
@@ -180,7 +200,7 @@ def _chain(steps: Sequence[InputStep], view: SiteView) -> tuple[Chain, Learned |
     chain: Chain = ()
     learned = None
     for i, step in enumerate(steps):
-        learned = step.learned(view) if isinstance(step, Flat) else None
+        learned = step.learned(view) if isinstance(step, Flat | Known) else None
         more = step.chain(view) if learned is None else learned.chain
         chain = (*chain, *more)
         if i + 1 < len(steps):

@@ -18,6 +18,7 @@ from .beside import check_beside
 from .calib.checkpoint import Checkpoint, check_language, open_checkpoint
 from .calib.data import Calibration
 from .calib.heap import separate_large, trim
+from .calib.key_values import check_key_values
 from .calib.packing import Layout, Packed, default_layout
 from .calib.precision import bfloat16_products, pick_device, working_dtype
 from .calib.prefix import prefix_ids
@@ -104,6 +105,7 @@ def make_plan(
     check_beside(recipe.steps, packed, runner)
     raising = check_raising(recipe.steps, packed)
     check_attention(recipe.solver, topology, packed)
+    _check_key_values(recipe, runner)
     ids = None if recipe.calibration is None else _ids(recipe.calibration, runner, ids_NL)
     _prove(runner)
     trim()
@@ -161,6 +163,12 @@ def _opened(model: str | Path, device: str | None, dtype: torch.dtype | None, al
     runner = BlockRunner(checkpoint, dtype or working_dtype(checkpoint.dtype, where), where)
     _check_structure(runner)
     return runner
+
+
+def _check_key_values(recipe: Recipe, runner: BlockRunner) -> None:
+    """Whether the model can hold them as the recipe says. PlanishError."""
+    window = getattr(runner.model.config.get_text_config(), "sliding_window", None)
+    check_key_values(recipe.kv_cache, runner.topology, window, any(isinstance(step, Prefix) for step in recipe.steps))
 
 
 def _packed(recipe: Recipe, resolved: Resolved, family: str) -> dict[Address, Packed | None]:
@@ -277,7 +285,10 @@ def runs_in_vllm(how: Packed) -> bool:
 
 def _warnings(packed: dict[Address, Packed | None], topology: Topology, extended: bool) -> tuple[str, ...]:
     if extended:
-        return ("transforms at run time, clips, side paths or a prefix: others run the checkpoint only with planish (docs/serving.md).",)
+        return (
+            "transforms at run time, clips, side paths, a prefix, or keys and values in codes: others run the checkpoint only with planish "
+            "(docs/serving.md).",
+        )
     if topology.family in PLAIN_LINEARS:
         return (f"{topology.family}: its linear layers are Conv1D modules; transformers runs the checkpoint only with planish, vLLM refuses it.",)
     if any(how and how.scheme.activations is not None and how.scheme.activations.bits != 8 for how in packed.values()):

@@ -17,8 +17,10 @@ from .decode import Named, decode, encode
 from .eval.gate import Gate
 from .quant.errors import PlanishError, nearest
 from .quant.formats import Scheme
+from .quant.key_values import HeldKeyValues, KvCache
 from .quant.solvers import SOLVERS, Solver
 from .quant.transforms import STEPS, Center, Polish, RaiseActivations, ScaleRms, Smooth, Step
+from .quant.transforms.rotate import rotation_at
 from .shipped import shipped as shipped
 from .shipped import shipped_text as shipped_text
 from .shipped import shipped_texts
@@ -76,7 +78,7 @@ class Recipe:
 
     calibration: None where nothing needs text. group_fallback: what to do where the scheme's group size does not divide a layer's input channels:
     refuse; divisor: the largest smaller size that does and that servers run (128, 64, 32), per channel if there is none; channel: per channel.
-    gate: what the result must meet; it has no part in the result.
+    kv_cache: how keys and values are held while text is generated, None: as they are. gate: what the result must meet; it has no part in the result.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Recipe:
     overrides: tuple[Override, ...] = ()
     group_fallback: Literal["refuse", "divisor", "channel"] = "refuse"
     solver: Annotated[Solver, Named(SOLVERS)]
+    kv_cache: KvCache | None = None
     export: Export = Export()
     gate: Gate = Gate()
 
@@ -95,6 +98,10 @@ class Recipe:
             raise PlanishError("scheme quantizes nothing. Give scheme.weights, such as {bits: 8}.")
         activations = [scheme.activations for scheme in self.schemes() if scheme.activations]
         check_order(self.steps)
+        if self.kv_cache is None and rotation_at(self.steps, "keys") is not None:
+            raise PlanishError(
+                "steps: rotate at keys is for keys that are held in few bits, and here they are not. Add kv_cache, or remove the step."
+            )
         scalers = [step_name(step) for step in self.steps if isinstance(step, (Smooth, ScaleRms))]
         if scalers and not activations:
             raise PlanishError(
@@ -105,7 +112,9 @@ class Recipe:
             f"the solver {_name(self.solver, SOLVERS)}": self.solver.needs_moments,
             "a static activation scale": any(not activation.dynamic for activation in activations),
         }
-        mixing = [step_name(step) for step in self.steps if not (portable(step) or isinstance(step, Center))]
+        mixing = [
+            step_name(step) for step in self.steps if not (portable(step) or isinstance(step, Center) or step is rotation_at(self.steps, "keys"))
+        ]
         if any(not activation.dynamic for activation in activations) and mixing:
             raise PlanishError(
                 f"scheme: static scales do not know what {mixing[0]} makes of inputs at run time. Set dynamic: true, or use shift, or steps that "
@@ -132,9 +141,14 @@ class Recipe:
 
     @property
     def extended(self) -> bool:
-        """Whether the checkpoint says more than compressed-tensors can: inputs are transformed or clipped, or have a prefix."""
+        """Whether the checkpoint says more than compressed-tensors can: inputs are transformed or clipped, or have a prefix, or keys and values
+        are held in codes."""
         clips = any(scheme.activations is not None and scheme.activations.clip != 1 for scheme in self.schemes())
-        return clips or not all(portable(step) for step in self.steps)
+        return clips or self.kv_cache is not None or not all(portable(step) for step in self.steps)
+
+    def held_key_values(self, prefix: int) -> HeldKeyValues | None:
+        """How keys and values are held behind so many tokens of a prefix."""
+        return None if self.kv_cache is None else HeldKeyValues(self.kv_cache, rotation_at(self.steps, "keys") is not None, prefix)
 
     def schemes(self) -> tuple[Scheme, ...]:
         """All that occur: the recipe's, then its overrides'."""

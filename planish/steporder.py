@@ -10,7 +10,7 @@ from .quant.transforms import STEPS, FoldNorms, Permute, Polish, RaiseActivation
 from .quant.transforms.factors import Chain
 from .quant.transforms.rotate import mixing, rotation_at
 
-FUSED = (FoldNorms, Untie, Smooth, ScaleRms, Permute)  # absorbed by the weights, as is Rotate but at heads
+FUSED = (FoldNorms, Untie, Smooth, ScaleRms, Permute)  # absorbed by the weights, as is Rotate but at heads and keys
 
 
 def step_name(step: Step) -> str:
@@ -26,7 +26,7 @@ def of_the_whole(step: Step) -> bool:
 
 def portable(step: Step) -> bool:
     """Whether the weights absorb the step, or it only chooses formats or scales, so that any consumer runs the checkpoint."""
-    return isinstance(step, (*FUSED, RaiseActivations, Polish)) or (isinstance(step, Rotate) and step.at != "heads")
+    return isinstance(step, (*FUSED, RaiseActivations, Polish)) or (isinstance(step, Rotate) and step.at not in ("heads", "keys"))
 
 
 def needs_text(step: Step) -> bool:
@@ -54,7 +54,7 @@ def check_order(steps: Sequence[Step]) -> None:
                 "steps: rotate at residual needs norms that multiply by 1, for their weights do not rotate along. Put fold_norms before it."
             )
         seen.append(name)
-    mixed = next((step_name(step) for step in steps if isinstance(step, Permute) or (isinstance(step, Rotate) and step.at != "heads")), None)
+    mixed = next((step_name(step) for step in steps if isinstance(step, Permute) or (isinstance(step, Rotate) and portable(step))), None)
     if mixed is not None and any(isinstance(step, SuperWeights) and step.places for step in steps):
         raise PlanishError(
             f"steps: {mixed} moves weights before super_weight can hold any out: their places are the original model's. Remove one, or rotate "

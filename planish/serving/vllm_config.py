@@ -77,6 +77,8 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
                 f"{model_name}: a {hf_config.model_type}, and in vLLM planish runs {', '.join(VLLM_FAMILIES)} so far. Use planish.load."
             )
         self.folder = model_name
+        if self.checkpoint.extension.held is not None:
+            raise PlanishError(f"{model_name}: keys and values are held in codes, which vLLM's cache does not do for planish. Use planish.load.")
 
     @property
     def checkpoint(self) -> StoredCheckpoint:

@@ -61,6 +61,7 @@ class Flat:
 
     steps: of Adam. lr: how far the first step moves a channel's axis, relative to its length; it falls to 0 as a cosine. tokens: of the sample.
     balance: what the error of weights counts, 1 being that of rounding to nearest; less for a solver that makes up for most of it.
+    objective: site: the error of the readers' outputs, one site after the other; block: of the block's output, all its sites at once, a batch a step.
     clip: learn the activations' clip; it holds unless the recipe's step `clip` searches one.
     """
 
@@ -72,6 +73,7 @@ class Flat:
     lr: float = 0.04
     tokens: int = 16384
     balance: float = 0.3
+    objective: Literal["site", "block"] = "site"
     clip: bool = True
     seed: int = 0
     sites: tuple[str, ...] = ("*",)
@@ -103,14 +105,15 @@ class Flat:
         """The factors alone."""
         return self.learned(view).chain
 
+    def shape(self, view: SiteView) -> Shape:
+        """Where descent begins."""
+        if self.structure == "kronecker":
+            return KroneckerShape.of(view, self.start, self.damping, self.seed)
+        return BlockShape.of(view, self.start, self.damping, divisor(len(view.second_CC), self.block))
+
     def learned(self, view: SiteView) -> Learned:
         """Start, descend, and take what is best on the tokens held out."""
-        width = len(view.second_CC)
-        shape: Shape
-        if self.structure == "kronecker":
-            shape = KroneckerShape.of(view, self.start, self.damping, self.seed)
-        else:
-            shape = BlockShape.of(view, self.start, self.damping, divisor(width, self.block))
+        shape = self.shape(view)
         if view.scheme is None or view.scheme.weights is None or not bool(view.sample_TC.any() and view.readers_CC.any()):
             return Learned(shape.chain(), None, 0.0, 0.0)
         return _Descent(self, view, shape, view.scheme).run()
@@ -132,6 +135,29 @@ def weight_error(y_TC: Tensor, w_OC: Tensor, scheme: Scheme, clip: Tensor) -> Te
     return (y_TC @ d_OC.T).square().sum() / len(y_TC)
 
 
+def learns_clip(step: Flat, scheme: Scheme) -> bool:
+    """Whether the clip of activations is learned."""
+    return step.clip and scheme.activations is not None and scheme.activations.dynamic
+
+
+def start_clip(step: Flat, shape: Shape, view: SiteView) -> float:
+    """The clip of activations with which descent begins: where it is learned, the start's best, the first of equals."""
+    scheme = view.scheme
+    if scheme is None or scheme.activations is None:
+        return 1.0
+    if not learns_clip(step, scheme):
+        return scheme.activations.clip
+    chain, w_OC = shape.chain(), torch.cat(list(view.weights))
+    y_TC = on_input(chain, view.sample_TC[:: -(-len(view.sample_TC) // SEARCH_TOKENS)])
+    v_NC = on_weight(chain, same_moments(w_OC))[0]
+    return min(CLIPS, key=lambda ratio: float(input_error(y_TC, v_NC, scheme, torch.tensor(ratio))))
+
+
+def same_moments(w_OC: Tensor) -> Tensor:
+    """V with V' V = W' W, of C rows at most: (N, C)."""
+    return w_OC if len(w_OC) <= w_OC.shape[1] else torch.linalg.qr(w_OC, mode="r").R
+
+
 class _Descent:
     """From a shape's start on. x: tokens, held: those held out; W: all readers' rows; V: rows with the same second moments, C at most."""
 
@@ -141,25 +167,17 @@ class _Descent:
         used_TC, held_TC = (view.sample_TC[:-held], view.sample_TC[-held:]) if held else (view.sample_TC, view.sample_TC)
         self.held_TC = held_TC[:: -(-len(held_TC) // JUDGED_TOKENS)]
         w_OC = torch.cat(list(view.weights))
-        v_NC = w_OC if len(w_OC) <= w_OC.shape[1] else torch.linalg.qr(w_OC, mode="r").R
+        v_NC = same_moments(w_OC)
         self.judged_OC, self.judged_NC = w_OC[:: -(-len(w_OC) // JUDGED_ROWS)], v_NC
         self.size = float((self.held_TC @ v_NC.T).square().sum()) / len(self.held_TC)
         self.x_TC = on_input(shape.front, used_TC)
         self.w_OC, self.v_NC = on_weight(shape.front, w_OC)[0], on_weight(shape.front, v_NC)[0]
         self.outputs = len(w_OC)
         self.generator = torch.Generator().manual_seed(settings.seed)
-        act = scheme.activations
-        self.learns = settings.clip and act is not None and act.dynamic
-        ratio = 1.0 if act is None else self._searched() if self.learns else act.clip
+        self.learns = learns_clip(settings, scheme)
+        ratio = start_clip(settings, shape, replace(view, sample_TC=self.held_TC))
         self.fixed, self.best = torch.tensor(ratio), Learned(shape.chain(), ratio if self.learns else None, math.nan, math.nan)
         self.logits = [torch.tensor(ratio).logit().requires_grad_() for ratio in (min(ratio, LEAST_OPEN), WEIGHT_CLIP)]
-
-    def _searched(self) -> float:
-        """The start's best clip, the first of equals."""
-        chain = self.shape.chain()
-        y_TC = on_input(chain, self.held_TC[:: -(-len(self.held_TC) // SEARCH_TOKENS)])
-        v_NC = on_weight(chain, self.judged_NC)[0]
-        return min(CLIPS, key=lambda ratio: float(input_error(y_TC, v_NC, self.scheme, torch.tensor(ratio))))
 
     def run(self) -> Learned:
         """The best chain met, never worse than the start on the tokens held out."""

@@ -37,7 +37,8 @@ class Learning:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rotate:
     """at residual: the whole stream, one rotation for all blocks (R1; needs fold_norms before it). at value: each head's values, absorbed by the rows
-    of v and the columns of o (R2). at heads: across the heads at the input of o, at run time (with at value: a rotation of all its channels).
+    of v and the columns of o (R2). at heads: across the heads at the input of o, at run time (with at value: a rotation of all channels). at keys:
+    every head's queries and keys behind RoPE, at run time (R3), so that keys lose less in a cache of few bits (quant/key_values.py).
 
     kind: hadamard, with random signs but across heads; a random orthogonal matrix; or, at residual and value, learned: from the hadamard on, what is
     quantized is made as flat as can be (learned.py); at value one for each key-value head of each block. A minute or two for 576 channels.
@@ -45,7 +46,7 @@ class Rotate:
     objective, steps, tokens: of a rotation that is learned, see `Learning`; null: its defaults.
     """
 
-    at: Literal["residual", "value", "heads"]
+    at: Literal["residual", "value", "heads", "keys"]
     kind: Kind = "hadamard"
     seeds: int = 1
     objective: Objective | None = None
@@ -60,6 +61,8 @@ class Rotate:
         for name in ("objective", "steps", "tokens"):
             if self.kind != "learned" and getattr(self, name) is not None:
                 raise PlanishError(f"rotate.{name} is {getattr(self, name)}, but a rotation of kind {self.kind} has none. Set kind: learned.")
+        if self.at == "keys" and self.kind != "hadamard":
+            raise PlanishError(f"rotate.kind is {self.kind}, but queries and keys are turned by a Hadamard. Leave kind out at keys.")
         if self.seeds > 1 and self.at != "residual":
             raise PlanishError(f"rotate.seeds is {self.seeds}, but only at residual are draws compared. Leave it out at {self.at}.")
 
