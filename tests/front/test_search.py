@@ -20,7 +20,7 @@ from planish.quant.errors import PlanishError
 from planish.quant.formats import Scheme, WeightFormat
 from planish.quant.solvers import Clip, Gptq, Rtn
 from planish.recipe import load_recipe, to_yaml, with_settings
-from planish.searching import parsed_budget, patterns, split
+from planish.searching import patterns, split
 
 NAMES = ("3", "4", "8", "4-g32", "keep")
 
@@ -83,6 +83,13 @@ def test_a_size_is_a_budget_too(base: Path) -> None:
     result = planish.search(quick("w4a16-channel"), base, f"{whole // 1000 - 60}kB", candidates=("4", "8"), tokens=64)
     assert whole - 160_000 < result.bytes <= (whole // 1000 - 60) * 1000
     assert {"4", "8"} >= set(result.chosen)
+
+
+def test_a_speed_is_a_budget_too(base: Path) -> None:
+    slow, fast = (planish.search(quick("w4a16-channel"), base, budget, candidates=("4", "8"), tokens=64) for budget in ("1.9x", "2.2x"))
+    assert 1.9 <= slow.speedup < 2.2 <= fast.speedup
+    assert fast.bytes < slow.bytes
+    assert fast.cost > slow.cost
 
 
 def test_a_budget_too_small_says_what_is_possible(base: Path) -> None:
@@ -164,8 +171,6 @@ def test_divergence_is_measured_on_other_text_than_solvers_see() -> None:
 
 
 def test_small_parts() -> None:
-    assert parsed_budget("4.5 bpw") == 4.5
-    assert parsed_budget("80MB") == 80_000_000
     assert patterns([(0, "o"), (1, "o"), (1, "down")], {"o": 2, "down": 2}) == ("*.o", "1.down")
     solver = load_recipe("w4a16-channel").solver
     assert quicker(solver).clip == Clip(grid=CLIP_GRID)
