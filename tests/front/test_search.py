@@ -145,7 +145,7 @@ def test_candidates() -> None:
     assert list(at_site(names_for("vllm", None), how, 96, "vllm", recipe, "llama")) == ["4", "8", "keep"]
     weight_only = load_recipe("w4a16-channel")
     how = Packed(weight_only.scheme, "pack-quantized")
-    assert list(at_site(names_for("vllm", None), how, 96, "vllm", weight_only, "llama")) == ["4", "4-g32", "8", "keep"]
+    assert list(at_site(names_for("vllm", None), how, 96, "vllm", weight_only, "llama")) == ["4", "4-asym", "4-g32", "8", "keep"]
     assert list(at_site(["4-g32-asym", "4-g32", "5"], how, 96, "transformers", weight_only, "llama")) == ["4-g32", "5"]
 
 
