@@ -90,7 +90,8 @@ def search(
     scope.check(limit)
     fit_NL, held_NL = split(plan.ids, tokens)
     with _folder(plan) as folder:
-        sites = measure(AbsorbedBlocks(replace(plan, ids=fit_NL), progress, folder), choices, held_NL, every, progress)
+        around = None if every else scope.weights.bits(limit.allowance(scope.weights))
+        sites = measure(AbsorbedBlocks(replace(plan, ids=fit_NL), progress, folder), choices, held_NL, progress, around=around)
     chosen = scope.allocated(sites, limit)
     taken = [site.options[name] for site, name in zip(sites, chosen, strict=True)]
     stored = sum(option.bytes for option in taken)
