@@ -7,7 +7,9 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from yaml import YAMLError
 from ..quant.errors import PlanishError, nearest
 
 LIBRARY = "lm_eval"
+_NAMED = re.compile(r"^(?:task|group|tag): *[\"']?([\w.:/-]+)", re.MULTILINE)
 FEWSHOT_SEED = 1234  # lm-evaluation-harness's own, with which it draws the examples that are shown
 _BROKEN = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, AssertionError, TemplateError, YAMLError)
 
@@ -50,6 +53,42 @@ def check_installed() -> None:
     """PlanishError if lm-evaluation-harness is not there."""
     if importlib.util.find_spec(LIBRARY) is None:
         raise PlanishError("Tasks need lm-evaluation-harness, which is not installed. Run: pip install 'planish[eval]'")
+
+
+def check_names(names: Sequence[str], include_path: str | Path | None = None) -> None:
+    """PlanishError if a name stands in no task file at all. A second's work, where reading what the files mean takes the library ten.
+
+    include_path: as of `open_tasks`. Passing says little: a name may be part of another word.
+    """
+    check_installed()
+    spec = importlib.util.find_spec(LIBRARY)
+    assert spec is not None
+    folders = [] if include_path is None else [_folder(include_path)]
+    folders += [Path(place) / "tasks" for place in spec.submodule_search_locations or ()]
+    missing, known = {name.strip() for name in names if name.strip()}, set[str]()
+    for text in itertools.chain.from_iterable(map(_task_files, folders)):
+        missing = {name for name in missing if name not in text}
+        if not missing:
+            return
+        known.update(_NAMED.findall(text))
+    name = next(name.strip() for name in names if name.strip() in missing)
+    raise PlanishError(f"Task {name} is unknown. {_near(name, sorted(known))}")
+
+
+def _folder(include_path: str | Path) -> Path:
+    folder = Path(include_path).expanduser()
+    if not folder.is_dir():
+        raise PlanishError(f"include path {folder}: no such folder. Give a folder of task files (.yaml).")
+    if not any(folder.rglob("*.yaml")):
+        raise PlanishError(f"include path {folder}: holds no task file (.yaml).")
+    return folder
+
+
+def _task_files(folder: Path) -> Iterator[str]:
+    """The texts of a folder's task files and of what they include."""
+    for file in sorted(folder.rglob("*yaml*")):
+        if file.is_file():
+            yield file.read_text(encoding="utf-8", errors="replace")
 
 
 def open_tasks(names: Sequence[str], *, limit: int | None = None, include_path: str | Path | None = None) -> tuple[Task, ...]:
@@ -86,9 +125,7 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
     tasks = importlib.import_module("lm_eval.tasks")
     if include_path is None:
         return tasks.TaskManager()
-    folder = Path(include_path).expanduser()
-    if not folder.is_dir():
-        raise PlanishError(f"include path {folder}: no such folder. Give a folder of task files (.yaml).")
+    folder = _folder(include_path)
     own = tasks.TaskManager(include_path=str(folder), include_defaults=False)
     if not own.all_tasks:
         raise PlanishError(f"include path {folder}: holds no task file (.yaml) that can be read.")

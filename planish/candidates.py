@@ -17,9 +17,9 @@ Target: TypeAlias = Literal["vllm", "transformers", "planish"]
 TARGETS: tuple[Target, ...] = ("vllm", "transformers", "planish")
 KEEP = "keep"
 DEFAULTS: dict[Target, tuple[str, ...]] = {
-    "vllm": ("4", "4-g128", "4-g64", "4-g32", "8", KEEP),
+    "vllm": ("4", "4-asym", "4-g128-asym", "4-g64-asym", "4-g32", "8", KEEP),
     "transformers": ("3", "4", "5", "6", "8", "4-g128", "4-g64", "4-g32", KEEP),
-    "planish": ("3", "4", "5", "6", "8", "3-g32", "4-g128", "4-g64", "4-g32", KEEP),
+    "planish": ("3-asym", "3-g32-asym", "4-asym", "4-g128-asym", "4-g64-asym", "4-g32-asym", "5-asym", "5-g64-asym", "6-asym", "8", KEEP),
 }
 _NAME = re.compile(r"([2-8])(?:-g(\d+))?(-asym)?")
 

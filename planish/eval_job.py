@@ -27,7 +27,7 @@ from .eval.paired import Measured, difference, flips, mean, ratio
 from .eval.score import Report, check_vocabularies
 from .eval.served import check_context, measure_served
 from .eval.task_cache import Answers, keep_answers, keep_hidden, kept_answers, kept_hidden, key_of, model_digest
-from .eval.tasks import Task, open_tasks
+from .eval.tasks import Task, check_names, open_tasks
 from .eval.text_score import BaseHidden, TextSettings, Windows, cut, hidden_states, measure_text
 from .eval_page import eval_markdown, eval_page
 from .journal import write_text
@@ -143,6 +143,8 @@ class EvalJob:
             if file is not None:
                 check_outfile(file, advice="Choose another name, or remove this file.")
         device = pick_device(self.device)
+        if self.tasks:
+            check_names(self.tasks, self.include_path)
         checkpoint = open_any(self.model)
         base = None if self.against is None else open_any(self.against)
         for one in (checkpoint, *([] if base is None else [base])):

@@ -31,6 +31,7 @@ from .quant.solvers import Moments, Solver
 from .resolve import Address
 from .solving import Readers, gather, settle
 
+PROBED = 5.0  # bits per weight, at most, of the candidate that stands for the others
 CLIP_GRID = 20  # steps of a solver's clip search, at most, while candidates are measured: most of the time goes there
 
 
@@ -60,8 +61,9 @@ Choices = Mapping[Address, Mapping[str, Packed | None]]
 """The candidates at each site, by name; None: full precision."""
 
 
-def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, every: bool, progress: Progress) -> list[MeasuredSite]:
-    """All sites of `choices`, in the model's order. ids_NL: for divergence and errors. every: whether every candidate is tried whole.
+def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, progress: Progress, *, around: float | None = None) -> list[MeasuredSite]:
+    """All sites of `choices`, in the model's order. ids_NL: for divergence and errors. around: bits per weight; only the candidate that is nearest to
+    them is tried whole at a site, and the others' costs follow; None: all are.
 
     Raises PlanishError for a recipe without calibration text.
     """
@@ -69,6 +71,7 @@ def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, every: boo
         raise PlanishError("calibration is null, but a search measures on its text. Remove the line to use the built-in text.")
     runner, count = blocks.runner, blocks.runner.topology.block_count
     batches = list(torch.split(ids_NL, 1))
+    tried = {address: set(options) if around is None else {probe(runner, address, options, around)} for address, options in choices.items()}
     errors: dict[Address, dict[str, float]] = {}
     with arithmetic(runner.dtype, as_walked=True):
         variants: Variants | None = None
@@ -76,7 +79,7 @@ def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, every: boo
         for index in range(count):
             with blocks.block(index) as (block, turn):
                 variants = variants or Variants.start(runner, batches)
-                found, changed = _block(blocks, block, turn, choices, every, _ordinary_inputs(blocks, block, index, variants))
+                found, changed = _block(blocks, block, turn, choices, tried, _ordinary_inputs(blocks, block, index, variants))
                 errors |= found
                 variants.advance(block, index, changed)
             progress.step(index + 1)
@@ -88,7 +91,7 @@ def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, every: boo
 
 
 def _block(
-    blocks: AbsorbedBlocks, block: nn.Module, turn: Turn, choices: Choices, every: bool, inputs: Mapping[str, Tensor]
+    blocks: AbsorbedBlocks, block: nn.Module, turn: Turn, choices: Choices, tried: Mapping[Address, set[str]], inputs: Mapping[str, Tensor]
 ) -> tuple[dict[Address, dict[str, float]], dict[Key, Mapping[str, nn.Module]]]:
     """The errors of every candidate at the block's sites, and the readers as modules of those that are tried whole."""
     streams, runner = blocks.streams, blocks.runner
@@ -104,11 +107,10 @@ def _block(
             plain = Readers(site.site, None, None, dict(site.weights), dict(site.biases), {})
             if address in choices:
                 errors[address] = {}
-                tried = set(choices[address]) if every else {probe(choices[address])}
                 for option, trial in _trials(turn, site, walk, choices[address], blocks.plan.recipe.solver):
                     modules = _modules(trial, runner.dtype)
                     errors[address][option] = _error(modules, plain, inputs[name])
-                    if option in tried:
+                    if option in tried[address]:
                         changed[turn.index, name, option] = modules
             settle(plain, walk, runner.dtype, torch.float32)
     return errors, changed
@@ -177,17 +179,14 @@ def _modules(readers: Readers, dtype: torch.dtype) -> dict[str, nn.Module]:
     }
 
 
-def probe(choices: Mapping[str, Packed | None]) -> str:
-    """The candidate that is tried whole where one is: of those with at least 4 bits the coarsest, whose divergence is clear and still small."""
-    rank = {name: _rank(how) for name, how in choices.items() if how is not None}
-    return min(rank, key=lambda name: (rank[name][0] < 4, rank[name] if rank[name][0] >= 4 else (-rank[name][0], rank[name][1])))
+def probe(runner: BlockRunner, address: Address, choices: Mapping[str, Packed | None], around: float) -> str:
+    """The candidate that is tried whole where one is: the quantized one whose bits per weight are nearest to `around` (at most PROBED).
 
-
-def _rank(how: Packed) -> tuple[int, int]:
-    """Bits, then finer groups."""
-    fmt = how.scheme.weights
-    assert fmt is not None
-    return fmt.bits, 0 if fmt.group_size is None else 10**6 // fmt.group_size
+    The choice will be near it, so that little depends on how other costs follow; of many bits the divergence would drown in rounding.
+    """
+    weights, sizes = site_space(runner, address, choices)
+    quantized = [name for name, how in choices.items() if how is not None]
+    return min(quantized, key=lambda name: (abs(8 * sizes[name] / weights - min(around, PROBED)), sizes[name]))
 
 
 def site_space(runner: BlockRunner, address: Address, choices: Mapping[str, Packed | None]) -> tuple[int, dict[str, int]]:
@@ -207,7 +206,7 @@ def _site(
     runner: BlockRunner, address: Address, choices: Mapping[str, Packed | None], errors: Mapping[str, float], divergence: Mapping[Key, float]
 ) -> MeasuredSite:
     weights, sizes = site_space(runner, address, choices)
-    known = probe(choices)
+    known = next(name for name in choices if (*address, name) in divergence)
     options: dict[str, Option] = {}
     for name, how in choices.items():
         exact = divergence.get((*address, name))

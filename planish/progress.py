@@ -22,19 +22,19 @@ SILENCE = 10.0  # seconds between plain lines of steps that have nothing to say
 
 @dataclass(slots=True)
 class Stage:
-    """One stage and its clock. steps: how many there are; done: how many are over; times: when each of them was."""
+    """One stage and its clock. steps: how many there are; done: how many are over; marks: how many were when, of late."""
 
     name: str
     steps: int
     done: int = 0
     start: float = field(default_factory=lambda: time.monotonic())
-    times: list[float] = field(default_factory=list)
+    marks: list[tuple[int, float]] = field(default_factory=list)
 
     def step(self, done: int) -> None:
         """So many steps are over now."""
         self.done = done
         if self.steps <= COUNTED:
-            self.times = [*self.times[-RECENT:], time.monotonic()]
+            self.marks = [*self.marks[-RECENT:], (done, time.monotonic())]
 
     @property
     def over(self) -> bool:
@@ -48,8 +48,8 @@ class Stage:
 
     def left(self) -> float | None:
         """Seconds until the end, by the median time of the latest steps; None when nothing is known."""
-        marks = [self.start, *self.times] if self.done == len(self.times) else self.times
-        steps = [after - before for before, after in pairwise(marks)]
+        marks = [(0, self.start), *self.marks] if self.done == len(self.marks) else self.marks
+        steps = [(after - before) / (more - fewer) for (fewer, before), (more, after) in pairwise(marks) if more > fewer]
         return statistics.median(steps) * (self.steps - self.done) if steps else None
 
     def count(self) -> str:

@@ -12,7 +12,13 @@ from .progress import showing
 from .terminal import Traceback, err_console, out_console
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a YAML or JSON file.", autocompletion=complete_recipe)]
-Budget = Annotated[str, typer.Option("--budget", metavar="SIZE", help="4.5bpw: bits per weight, scales included; or 80MB: the whole checkpoint.")]
+Budget = Annotated[
+    str,
+    typer.Option(
+        "--budget", metavar="SIZE", help="4.5bpw: bits per weight, scales included; 80MB: the whole checkpoint; 2x or 60tok/s: speed of writing."
+    ),
+]
+Bandwidth = Annotated[str | None, typer.Option("--bandwidth", metavar="RATE", help="For 60tok/s: what the memory gives there, such as 50GB/s.")]
 Candidates = Annotated[
     str | None, typer.Option("--candidates", metavar="LIST", help="Weight formats to choose from, such as 4,4-g64,4-g32-asym,8,keep.")
 ]
@@ -25,6 +31,7 @@ def search(
     model: Model,
     budget: Budget,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The recipe to write, for planish compress.")],
+    bandwidth: Bandwidth = None,
     candidates: Candidates = None,
     target: ForServer = "vllm",
     every: Every = False,
@@ -59,6 +66,7 @@ def search(
             loaded,
             model,
             budget,
+            bandwidth=bandwidth,
             candidates=None if candidates is None else [name.strip() for name in candidates.split(",") if name.strip()],
             target=target,  # type: ignore[arg-type]
             every=every,

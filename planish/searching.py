@@ -5,7 +5,6 @@ Costs are measured at each site alone and added up (measuring.py); an integer pr
 """
 
 import math
-import re
 import tempfile
 import time
 from collections import Counter
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .absorbed import AbsorbedBlocks
+from .budget import Budget, Weights
 from .calib.runner import BlockRunner
 from .calib.sites import reader_weight
 from .candidates import TARGETS, Target, at_site, names_for
@@ -32,8 +32,6 @@ from .resolve import Address
 from .units import size
 
 TOKENS = 8192  # of the calibration's, that solvers are shown at most, but one sample at least
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?) ?(bpw|kB|MB|GB|TB)", re.IGNORECASE)
-_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +39,9 @@ class SearchResult:
     """What a search found. recipe: to compress with. chosen: the option of each of sites, by name.
 
     bits_per_weight: of all weights at these sites, with scales and zero points, 16 or so where they stay in full precision. bytes: of the whole
-    checkpoint's weights. cost: the expected divergence from the original, in nats per token: the sum over sites. uniform: for each candidate that
-    every site has, bits per weight and cost of taking it everywhere. tokens: that divergence was measured on.
+    checkpoint's weights. speedup: how many times quicker than in full precision text is written, by the model of budget.py. cost: the expected
+    divergence from the original, in nats per token: the sum over sites. uniform: for each candidate that every site has, bits per weight and cost of
+    taking it everywhere. tokens: that divergence was measured on.
     """
 
     recipe: Recipe
@@ -50,6 +49,7 @@ class SearchResult:
     chosen: tuple[str, ...]
     bits_per_weight: float
     bytes: int
+    speedup: float
     cost: float
     uniform: Mapping[str, tuple[float, float]]
     tokens: int
@@ -61,6 +61,7 @@ def search(
     model: str | Path,
     budget: str,
     *,
+    bandwidth: str | None = None,
     candidates: Sequence[str] | None = None,
     target: Target = "vllm",
     every: bool = False,
@@ -73,22 +74,24 @@ def search(
 ) -> SearchResult:
     """The recipe with the weight format of every site that it quantizes chosen so that the model diverges least within the budget.
 
-    budget: bits per weight at these sites, such as 4.5bpw, or the size of the whole checkpoint, such as 80MB. candidates: names as of candidates.py
+    budget: bits per weight at these sites, such as 4.5bpw, the size of the whole checkpoint, such as 80MB, or the speed of writing text, such as 2x
+    or, where the memory gives `bandwidth` (such as 50GB/s), 60tok/s; see budget.py. candidates: names as of candidates.py
     (default: those usual for the target); only what the target runs is taken. every: measure the divergence of every candidate at every site, not of
     one only; as many times slower. tokens: of the calibration's, that divergence is measured on. dtype: of the arithmetic (default: float32).
     Raises PlanishError: as make_plan; a budget that no choice keeps, with the smallest that one does; nothing to choose from.
     """
     start, progress = time.monotonic(), progress or Silent()
-    limit = parsed_budget(budget)
+    limit = Budget.of(budget, bandwidth)
     names = names_for(_target(target), candidates)
     plan = _plan(recipe, model, target, device, dtype, offload_dir, allow_pickle)
     assert plan.ids is not None
     choices = _choices(plan, names, target)
     scope = _Scope.of(plan, choices)
-    scope.check(limit, budget)
+    scope.check(limit)
     fit_NL, held_NL = split(plan.ids, tokens)
     with _folder(plan) as folder:
-        sites = measure(AbsorbedBlocks(replace(plan, ids=fit_NL), progress, folder), choices, held_NL, every, progress)
+        around = None if every else scope.weights.bits(limit.allowance(scope.weights))
+        sites = measure(AbsorbedBlocks(replace(plan, ids=fit_NL), progress, folder), choices, held_NL, progress, around=around)
     chosen = scope.allocated(sites, limit)
     taken = [site.options[name] for site, name in zip(sites, chosen, strict=True)]
     stored = sum(option.bytes for option in taken)
@@ -96,58 +99,44 @@ def search(
         recipe=_recipe(plan, choices, dict(zip(choices, chosen, strict=True)), budget),
         sites=tuple(sites),
         chosen=tuple(chosen),
-        bits_per_weight=8 * stored / scope.weights,
-        bytes=scope.fixed + stored,
+        bits_per_weight=scope.weights.bits(stored),
+        bytes=scope.weights.whole(stored),
+        speedup=scope.weights.speedup(stored),
         cost=sum(option.cost for option in taken),
-        uniform=_uniform(sites, scope.weights),
+        uniform=_uniform(sites, scope.weights.chosen),
         tokens=held_NL.numel(),
         seconds=time.monotonic() - start,
     )
 
 
-def parsed_budget(text: str) -> float | int:
-    """Bits per weight as a float, or bytes of the checkpoint as an int. Raises PlanishError for anything else."""
-    found = _BUDGET.fullmatch(text.strip())
-    if found is None:
-        raise PlanishError(f"budget {text!r} is none. Write bits per weight, such as 4.5bpw, or the checkpoint's size, such as 80MB.")
-    number, unit = float(found[1]), found[2].lower()
-    return number if unit == "bpw" else int(number * _UNITS[unit])
-
-
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """What the choice is about. sizes: bytes of each option of each site; weights: of these sites, in numbers; fixed: bytes of all else."""
+    """What the choice is about. sizes: bytes of each option of each site."""
 
     sizes: tuple[tuple[int, ...], ...]
-    weights: int
-    fixed: int
+    weights: Weights
 
     @classmethod
     def of(cls, plan: Plan, choices: Choices) -> "_Scope":
         runner = BlockRunner(plan.source, plan.dtype, plan.device)
         spaces = [site_space(runner, address, options) for address, options in choices.items()]
-        full = sum(weights for weights, _ in spaces) * plan.checkpoint.dtype.itemsize
-        return cls(tuple(tuple(sizes.values()) for _, sizes in spaces), sum(weights for weights, _ in spaces), plan.source.nbytes - full)
+        return cls(tuple(tuple(sizes.values()) for _, sizes in spaces), Weights.of(runner, sum(weights for weights, _ in spaces)))
 
-    def allowance(self, limit: float | int) -> int:
-        """Bytes that the sites may take."""
-        return int(limit * self.weights / 8) if isinstance(limit, float) else limit - self.fixed
-
-    def check(self, limit: float | int, text: str) -> None:
+    def check(self, limit: Budget) -> None:
         """PlanishError if no choice keeps the budget."""
         least = smallest(self.sizes)
-        if least > self.allowance(limit):
-            bits, whole = math.ceil(800 * least / self.weights) / 100, size(self.fixed + least)
+        if least > limit.allowance(self.weights):
+            bits, whole = math.ceil(100 * self.weights.bits(least)) / 100, self.weights.whole(least)
             raise PlanishError(
-                f"budget {text}: the smallest candidates take {bits:g} bits per weight, {whole} with everything else of the checkpoint. Give at "
-                f"least {bits:g}bpw or {math.ceil((self.fixed + least) / 1e5) / 10:g}MB, or candidates of fewer bits."
+                f"budget {limit.text}: the smallest candidates take {bits:g} bits per weight, {size(whole)} with everything else of the checkpoint, "
+                f"{self.weights.speedup(least):.2f} times as quick. Give {limit.least(self.weights, least)}, or candidates of fewer bits."
             )
 
-    def allocated(self, sites: Sequence[MeasuredSite], limit: float | int) -> list[str]:
+    def allocated(self, sites: Sequence[MeasuredSite], limit: Budget) -> list[str]:
         """The option of each site, by name."""
         options = [list(site.options) for site in sites]
         costs = [[option.cost for option in site.options.values()] for site in sites]
-        numbers = allocate(costs, [[option.bytes for option in site.options.values()] for site in sites], self.allowance(limit))
+        numbers = allocate(costs, [[option.bytes for option in site.options.values()] for site in sites], limit.allowance(self.weights))
         return [names[number] for names, number in zip(options, numbers, strict=True)]
 
 

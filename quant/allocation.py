@@ -4,8 +4,12 @@ minimise sum_s sum_c cost[s, c] x[s, c], x binary, sum_c x[s, c] = 1 for every p
 (Integer program as in HAWQ-V3, Yao et al. 2021, arXiv:2011.10680, section 3.4.) Solved exactly by HiGHS through scipy.optimize.milp.
 """
 
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -34,19 +38,35 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
     unit = math.gcd(*more) or 1
     size = np.array([extra // unit for extra in more], dtype=np.float64)
     one_each = csr_array((np.ones(len(places)), (places, np.arange(len(places)))), shape=(len(kept), len(places)))
-    found = milp(
-        cost / max(float(np.abs(cost).max()), 1e-300),
-        integrality=np.ones(len(cost), dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size[None], -np.inf, (budget - least) // unit)],
-        options={"mip_rel_gap": 0.0},
-    )
+    with _silent():
+        found = milp(
+            cost / max(float(np.abs(cost).max()), 1e-300),
+            integrality=np.ones(len(cost), dtype=np.int64),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size[None], -np.inf, (budget - least) // unit)],
+            options={"mip_rel_gap": 0.0},
+        )
     if found.x is None:
         raise RuntimeError(f"HiGHS: {found.message}")
     chosen = [0] * len(kept)
     for column in np.flatnonzero(found.x > 0.5):
         chosen[places[column]] = kept[places[column]][column - int(np.searchsorted(places, places[column]))]
     return chosen
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """HiGHS writes what its authors once looked for to file descriptor 1, whatever it is told (scipy 1.17): among a command's own JSON, say."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _undominated(costs: Sequence[float], sizes: Sequence[int]) -> list[int]:

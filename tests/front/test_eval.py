@@ -185,7 +185,7 @@ def test_the_schema_at_the_terminal(planish: Planish) -> None:
 
 
 WRONG = [
-    pytest.param(("--tasks", "tiny_choise"), "Task tiny_choise is unknown. Did you mean tiny_choice", marks=pytest.mark.slow),
+    (("--tasks", "tiny_choise"), "Task tiny_choise is unknown. Did you mean tiny_choice"),
     (("--tasks", "tiny_choice", "--limit", 0), "limit is 0, but must be at least 1"),
     (("--tasks", "tiny_choice", "--include-path", "nowhere"), "include path nowhere: no such folder"),
     (("--tasks", "tiny_choice", "--include-path", "empty"), "include path empty: holds no task file"),

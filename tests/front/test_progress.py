@@ -57,6 +57,14 @@ def test_time_left_after_a_resumed_start(clock: list[float]) -> None:
     assert stage.left() == pytest.approx(100)
 
 
+def test_time_left_where_many_steps_come_at_once(clock: list[float]) -> None:
+    stage = Stage("divergence", 1000)
+    for done in (32, 64, 96):
+        clock[0] += 8
+        stage.step(done)
+    assert stage.left() == pytest.approx(904 / 4)
+
+
 def test_live() -> None:
     text = io.StringIO()
     with showing(Console(file=text, force_terminal=True, width=100, color_system=None)) as shown:

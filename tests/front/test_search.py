@@ -20,7 +20,7 @@ from planish.quant.errors import PlanishError
 from planish.quant.formats import Scheme, WeightFormat
 from planish.quant.solvers import Clip, Gptq, Rtn
 from planish.recipe import load_recipe, to_yaml, with_settings
-from planish.searching import parsed_budget, patterns, split
+from planish.searching import patterns, split
 
 NAMES = ("3", "4", "8", "4-g32", "keep")
 
@@ -85,6 +85,13 @@ def test_a_size_is_a_budget_too(base: Path) -> None:
     assert {"4", "8"} >= set(result.chosen)
 
 
+def test_a_speed_is_a_budget_too(base: Path) -> None:
+    slow, fast = (planish.search(quick("w4a16-channel"), base, budget, candidates=("4", "8"), tokens=64) for budget in ("1.9x", "2.2x"))
+    assert 1.9 <= slow.speedup < 2.2 <= fast.speedup
+    assert fast.bytes < slow.bytes
+    assert fast.cost > slow.cost
+
+
 def test_a_budget_too_small_says_what_is_possible(base: Path) -> None:
     with pytest.raises(PlanishError, match=r"budget 2bpw: the smallest candidates take 4\.27 bits per weight.*at least 4\.27bpw or 0\.2MB"):
         planish.search(quick("w4a16-channel"), base, "2bpw")
@@ -138,7 +145,7 @@ def test_candidates() -> None:
     assert list(at_site(names_for("vllm", None), how, 96, "vllm", recipe, "llama")) == ["4", "8", "keep"]
     weight_only = load_recipe("w4a16-channel")
     how = Packed(weight_only.scheme, "pack-quantized")
-    assert list(at_site(names_for("vllm", None), how, 96, "vllm", weight_only, "llama")) == ["4", "4-g32", "8", "keep"]
+    assert list(at_site(names_for("vllm", None), how, 96, "vllm", weight_only, "llama")) == ["4", "4-asym", "4-g32", "8", "keep"]
     assert list(at_site(["4-g32-asym", "4-g32", "5"], how, 96, "transformers", weight_only, "llama")) == ["4-g32", "5"]
 
 
@@ -164,8 +171,6 @@ def test_divergence_is_measured_on_other_text_than_solvers_see() -> None:
 
 
 def test_small_parts() -> None:
-    assert parsed_budget("4.5 bpw") == 4.5
-    assert parsed_budget("80MB") == 80_000_000
     assert patterns([(0, "o"), (1, "o"), (1, "down")], {"o": 2, "down": 2}) == ("*.o", "1.down")
     solver = load_recipe("w4a16-channel").solver
     assert quicker(solver).clip == Clip(grid=CLIP_GRID)

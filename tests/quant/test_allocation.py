@@ -1,11 +1,15 @@
 """The integer program against trying everything."""
 
+import ctypes
 from itertools import product
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import milp
 
+from planish.quant import allocation
 from planish.quant.allocation import allocate, smallest
 from planish.quant.errors import PlanishError
 
@@ -43,3 +47,17 @@ def test_a_budget_to_the_byte() -> None:
 def test_a_budget_that_nothing_keeps() -> None:
     with pytest.raises(PlanishError, match="smallest options take 3, more than the budget of 2"):
         allocate([[0.0], [0.0]], [[1], [2]], 2)
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What scipy 1.17's solver writes for large programs, from C, does not come out, not even later."""
+
+    def talking(*arguments: Any, **named: Any) -> Any:
+        ctypes.CDLL(None).puts(b"HighsMipSolverData")
+        return milp(*arguments, **named)
+
+    monkeypatch.setattr(allocation, "milp", talking)
+    assert allocate([[1.0, 0.0]], [[1, 2]], 2) == [1]
+    print("after")
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == "after\n"
