@@ -6,6 +6,7 @@ see `cpu_layout`.
 Shape suffixes: T tokens, C = I in channels, O out channels, G groups, R rank.
 """
 
+import os
 from functools import lru_cache
 
 import torch
@@ -31,8 +32,8 @@ def cpu_layout(weight_OI: Tensor) -> Tensor:
 
 def quantize_per_token(x: Tensor, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
     """Codes of x_TC; see `schemas`."""
-    if (codes := native.quantize(x, native.Grid(bits, symmetric, clip, _LEAST))) is not None:
-        return _nibbles(codes, packed)
+    if (found := native.quantize(x, grid(bits, symmetric, clip))) is not None:
+        return _nibbles(found, packed)
     rows, width = x.shape
     size = max(1, _PIECE_VALUES // max(1, width))
     if rows <= size or torch.compiler.is_compiling():
@@ -76,7 +77,7 @@ def _grid(x_TC: Tensor, bits: int, symmetric: bool, clip: float) -> tuple[Tensor
 
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
     """Codes of x_TC / sqrt(mean(x²) + eps) * weight_C."""
-    if (codes := native.rms_norm_quantize(x, weight, eps, native.Grid(bits, symmetric, clip, _LEAST))) is not None:
+    if (codes := native.rms_norm_quantize(x, weight, eps, grid(bits, symmetric, clip))) is not None:
         return _nibbles(codes, packed)
     wide_TC = x.float()
     normal_TC = (wide_TC * torch.rsqrt(wide_TC.square().mean(1, keepdim=True) + eps)).to(x.dtype)
@@ -85,7 +86,7 @@ def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, bits: int, symmetri
 
 def silu_mul_quantize(gate: Tensor, up: Tensor, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
     """Codes of silu(gate_TC) * up_TC."""
-    if (codes := native.silu_mul_quantize(gate, up, native.Grid(bits, symmetric, clip, _LEAST))) is not None:
+    if (codes := native.silu_mul_quantize(gate, up, grid(bits, symmetric, clip))) is not None:
         return _nibbles(codes, packed)
     return quantize_per_token(torch.nn.functional.silu(gate).mul_(up), bits, symmetric, clip, packed)
 
@@ -146,6 +147,20 @@ def linear_w8a8(
     return y_TO.to(dtype)
 
 
+def gated_codes(x: Codes, weight: Tensor, w_scale: Tensor, w_sum: Tensor, bias: Tensor | None, dtype: torch.dtype, grid: native.Grid) -> Codes | None:
+    """silu_mul_quantize of the two halves, gate and up, of linear_w8a8 in dtype, in one pass; None without compiler or prepacked weight."""
+    codes, scale, zero = x
+    if not weight.is_mkldnn:
+        return None
+    zero_T1, sums_O = (zero, w_sum * w_scale) if len(zero) else (None, None)
+    return native.finish_silu_mul_quantize(_prepacked(codes, weight, w_scale), scale, zero_T1, sums_O, bias, dtype, grid)
+
+
+def grid(bits: int, symmetric: bool, clip: float) -> native.Grid:
+    """How the passes of native.cpp quantize a token."""
+    return native.Grid(bits, symmetric, clip, _LEAST)
+
+
 def prepack(weight_OI: Tensor) -> Tensor | None:
     """An int8 weight in oneDNN's own layout, an opaque tensor (I, O) for linear_w8a8; None where this torch has no oneDNN.
 
@@ -161,8 +176,17 @@ def _prepacked(x: Tensor, weight: Tensor, w_scale: Tensor) -> Tensor:
     """x (weight w_scale)' in float32."""
     tokens, rows = len(x), -(-_LEAST_PRODUCT // len(w_scale))
     x = x if tokens >= rows else torch.nn.functional.pad(x, (0, 0, 0, rows - tokens))
-    y_TO: Tensor = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, weight, w_scale, _zeros(len(w_scale)), None, 1.0, 0, torch.float32, "none", [], "")
+    x, zero = (x, 0) if _takes_signed() else (x.view(torch.uint8) ^ 128, 128)
+    zeros_O = _zeros(len(w_scale))
+    y_TO: Tensor = torch.ops.onednn.qlinear_pointwise(x, 1.0, zero, weight, w_scale, zeros_O, None, 1.0, 0, torch.float32, "none", [], "")
     return y_TO[:tokens]
+
+
+@lru_cache(maxsize=1)
+def _takes_signed() -> bool:
+    """Whether oneDNN multiplies signed inputs quickly: with AMX. VNNI's are unsigned, and there oneDNN takes seconds for signed ones."""
+    amx = bool(torch.cpu.get_capabilities().get("amx_int8"))
+    return amx and "ONEDNN_MAX_CPU_ISA" not in os.environ
 
 
 @lru_cache(maxsize=64)

@@ -16,12 +16,14 @@ inline float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); retu
 inline uint32_t to_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
 inline float load(float x) { return x; }
 inline float load(uint16_t x) { return from_bits(uint32_t(x) << 16); }
-inline void store(float x, float *to) { *to = x; }
-inline void store(float x, uint16_t *to) {
+template <class T> inline T narrow(float x);
+template <> inline float narrow(float x) { return x; }
+template <> inline uint16_t narrow(float x) {
     const uint32_t bits = to_bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    *to = uint16_t((bits & 0x7fffffff) > uint32_t(INFINITE) ? 0x7fc0 : rounded);
+    return (bits & 0x7fffffff) > uint32_t(INFINITE) ? uint16_t(0x7fc0) : uint16_t(rounded);
 }
-template <class T> inline float as(float x) { T y; store(x, &y); return load(y); }
+template <class T> inline void store(float x, T *to) { *to = narrow<T>(x); }
+template <class T> inline float as(float x) { return load(narrow<T>(x)); }
 
 // 2^(x log2 e): the integer part goes into the exponent, a polynomial does the rest. Within 2 units in the last place.
 inline float exponential(float x) {
@@ -120,11 +122,8 @@ void silu_mul_quantize(const T *gate, long gate_stride, const T *up, long up_str
                        int32_t *zero, int threads) {
     each_row(rows, width, threads, [=](long t, float *row) {
         const T *g = gate + t * gate_stride, *u = up + t * up_stride;
-#pragma omp simd
-        for (long c = 0; c < width; c++) {
-            const float x = load(g[c]);
-            row[c] = as<T>(as<T>(x / (1.0f + exponential(-x))) * load(u[c]));
-        }
+        for (long c = 0; c < width; c++) row[c] = load(g[c]) / (1.0f + exponential(-load(g[c])));
+        for (long c = 0; c < width; c++) row[c] = as<T>(as<T>(row[c]) * load(u[c]));
         quantize(row, width, grid, codes + t * width, scale + t, zero ? zero + t : nullptr);
     });
 }
@@ -138,6 +137,22 @@ void finish(const float *x, const float *scale, long scale_step, const int32_t *
         const float *from = x + t * width;
         for (long c = 0; c < width; c++) row[c] = (zero ? from[c] - shift * sums[c] : from[c]) * factor;
         for (long c = 0; c < width; c++) store(bias ? row[c] + bias[c] : row[c], y + t * width + c);
+    });
+}
+
+// Of a product (gate; up) (rows, 2 width): both as `finish` makes them, then silu(gate) up quantized as silu_mul_quantize does.
+template <class T>
+void finish_silu_mul_quantize(const float *x, const float *scale, const int32_t *zero, const float *sums, const float *bias, long rows, long width,
+                              Grid grid, int8_t *codes, float *scale_out, int32_t *zero_out, int threads) {
+    each_row(rows, 2 * width, threads, [=](long t, float *row) {
+        const float factor = scale[t], shift = zero ? float(zero[t]) : 0.0f;
+        const float *from = x + t * 2 * width;
+        for (long c = 0; c < 2 * width; c++) row[c] = (zero ? from[c] - shift * sums[c] : from[c]) * factor;
+        if (bias) for (long c = 0; c < 2 * width; c++) row[c] += bias[c];
+        for (long c = 0; c < 2 * width; c++) row[c] = as<T>(row[c]);
+        for (long c = 0; c < width; c++) row[c] = as<T>(row[c] / (1.0f + exponential(-row[c])));
+        for (long c = 0; c < width; c++) row[c] = as<T>(row[c] * row[c + width]);
+        quantize(row, width, grid, codes + t * width, scale_out + t, zero_out ? zero_out + t : nullptr);
     });
 }
 
@@ -181,6 +196,11 @@ void dequantize(const uint8_t *packed, const float *scale, const float *zero, lo
     extern "C" void planish_finish_##SUFFIX(const float *x, const float *scale, long scale_step, const int32_t *zero, long zero_step,                  \
                                             const float *sums, const float *bias, long rows, long width, T *y, int threads) {                             \
         finish(x, scale, scale_step, zero, zero_step, sums, bias, rows, width, y, threads);                                                           \
+    }                                                                                                                                                 \
+    extern "C" void planish_finish_silu_mul_quantize_##SUFFIX(const float *x, const float *scale, const int32_t *zero, const float *sums,              \
+                                                              const float *bias, long rows, long width, int bits, int symmetric, float clip,          \
+                                                              float least, int8_t *codes, float *scale_out, int32_t *zero_out, int threads) {         \
+        finish_silu_mul_quantize<T>(x, scale, zero, sums, bias, rows, width, Grid{bits, symmetric, clip, least}, codes, scale_out, zero_out, threads); \
     }                                                                                                                                                 \
     extern "C" void planish_dequantize_##SUFFIX(const uint8_t *packed, const float *scale, const float *zero, long outputs, long inputs, long groups,  \
                                                 T *weight, int threads) {                                                                             \

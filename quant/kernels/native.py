@@ -174,6 +174,20 @@ def finish(
     return y_TO
 
 
+def finish_silu_mul_quantize(
+    x_TN: Tensor, scale_T1: Tensor, zero_T1: Tensor | None, sums_N: Tensor | None, bias_N: Tensor | None, dtype: torch.dtype, grid: Grid
+) -> Codes | None:
+    """silu_mul_quantize of the two halves, gate and up, of what `finish` makes in dtype: N is twice the width of the codes."""
+    function = _function("finish_silu_mul_quantize", x_TN.new_empty(0, dtype=dtype))
+    if x_TN.dtype != torch.float32 or not x_TN.is_contiguous() or function is None:
+        return None
+    codes = grid.results(x_TN[:, : x_TN.shape[1] // 2])
+    bias_N = None if bias_N is None else bias_N.float().contiguous()
+    given = (_pointer(scale_T1), _pointer(zero_T1), _pointer(sums_N), _pointer(bias_N))
+    function(_pointer(x_TN), *given, *(_long(size) for size in codes[0].shape), *grid.operands(codes))
+    return codes
+
+
 def dequantize(packed: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Packed 4-bit codes times their group scales, rounded to dtype: (O, I)."""
     outputs, inputs = packed.shape[0], 2 * packed.shape[1]
