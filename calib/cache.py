@@ -8,13 +8,8 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ..quant.cache_folder import cache_folder as cache_folder
 from ..quant.errors import PlanishError
-
-
-def cache_folder() -> Path:
-    """$PLANISH_CACHE, else $XDG_CACHE_HOME/planish, else ~/.cache/planish. Not created here."""
-    own = os.environ.get("PLANISH_CACHE")
-    return Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "planish"
 
 
 def content_hash(files: Iterable[Path]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..quant.linear import QuantizedLinear
+from ..quant.linear import Parts, QuantizedLinear
 from ..quant.transforms.factors import Chain
 from .extension import SiteInput
 from .packing import Packed, stored_names, unpack
@@ -24,17 +24,20 @@ def quantized_readers(
 
     chains: what inputs go through, inputs: what is said of them, both by full name.
     """
-    layers: dict[str, QuantizedLinear] = {}
-    for name, how in packed.items():
-        if not name.startswith(prefix + "."):
-            continue
-        weight, static = unpack({local: tensors[f"{name}.{local}"] for local in stored_names(how)}, how)
-        bias, chain = tensors.get(f"{name}.bias"), chains.get(name, ())
-        what = inputs.get(name, SiteInput())
-        beside = {local: tensors[full] for local, full in side_names(name, tensors).items()} if what else {}
-        side = restored_side(beside, what, how.scheme)
-        layers[name.removeprefix(prefix + ".")] = QuantizedLinear(weight, bias, how.scheme.activations, static, chain, dtype, side)
-    return layers
+    names = [name for name in packed if name.startswith(prefix + ".")]
+    parts = {name: stored_parts(name, tensors, packed[name], chains, inputs, dtype) for name in names}
+    return {name.removeprefix(prefix + "."): QuantizedLinear(*found) for name, found in parts.items()}
+
+
+def stored_parts(
+    name: str, tensors: Mapping[str, Tensor], how: Packed, chains: Mapping[str, Chain], inputs: Mapping[str, SiteInput], dtype: torch.dtype
+) -> Parts:
+    """What the quantized linear of this full name is made of."""
+    weight, static = unpack({local: tensors[f"{name}.{local}"] for local in stored_names(how)}, how)
+    what = inputs.get(name, SiteInput())
+    beside = {local: tensors[full] for local, full in side_names(name, tensors).items()} if what else {}
+    side = restored_side(beside, what, how.scheme)
+    return Parts(weight, tensors.get(f"{name}.bias"), how.scheme.activations, static, chains.get(name, ()), dtype, side)
 
 
 def put(block: nn.Module, path: str, module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..quant.errors import PlanishError
-from ..quant.linear import QuantizedLinear, share_input
+from ..quant.linear import Parts, QuantizedLinear, share_input
 from ..quant.transforms.factors import Chain
 from .checkpoint import Checkpoint, build_skeleton, open_checkpoint
 from .extension import Extension, SiteInput, chain_prefix, restored
@@ -19,7 +19,7 @@ from .key_values import hold_in
 from .locate import weight_files
 from .packing import GUARD, OWN, PLAIN, Packed, clipped, read_config, stored_names
 from .prefix import PrefixCache, from_tensors, tensor_names
-from .quantized import put, quantized_readers
+from .quantized import put, stored_parts
 from .shards import read_json, read_shards
 from .side import expected_tensors, side_name, side_names
 from .topology import Topology, topology
@@ -62,25 +62,27 @@ class StoredCheckpoint(Checkpoint):
 
     def quantized(self, names: Sequence[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, QuantizedLinear]:
         """These quantized linears, ready to run; those of one site prepare their input once."""
-        chains, inputs, layers = self._chains(names, device), self._inputs(names), dict[str, QuantizedLinear]()
+        layers = {name: QuantizedLinear(*parts) for name, parts in self.parts(names, dtype, device)}
+        for readers in self.sites(names) if self.extension.sites else []:
+            share_input([layers[name] for name in readers])
+        return layers
+
+    def parts(self, names: Sequence[str], dtype: torch.dtype, device: torch.device | str) -> Iterator[tuple[str, Parts]]:
+        """What each of these quantized linears is made of, one after the other. The readers of a site have the same chain, as an object."""
+        chains, inputs = self._chains(names, device), self._inputs(names)
         for name in names:
             local = [f"{name}.{part}" for part in stored_names(self.packed[name])]
             local += [f"{name}.bias"] if f"{name}.bias" in self.tensors else []
             local += side_names(name, self.tensors).values()
             tensors = {key: tensor.to(device) for key, tensor in self.read(local).items()}
-            made = quantized_readers(name.rpartition(".")[0], tensors, {name: self.packed[name]}, chains, inputs, dtype)
-            layers[name] = next(iter(made.values()))
-        for readers in self._sites(names):
-            share_input([layers[name] for name in readers])
-        return layers
+            yield name, stored_parts(name, tensors, self.packed[name], chains, inputs, dtype)
 
-    def _sites(self, names: Iterable[str]) -> list[list[str]]:
-        """These linears, where there is an extension, by their sites."""
-        sites = dict[object, list[str]]()
-        known = topology(self.config) if self.extension.sites else None
+    def sites(self, names: Iterable[str]) -> list[list[str]]:
+        """These linears by the site that they read, each list in the order of `names`. PlanishError: a family without a table."""
+        sites, known = dict[object, list[str]](), topology(self.config)
         for name in names:
-            if known is not None and (address := known.address(name)) is not None:
-                sites.setdefault((address[0], address[1].name), []).append(name)
+            address = known.address(name)
+            sites.setdefault(name if address is None else (address[0], address[1].name), []).append(name)
         return list(sites.values())
 
     def _chains(self, linears: Iterable[str], device: torch.device | str) -> dict[str, Chain]:

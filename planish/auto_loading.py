@@ -55,6 +55,7 @@ class PlanishQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*known, r"\.planish\.", rf"^({re.escape(self.root)})?({linears})\."}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_kwargs: Any) -> "PreTrainedModel":
+        from .calib.packed import fuse, pick_kernels, put_linears
         from .calib.prefixed import attach
 
         assert self.checkpoint is not None
@@ -63,7 +64,11 @@ class PlanishQuantizer(HfQuantizer):
             raise PlanishError(f"device_map: the model would lie in {', '.join(sorted(places))}, and planish runs it in one place. Give one device.")
         whole = next(parameter for parameter in model.parameters() if parameter.numel())
         device, dtype = whole.device, whole.dtype
-        self.checkpoint.load_quantized(model, self.root, dtype, device)
+        if pick_kernels("auto", dtype, device):
+            put_linears(model, self.checkpoint, self.root, dtype, device)
+            fuse(model, self.checkpoint, self.root, dtype)
+        else:
+            self.checkpoint.load_quantized(model, self.root, dtype, device)
         if (prefix := self.checkpoint.prefix_cache(dtype, device)) is not None:
             attach(model, prefix)
         return model

@@ -1,32 +1,56 @@
 """A model in memory, ready to run, from a compressed checkpoint or an ordinary one."""
 
 from pathlib import Path
+from typing import get_args
 
 import torch
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from .auto_loading import PlanishConfig, PlanishQuantizer
+from .calib.checkpoint import Checkpoint
+from .calib.packed import Kernels, fuse, pick_kernels, put_linears
 from .calib.precision import pick_device
 from .calib.prefixed import attach
 from .calib.stored import StoredCheckpoint, open_any
+from .quant.errors import PlanishError
 
 
-def load(model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> PreTrainedModel:
+def load(
+    model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None, kernels: Kernels = "auto"
+) -> PreTrainedModel:
     """The transformers model of a checkpoint, in eval mode, with all its weights: for forward passes and generate().
 
-    model: a folder that planish compress wrote, or anything that compress takes. dtype: of the arithmetic (default: as stored); quantized linears
-    compute with their integer codes, exactly as they were measured. device: default cuda where there is one, else cpu. The whole model is in memory,
-    quantized weights one code an element of dtype; it does not train, and is saved by copying the folder. Raises PlanishError.
+    model: a folder that planish compress wrote, or anything that compress takes. dtype: of the arithmetic (default: as stored).
+    device: default cuda where there is one, else cpu. kernels: reference computes with the integer codes exactly as they were measured, one code an
+    element of dtype in memory; packed computes the same but for rounding, faster and in less memory, on the device that it was loaded to;
+    auto is packed in bfloat16 on a CPU with AVX512-VNNI, else reference. kernels_used(model) says what runs on what.
+    The whole model is in memory; it does not train, and is saved by copying the folder. Raises PlanishError.
     """
+    if kernels not in get_args(Kernels):
+        raise PlanishError(f"kernels is {kernels!r}. Give one of {', '.join(get_args(Kernels))}.")
     checkpoint = open_any(model)
     where = pick_device(device)
-    loaded = checkpoint.skeleton(dtype)
-    checkpoint.load_module(loaded, "", dtype=dtype or checkpoint.dtype, device=where)
+    loaded, whole = checkpoint.skeleton(dtype), dtype or checkpoint.dtype
+    packed = isinstance(checkpoint, StoredCheckpoint) and pick_kernels(kernels, whole, where)
+    if isinstance(checkpoint, StoredCheckpoint) and packed:
+        put_linears(loaded, checkpoint, "", whole, where)
+        Checkpoint.load_module(checkpoint, loaded, "", dtype=whole, device=where)
+        fuse(loaded, checkpoint, "", whole)
+    else:
+        checkpoint.load_module(loaded, "", dtype=whole, device=where)
     loaded.tie_weights()
+    if (head := loaded.get_output_embeddings()) is not None:  # type: ignore[no-untyped-call]
+        head.register_forward_pre_hook(_dense)
     if isinstance(checkpoint, StoredCheckpoint):  # so that transformers neither saves it without its weights nor compiles it in generate()
         loaded.hf_quantizer = PlanishQuantizer(PlanishConfig(), pre_quantized=True)  # type: ignore[assignment]
-    if (prefix := checkpoint.prefix_cache(dtype or checkpoint.dtype, where)) is not None:
+    if (prefix := checkpoint.prefix_cache(whole, where)) is not None:
         attach(loaded, prefix)
     if (checkpoint.path / "generation_config.json").is_file():
         loaded.generation_config = GenerationConfig.from_pretrained(str(checkpoint.path), local_files_only=True)
     return loaded
+
+
+def _dense(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The last token's row of (B, T, C) has strides for which torch, where no weight has a gradient, first copies the head's whole weight."""
+    return tuple(x.clone(memory_format=torch.contiguous_format) if x.dim() == 3 and x.stride(0) != x.shape[1] * x.stride(1) else x for x in inputs)

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,18 @@ class Side:
 def without_first(x_TC: Tensor, channels: int) -> Tensor:
     """x_TC with 0 in its first channels, which are kept elsewhere."""
     return nn.functional.pad(x_TC[:, channels:], (channels, 0)) if channels else x_TC
+
+
+class Parts(NamedTuple):
+    """What a quantized linear is made of, in the order of QuantizedLinear's arguments."""
+
+    weight: QuantizedWeight
+    bias: Tensor | None
+    activations: ActivationFormat | None
+    static: StaticGrid | None
+    chain: Chain
+    dtype: torch.dtype
+    side: Side | None
 
 
 class QuantizedLinear(nn.Module):

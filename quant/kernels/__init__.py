@@ -5,6 +5,7 @@ Importing it registers them: torch.ops.planish.linear_w8a8 and so on, see `schem
 
 from . import cpu as cpu  # registers
 from . import gpu as gpu  # registers
+from .joined import JoinedLinear as JoinedLinear
 from .modules import PackedLinear as PackedLinear
 from .nibbles import pack_nibbles as pack_nibbles
 from .nibbles import unpack_nibbles as unpack_nibbles

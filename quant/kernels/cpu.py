@@ -1,4 +1,4 @@
-"""The operators on a CPU, in torch's own: what each computes is defined in `schemas`.
+"""The operators on a CPU, in torch's own and, where there is a compiler, in passes of native.cpp: what each computes is defined in `schemas`.
 
 Integer products are torch._int_mm's: exact, and with AMX or AVX512-VNNI about twice as fast as bfloat16's where the weight lies as its transpose,
 see `cpu_layout`.
@@ -6,11 +6,15 @@ see `cpu_layout`.
 Shape suffixes: T tokens, C = I in channels, O out channels, G groups, R rank.
 """
 
+import os
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from ..formats import LEAST_SCALE, by_group, code_range
 from ..transforms.factors import Blocks, Hadamard
+from . import native
 from .nibbles import pack_nibbles, unpack_nibbles
 from .schemas import LIBRARY
 
@@ -28,6 +32,8 @@ def cpu_layout(weight_OI: Tensor) -> Tensor:
 
 def quantize_per_token(x: Tensor, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
     """Codes of x_TC; see `schemas`."""
+    if (found := native.quantize(x, grid(bits, symmetric, clip))) is not None:
+        return _nibbles(found, packed)
     rows, width = x.shape
     size = max(1, _PIECE_VALUES // max(1, width))
     if rows <= size or torch.compiler.is_compiling():
@@ -35,6 +41,10 @@ def quantize_per_token(x: Tensor, bits: int, symmetric: bool, clip: float, packe
     pieces = [_quantize(piece, bits, symmetric, clip, packed) for piece in (x[start : start + size] for start in range(0, rows, size))]
     codes, scale, zero = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return codes, scale, zero
+
+
+def _nibbles(codes: Codes, packed: bool) -> Codes:
+    return (pack_nibbles(codes[0]), *codes[1:]) if packed else codes
 
 
 def _quantize(x_TC: Tensor, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
@@ -67,6 +77,8 @@ def _grid(x_TC: Tensor, bits: int, symmetric: bool, clip: float) -> tuple[Tensor
 
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
     """Codes of x_TC / sqrt(mean(x²) + eps) * weight_C."""
+    if (codes := native.rms_norm_quantize(x, weight, eps, grid(bits, symmetric, clip))) is not None:
+        return _nibbles(codes, packed)
     wide_TC = x.float()
     normal_TC = (wide_TC * torch.rsqrt(wide_TC.square().mean(1, keepdim=True) + eps)).to(x.dtype)
     return quantize_per_token((weight * normal_TC).to(x.dtype), bits, symmetric, clip, packed)
@@ -74,6 +86,8 @@ def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, bits: int, symmetri
 
 def silu_mul_quantize(gate: Tensor, up: Tensor, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
     """Codes of silu(gate_TC) * up_TC."""
+    if (codes := native.silu_mul_quantize(gate, up, grid(bits, symmetric, clip))) is not None:
+        return _nibbles(codes, packed)
     return quantize_per_token(torch.nn.functional.silu(gate).mul_(up), bits, symmetric, clip, packed)
 
 
@@ -109,7 +123,14 @@ def linear_w8a8(
 ) -> Tensor:
     """Codes times codes, one a byte each; see `schemas`. weight: strided, or as `prepack` laid it out."""
     if weight.is_mkldnn:
-        y_TO = _prepacked(x, x_zero, weight, w_scale, w_sum)
+        y_TO = _prepacked(x, weight, w_scale)
+        if low is None:
+            sums_O = w_sum * w_scale if x_zero is not None and w_sum is not None else None
+            if (finished := native.finish(y_TO, x_scale, x_zero, sums_O, bias, dtype)) is not None:
+                return finished
+        if x_zero is not None:
+            assert w_sum is not None
+            y_TO.addcmul_(x_zero.float(), w_sum * w_scale, value=-1)
     else:
         sum_TO = torch.ops.aten._int_mm(x, weight.T)
         if x_zero is not None:
@@ -126,6 +147,20 @@ def linear_w8a8(
     return y_TO.to(dtype)
 
 
+def gated_codes(x: Codes, weight: Tensor, w_scale: Tensor, w_sum: Tensor, bias: Tensor | None, dtype: torch.dtype, grid: native.Grid) -> Codes | None:
+    """silu_mul_quantize of the two halves, gate and up, of linear_w8a8 in dtype, in one pass; None without compiler or prepacked weight."""
+    codes, scale, zero = x
+    if not weight.is_mkldnn:
+        return None
+    zero_T1, sums_O = (zero, w_sum * w_scale) if len(zero) else (None, None)
+    return native.finish_silu_mul_quantize(_prepacked(codes, weight, w_scale), scale, zero_T1, sums_O, bias, dtype, grid)
+
+
+def grid(bits: int, symmetric: bool, clip: float) -> native.Grid:
+    """How the passes of native.cpp quantize a token."""
+    return native.Grid(bits, symmetric, clip, _LEAST)
+
+
 def prepack(weight_OI: Tensor) -> Tensor | None:
     """An int8 weight in oneDNN's own layout, an opaque tensor (I, O) for linear_w8a8; None where this torch has no oneDNN.
 
@@ -137,17 +172,26 @@ def prepack(weight_OI: Tensor) -> Tensor | None:
     return packed
 
 
-def _prepacked(x: Tensor, x_zero: Tensor | None, weight: Tensor, w_scale: Tensor, w_sum: Tensor | None) -> Tensor:
-    """(x - x_zero) (weight w_scale)' in float32."""
+def _prepacked(x: Tensor, weight: Tensor, w_scale: Tensor) -> Tensor:
+    """x (weight w_scale)' in float32."""
     tokens, rows = len(x), -(-_LEAST_PRODUCT // len(w_scale))
     x = x if tokens >= rows else torch.nn.functional.pad(x, (0, 0, 0, rows - tokens))
-    zeros_O = torch.zeros(len(w_scale), dtype=torch.int32)
-    y_TO: Tensor = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, weight, w_scale, zeros_O, None, 1.0, 0, torch.float32, "none", [], "")
-    y_TO = y_TO[:tokens]
-    if x_zero is not None:
-        assert w_sum is not None
-        y_TO.addcmul_(x_zero.float(), w_sum * w_scale, value=-1)
-    return y_TO
+    x, zero = (x, 0) if _takes_signed() else (x.view(torch.uint8) ^ 128, 128)
+    zeros_O = _zeros(len(w_scale))
+    y_TO: Tensor = torch.ops.onednn.qlinear_pointwise(x, 1.0, zero, weight, w_scale, zeros_O, None, 1.0, 0, torch.float32, "none", [], "")
+    return y_TO[:tokens]
+
+
+@lru_cache(maxsize=1)
+def _takes_signed() -> bool:
+    """Whether oneDNN multiplies signed inputs quickly: with AMX. VNNI's are unsigned, and there oneDNN takes seconds for signed ones."""
+    amx = bool(torch.cpu.get_capabilities().get("amx_int8"))
+    return amx and "ONEDNN_MAX_CPU_ISA" not in os.environ
+
+
+@lru_cache(maxsize=64)
+def _zeros(outputs: int) -> Tensor:
+    return torch.zeros(outputs, dtype=torch.int32, device="cpu")
 
 
 def linear_w4a8(
@@ -184,10 +228,13 @@ def linear_w4a4(
 
 def linear_w4a16(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
     """The weight is dequantized and rounded to x's dtype, then multiplied."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if (w_OI := native.dequantize(weight, scale, zero, x.dtype)) is not None:
+        return torch.nn.functional.linear(x, w_OI, bias)
     w_OGI = by_group(unpack_nibbles(weight).float(), scale.shape[1])
     if zero is not None:
         w_OGI = w_OGI.sub_(zero[:, :, None])
-    return torch.nn.functional.linear(x, w_OGI.mul_(scale[:, :, None]).flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return torch.nn.functional.linear(x, w_OGI.mul_(scale[:, :, None]).flatten(1).to(x.dtype), bias)
 
 
 def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -10,9 +10,12 @@ kernel for few tokens wants them, where their group has a size that it knows and
 Shape suffixes: T tokens, C = I in channels, O out channels, G groups.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from ..errors import PlanishError
 from ..formats import ActivationFormat, QuantizedWeight
 from ..linear import Side, StaticGrid, quantize_input
 from ..transforms.factors import Chain, Hadamard, on_input
@@ -41,7 +44,7 @@ class PackedLinear(nn.Module):
         self.activations, self.static, self.chain, self.dtype = activations, static, chain, dtype
         self.out_features, self.in_features = weight.codes.shape
         self.low = None if side is None or side.low is None else side.low.to(dtype)
-        self.bias = None if bias is None else nn.Buffer(bias.to(dtype))
+        self.bias = None if bias is None else bias.to(dtype)
         if activations is None:
             self._weight_only(weight, dtype)
         else:
@@ -64,21 +67,31 @@ class PackedLinear(nn.Module):
         packed = codes_OI.is_cuda and even and weight.zero is None and weight.format.bits <= 4
         self.packed_input = packed and activations.bits == 4 and activations.granularity == "token"
         self.op = torch.ops.planish.linear_w4a4 if self.packed_input else torch.ops.planish.linear_w4a8 if packed else torch.ops.planish.linear_w8a8
-        self.weight = nn.Buffer(pack_nibbles(codes_OI) if packed else codes_OI.contiguous() if codes_OI.is_cuda else _cpu_weight(codes_OI))
-        self.w_scale = nn.Buffer(weight.scale.float().expand(self.out_features, 1).flatten().contiguous())
-        self.w_sum = nn.Buffer(codes_OI.sum(1, dtype=torch.int32))
+        self.weight = pack_nibbles(codes_OI) if packed else codes_OI.contiguous() if codes_OI.is_cuda else _cpu_weight(codes_OI)
+        self.w_scale = weight.scale.float().expand(self.out_features, 1).flatten().contiguous()
+        self.w_sum = codes_OI.sum(1, dtype=torch.int32)
 
     def _weight_only(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         shape = (self.out_features, weight.scale.shape[1])
-        self.weight = nn.Buffer(pack_nibbles(weight.codes))
-        self.w_scale = nn.Buffer(weight.scale.float().expand(shape).contiguous())
-        self.w_zero = None if weight.zero is None else nn.Buffer(weight.zero.float().expand(shape).contiguous())
-        self.group = _torch_group(weight) if dtype == torch.bfloat16 else None
+        self.weight = pack_nibbles(weight.codes)
+        self.w_scale = weight.scale.float().expand(shape).contiguous()
+        self.w_zero = None if weight.zero is None else weight.zero.float().expand(shape).contiguous()
+        self.group = few_tokens_group(weight, dtype)
         if self.group is not None:
             codes_OI = (weight.codes + 8).to(torch.int32)
-            self.few_weight = nn.Buffer(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI, 1))
+            self.few_weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI, 1)
             scale_GO = self.w_scale.T.repeat_interleave(self.in_features // self.group // shape[1], 0)
-            self.few_grid = nn.Buffer(torch.stack([scale_GO, torch.zeros_like(scale_GO)], -1).to(dtype).contiguous())
+            self.few_grid = torch.stack([scale_GO, torch.zeros_like(scale_GO)], -1).to(dtype).contiguous()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """Nothing: dtypes stay, for codes and scales are what they are. PlanishError: to another device, whose kernels want another layout."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(self.w_scale[:0]).device
+        if device != self.w_scale.device:
+            raise PlanishError(
+                f"packed weights lie as the kernels of {self.w_scale.device} want them, and cannot go to {device}. Load the model there."
+            )
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., I) in the layer's dtype. Returns (..., O)."""
@@ -98,18 +111,28 @@ class PackedLinear(nn.Module):
     def _codes(self, x_TC: Tensor, fmt: ActivationFormat) -> Tensor:
         if torch.compiler.is_compiling() and x_TC.device.type == "cpu" and fmt.granularity == "token":
             return self._traced(on_input(self.chain, x_TC), fmt)
-        ops, low_TR, up_OR = torch.ops.planish, None, None
-        last = self.chain[-1] if self.chain else None
-        if fmt.granularity == "token" and isinstance(last, Hadamard) and self.low is None:
+        if self.low is None:
+            return self.product(self.codes(x_TC), x_TC.dtype)
+        x_TC = on_input(self.chain, x_TC)
+        return self.product(self._quantize(x_TC, fmt), x_TC.dtype, x_TC @ self.low.down_RC.T, self.low.up_OR)
+
+    def codes(self, x_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x_TC as the product wants it: transformed, then quantized; see `schemas`."""
+        fmt, last = self.activations, self.chain[-1] if self.chain else None
+        assert fmt is not None
+        if fmt.granularity == "token" and isinstance(last, Hadamard):
             x_TC = on_input(self.chain[:-1], x_TC)
-            codes, scale, zero = ops.hadamard_quantize(x_TC, last.signs_C, last.block, fmt.bits, fmt.symmetric, fmt.clip, self.packed_input)
-        else:
-            x_TC = on_input(self.chain, x_TC)
-            codes, scale, zero = self._quantize(x_TC, fmt)
-            if self.low is not None:
-                low_TR, up_OR = x_TC @ self.low.down_RC.T, self.low.up_OR
-        x_zero = None if fmt.symmetric else zero
-        y_TO: Tensor = self.op(codes, scale, x_zero, self.weight, self.w_scale, self.w_sum, self.bias, low_TR, up_OR, x_TC.dtype)
+            found: tuple[Tensor, Tensor, Tensor] = torch.ops.planish.hadamard_quantize(
+                x_TC, last.signs_C, last.block, fmt.bits, fmt.symmetric, fmt.clip, self.packed_input
+            )
+            return found
+        return self._quantize(on_input(self.chain, x_TC), fmt)
+
+    def product(self, x: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, low_TR: Tensor | None = None, up_OR: Tensor | None = None) -> Tensor:
+        """With an input that is quantized already, as an operator gives it: (T, O) in dtype."""
+        codes, scale, zero = x
+        x_zero = zero if len(zero) else None
+        y_TO: Tensor = self.op(codes, scale, x_zero, self.weight, self.w_scale, self.w_sum, self.bias, low_TR, up_OR, dtype)
         return y_TO
 
     def _traced(self, x_TC: Tensor, fmt: ActivationFormat) -> Tensor:
@@ -135,9 +158,9 @@ def _cpu_weight(codes_OI: Tensor) -> Tensor:
     return cpu.cpu_layout(codes_OI) if packed is None else packed
 
 
-def _torch_group(weight: QuantizedWeight) -> int | None:
-    """The group size of torch's own int4 kernel on a CPU for this weight; None if that kernel cannot compute it as it is."""
+def few_tokens_group(weight: QuantizedWeight, dtype: torch.dtype) -> int | None:
+    """The group size of torch's own int4 kernel on a CPU for this weight; None if that kernel cannot compute it as it is, in this dtype."""
     inputs, groups = weight.codes.shape[1], weight.scale.shape[1]
-    exact = weight.zero is None and torch.equal(weight.scale, weight.scale.bfloat16().float())
+    exact = dtype == torch.bfloat16 and weight.zero is None and torch.equal(weight.scale, weight.scale.bfloat16().float())
     sizes = [size for size in _TORCH_GROUPS if (inputs // groups) % size == 0 and inputs % size == 0]
     return max(sizes, default=None) if exact and weight.codes.device.type == "cpu" and weight.codes.shape[0] % 16 == 0 else None

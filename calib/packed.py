@@ -1,0 +1,176 @@
+"""A stored model on packed kernels: what users run. Verification and the walk run the reference, QuantizedLinear, whose arithmetic is exact.
+
+Linears become PackedLinear, the readers of one site one product; RMS norms and gated MLPs of the standard form become single passes over memory, each
+after it was held against the model's own on random tokens. What no kernel expresses stays as it is, layer by layer; `kernels_used` says what runs
+on what.
+
+Shape suffixes: T tokens, C channels, I a gated MLP's inner ones.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..quant.kernels import cpu, native
+from ..quant.kernels.joined import JoinedLinear, Part, joinable
+from ..quant.kernels.modules import PackedLinear, few_tokens_group
+from ..quant.linear import Parts, QuantizedLinear, share_input
+from .families import FAMILIES
+from .quantized import put
+from .sites import Topology
+from .stored import StoredCheckpoint
+from .topology import topology
+
+Kernels = Literal["auto", "packed", "reference"]
+_PROBES = 4  # random tokens
+
+
+def pick_kernels(kernels: Kernels, dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether packed kernels are to run. auto: in bfloat16 on a CPU with VNNI, where they were measured to win; float32 asks for exact numbers."""
+    if kernels != "auto":
+        return kernels == "packed"
+    return torch.device(device).type == "cpu" and dtype == torch.bfloat16 and bool(torch.cpu.get_capabilities().get("avx512_vnni"))
+
+
+def put_linears(module: nn.Module, checkpoint: StoredCheckpoint, root: str, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Let them stand in the module. root: what the checkpoint's names begin with, and paths in the module do not."""
+    names = [name for name in checkpoint.packed if name.startswith(root)]
+    for name, layer in packed_linears(checkpoint, names, dtype, device).items():
+        put(module, name.removeprefix(root), layer)
+
+
+def packed_linears(checkpoint: StoredCheckpoint, names: Sequence[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, nn.Module]:
+    """These quantized linears by name, ready to run: Part, PackedLinear, or QuantizedLinear where no kernel expresses the layer or wins."""
+    layers: dict[str, nn.Module] = {}
+    for readers in checkpoint.sites(names) if checkpoint.config.model_type in FAMILIES else [[name] for name in names]:
+        parts = [found for _, found in checkpoint.parts(readers, dtype, device)]
+        if len(parts) > 1 and all(map(_wins, parts)) and joinable(parts):
+            joined = JoinedLinear(parts)
+            layers |= {name: joined.part(index) for index, name in enumerate(readers)}
+            continue
+        alone = [PackedLinear(*found) if _wins(found) else QuantizedLinear(*found) for found in parts]
+        layers |= dict(zip(readers, alone, strict=True))
+        if checkpoint.extension.sites:
+            share_input([layer for layer in alone if isinstance(layer, QuantizedLinear)])
+    return layers
+
+
+def _wins(parts: Parts) -> bool:
+    """Weight-only layers on a CPU need torch's kernel for few tokens: dequantizing at every token costs more than the reference."""
+    if not PackedLinear.supports(parts.weight, parts.activations, parts.side):
+        return False
+    on_cpu = parts.weight.codes.device.type == "cpu"
+    return parts.activations is not None or not on_cpu or few_tokens_group(parts.weight, parts.dtype) is not None
+
+
+def fuse(model: nn.Module, checkpoint: StoredCheckpoint, root: str, dtype: torch.dtype) -> None:
+    """Single passes for the norms and gated MLPs of a loaded model on a CPU, where they compute what its own modules do.
+
+    root: as in put_linears.
+    """
+    if next(model.parameters()).device.type != "cpu" or checkpoint.config.model_type not in FAMILIES or native.found().library is None:
+        return
+    known = topology(checkpoint.config)
+    for path in [*_norms(known), *_mlps(known)]:
+        whole = model.get_submodule(path.removeprefix(root))
+        fused = RmsNorm.of(whole) or GatedMlp.of(whole)
+        if fused is not None and agree(whole, fused, dtype):
+            put(model, path.removeprefix(root), fused)
+
+
+def _norms(known: Topology) -> list[str]:
+    if known.norm_kind != "rms":
+        return []
+    hosts = [site.host.module for site in known.sites if site.host is not None and site.host.kind == "norm"]
+    found = [f"{known.block_name(index)}.{path}" for index in range(known.block_count) for path in hosts]
+    return found if known.norm is None else [*found, known.norm]
+
+
+def _mlps(known: Topology) -> list[str]:
+    down = next(site.readers[0] for site in known.sites if site.name == "down").rpartition(".")[0]
+    return [f"{known.block_name(index)}.{down}" for index in range(known.block_count)] if down else []
+
+
+@torch.no_grad()
+def agree(module: nn.Module, fused: "RmsNorm | GatedMlp", dtype: torch.dtype) -> bool:
+    """Whether both make the same of random tokens, but for rounding to dtype."""
+    x_TC = torch.randn(_PROBES, fused.width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found, expected = fused(x_TC).float(), module(x_TC).float()
+    return bool((found - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm())
+
+
+class RmsNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps), rounded to x's dtype, times weight (C,), rounded: x (..., C). In one pass on a CPU."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+        self.width = len(weight)
+
+    @staticmethod
+    def of(norm: nn.Module) -> "RmsNorm | None":
+        """In the place of a norm with one weight, if it looks like one of this kind."""
+        weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        return RmsNorm(weight, eps) if isinstance(weight, nn.Parameter) and weight.dim() == 1 and isinstance(eps, float) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., C). Returns the same shape."""
+        if not torch.compiler.is_compiling() and (y_TC := native.rms_norm(x.reshape(-1, self.width), self.weight, self.eps)) is not None:
+            return y_TC.view(x.shape)
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class GatedMlp(nn.Module):
+    """down(act(gate(x)) * up(x)), x (..., C), where gate and up are one product and act is SiLU: SiLU, product and quantization in one pass."""
+
+    def __init__(self, gate: Part, up: Part, down: PackedLinear, act: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate, up, down, act
+        self.width, self.inner = gate.in_features, gate.out_features
+
+    @staticmethod
+    def of(mlp: nn.Module) -> "GatedMlp | None":
+        """In the place of an MLP of these four parts, if they are of this kind."""
+        if set(dict(mlp.named_children())) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+            return None
+        gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        if not (isinstance(gate, Part) and isinstance(up, Part) and isinstance(down, PackedLinear) and gate.joined is up.joined):
+            return None
+        fmt = down.activations
+        both = gate.joined.linear.activations
+        plain = (
+            fmt is not None
+            and fmt.granularity == "token"
+            and both is not None
+            and both.granularity == "token"
+            and not down.chain
+            and down.low is None
+        )
+        assert isinstance(mlp.act_fn, nn.Module)
+        return GatedMlp(gate, up, down, mlp.act_fn) if plain and gate.index == 0 and up.index == 1 and len(gate.joined.sizes) == 2 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., C). Returns the same shape."""
+        fmt = self.down_proj.activations
+        assert fmt is not None
+        if torch.compiler.is_compiling():
+            y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return y
+        both, x_TC = self.gate_proj.joined.linear, x.reshape(-1, self.width)
+        grid = cpu.grid(fmt.bits, fmt.symmetric, fmt.clip)
+        codes = cpu.gated_codes(both.codes(x_TC), both.weight, both.w_scale, both.w_sum, both.bias, x.dtype, grid)
+        if codes is None:
+            gate_TI, up_TI = both(x_TC).split(self.inner, -1)
+            codes = torch.ops.planish.silu_mul_quantize(gate_TI, up_TI, fmt.bits, fmt.symmetric, fmt.clip, False)
+        return self.down_proj.product(codes, x.dtype).view(x.shape)
+
+
+def kernels_used(model: nn.Module) -> dict[str, str]:
+    """What each quantized linear and each fused module of a loaded model runs on, by its path."""
+    kinds = {Part: "packed, one product with its site's other readers", PackedLinear: "packed", QuantizedLinear: "reference", RmsNorm: "one pass"}
+    kinds |= {GatedMlp: "SiLU, product and quantization in one pass"}
+    named = {name: kinds[type(module)] for name, module in model.named_modules() if type(module) in kinds}
+    return {name: kind for name, kind in named.items() if not name.endswith(".joined.linear")}
