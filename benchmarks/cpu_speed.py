@@ -2,49 +2,40 @@
 
 python benchmarks/cpu_speed.py MODEL [--schemes w8a8 w4a16] [--tokens 512] [--rounds 9] [--threads 2] [--no-compile]
 
-The quantized models are the same one with its blocks' linears rounded to nearest and replaced by PackedLinear: it is speed that is measured. A
-prefill gives the last token's logits, as generate() asks; a decode step comes after a context of --tokens. Each figure is the best of all rounds.
-Compiling needs a C++ compiler. The table's ratio is the best of a scheme against the best of bfloat16.
+The quantized models are compressed here by plain rounding, for it is speed that is measured, and loaded by planish.load with kernels `packed`
+(plain) and `compiled`. bfloat16 is transformers' model as it is, and with every block compiled likewise. A prefill gives the last token's logits,
+without a cache; a decode step comes after a context of --tokens in a static cache, and is not compiled. Each figure is the best of all rounds.
+Compiling needs a C++ compiler.
 """
 
 import argparse
-import copy
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
-from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat, scale_and_zero, to_codes, weight_range
-from planish.quant.kernels import PackedLinear
+import planish
+from planish.calib.topology import topology
+from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
+from planish.quant.solvers import Rtn
+from planish.recipe import Recipe
 
-SCHEMES: dict[str, tuple[WeightFormat, ActivationFormat | None]] = {
-    "w8a8": (WeightFormat(bits=8), ActivationFormat(bits=8)),
-    "w4a8": (WeightFormat(bits=4), ActivationFormat(bits=8, symmetric=False)),
-    "w4a16": (WeightFormat(bits=4, granularity="group", group_size=64), None),
+SCHEMES = {
+    "w8a8": Scheme(weights=WeightFormat(bits=8), activations=ActivationFormat(bits=8)),
+    "w4a8": Scheme(weights=WeightFormat(bits=4), activations=ActivationFormat(bits=8, symmetric=False)),
+    "w4a16": Scheme(weights=WeightFormat(bits=4, granularity="group", group_size=64)),
 }
 
 
-def rounded(w_OI: torch.Tensor, fmt: WeightFormat) -> QuantizedWeight:
-    """The weight rounded to nearest, scales in bfloat16."""
-    scale, _ = scale_and_zero(*weight_range(w_OI, fmt), fmt.bits, symmetric=True, dtype=torch.bfloat16)
-    codes_OGI = to_codes(w_OI.reshape(len(w_OI), scale.shape[1], -1), scale[:, :, None], None, fmt.bits)
-    return QuantizedWeight(codes_OGI.flatten(1).to(torch.int8), scale, None, fmt)
-
-
-def quantized(model: PreTrainedModel, scheme: str) -> PreTrainedModel:
-    """A copy with packed linears in its blocks."""
-    weights, activations = SCHEMES[scheme]
-    model = copy.deepcopy(model)
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and ".layers." in path:
-            packed = PackedLinear(rounded(module.weight.detach().float(), weights), module.bias, activations, dtype=module.weight.dtype)
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, packed)
+def compiled(model: PreTrainedModel) -> PreTrainedModel:
+    """With its blocks compiled, one by one."""
+    for block in model.get_submodule(topology(model.config).blocks).children():
+        block.compile()
     return model
 
 
@@ -84,13 +75,10 @@ def measured(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
     return best
 
 
-def ratios(best: dict[str, float]) -> dict[str, float]:
-    """How many times as fast as the best of bfloat16 each scheme is at its best. Names are scheme/setting."""
-    by_scheme: dict[str, float] = {}
-    for name, value in best.items():
-        scheme = name.partition("/")[0]
-        by_scheme[scheme] = min(value, by_scheme.get(scheme, value))
-    return {scheme: by_scheme["bf16"] / value for scheme, value in by_scheme.items()}
+def rows(job: str, best: dict[str, float]) -> list[str]:
+    """Lines of the table. best: milliseconds by scheme/setting."""
+    plain, least = best["bf16/plain"], min(ms for name, ms in best.items() if name.startswith("bf16"))
+    return [f"| {job} | {name.replace('/', ' | ')} | {ms:.1f} | {plain / ms:.2f} | {least / ms:.2f} |" for name, ms in best.items()]
 
 
 def main() -> None:
@@ -102,32 +90,32 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=512)
     p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--layers", type=int, help="only the first so many blocks")
     p.add_argument("--no-compile", action="store_true")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     torch.set_grad_enabled(False)
-    few = {} if a.layers is None else {"num_hidden_layers": a.layers}
-    base = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16, local_files_only=True, **few).eval()
-    models = {"bf16": base} | {scheme: quantized(base, scheme) for scheme in a.schemes}
     settings = ["plain"] if a.no_compile or shutil.which("g++") is None else ["plain", "compiled"]
+    models: dict[str, PreTrainedModel] = {}
+    for setting in settings:
+        base = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16, local_files_only=True).eval()
+        models[f"bf16/{setting}"] = compiled(base) if setting == "compiled" else base
+    with tempfile.TemporaryDirectory() as folder:
+        for scheme in a.schemes:
+            out = Path(folder) / scheme
+            planish.compress(Recipe(name=scheme, scheme=SCHEMES[scheme], solver=Rtn()), a.model, out)
+            for setting in settings:
+                models[f"{scheme}/{setting}"] = planish.load(out, kernels="packed" if setting == "plain" else "compiled")
     ids = torch.randint(0, base.config.vocab_size, (1, a.tokens), generator=torch.Generator().manual_seed(0))
     lines = []
     for job in a.jobs:
-        runs: dict[str, Callable[[], object]] = {}
-        for scheme, model in models.items():
-            for setting in settings:
-                runs[f"{scheme}/{setting}"] = (prefill if job == "prefill" else decode)(
-                    torch.compile(model, dynamic=False) if setting == "compiled" else model, ids
-                )
+        if job == "prefill":
+            runs = {name: prefill(model, ids) for name, model in models.items()}
+        else:
+            runs = {name: decode(model, ids) for name, model in models.items() if name.endswith("plain")}
         best = measured(runs, a.rounds)
-        found = {"job": job, "tokens": a.tokens, "threads": a.threads, "ms": {k: round(v, 2) for k, v in best.items()}}
-        print(json.dumps(found | {"times_bf16": {k: round(v, 3) for k, v in ratios(best).items()}}), flush=True)
-        lines += [
-            f"| {job} | {name.replace('/', ' | ')} | {ms:.1f} | {min(v for k, v in best.items() if k[:4] == 'bf16') / ms:.2f} |"
-            for name, ms in best.items()
-        ]
-    print("\n| job | scheme | setting | ms | times the best bf16's speed |\n|---|---|---|---|---|\n" + "\n".join(lines))
+        print(json.dumps({"job": job, "tokens": a.tokens, "threads": a.threads, "ms": {k: round(v, 2) for k, v in best.items()}}), flush=True)
+        lines += rows(job, best)
+    print("\n| job | scheme | setting | ms | times plain bf16's speed | times the best bf16's |\n|---|---|---|---|---|---|\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ Codes = tuple[Tensor, Tensor, Tensor]
 _FP8_MAX = 448.0
 _LEAST_PRODUCT = 512  # results; for fewer oneDNN takes its reference implementation, a hundred times slower
 _PIECE_VALUES = 1 << 18  # float32 values that are worked on at a time, in the processor's cache
+_PRODUCT_DTYPES = (torch.float32, torch.bfloat16)  # that oneDNN's product can be asked for
 _LEAST = min(torch.finfo(torch.float32).tiny, LEAST_SCALE)
 
 
@@ -50,7 +51,10 @@ def _nibbles(codes: Codes, packed: bool) -> Codes:
 def _quantize(x_TC: Tensor, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
     y_TC = x_TC.to(torch.float32, copy=True)  # the extremes are found several times faster in float32 than in 16 bits
     scale_T1, zero_T1 = _grid(y_TC, bits, symmetric, clip)
-    y_TC.div_(scale_T1)
+    if torch.compiler.is_compiling():
+        y_TC.mul_(1 / scale_T1)  # a last bit off; the compiled loop is bound by its divisions
+    else:
+        y_TC.div_(scale_T1)
     if zero_T1 is not None:
         y_TC.add_(zero_T1)
     y_TC.round_()
@@ -64,15 +68,19 @@ def _quantize(x_TC: Tensor, bits: int, symmetric: bool, clip: float, packed: boo
 def _grid(x_TC: Tensor, bits: int, symmetric: bool, clip: float) -> tuple[Tensor, Tensor | None]:
     """As formats.scale_and_zero with fewer passes; NaN in the scale of a token that is not finite."""
     qmin, qmax = code_range(bits)
-    low_T1, high_T1 = x_TC.amin(1, keepdim=True) * clip, x_TC.amax(1, keepdim=True) * clip
     if symmetric:
-        scale_T1 = torch.maximum(-low_T1, high_T1) / qmax
-    else:
-        low_T1, high_T1 = low_T1.clamp(max=0), high_T1.clamp(min=0)
-        scale_T1 = (high_T1 - low_T1) / (qmax - qmin)
+        traced = torch.compiler.is_compiling()  # one reduction there, but one more pass in eager mode
+        peak_T1 = x_TC.abs().amax(1, keepdim=True) if traced else torch.maximum(-x_TC.amin(1, keepdim=True), x_TC.amax(1, keepdim=True))
+        return _sound(peak_T1 * clip / qmax), None
+    low_T1, high_T1 = (x_TC.amin(1, keepdim=True) * clip).clamp(max=0), (x_TC.amax(1, keepdim=True) * clip).clamp(min=0)
+    scale_T1 = _sound((high_T1 - low_T1) / (qmax - qmin))
+    return scale_T1, (qmin - low_T1 / scale_T1).round_().clamp_(qmin, qmax)
+
+
+def _sound(scale_T1: Tensor) -> Tensor:
+    """1 where it is next to nothing, NaN where the token is not finite."""
     scale_T1 = torch.where(scale_T1 < _LEAST, 1.0, scale_T1)
-    scale_T1 = torch.where(scale_T1 == torch.inf, torch.nan, scale_T1)
-    return scale_T1, None if symmetric else (qmin - low_T1 / scale_T1).round_().clamp_(qmin, qmax)
+    return torch.where(scale_T1 == torch.inf, torch.nan, scale_T1)
 
 
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
@@ -123,7 +131,9 @@ def linear_w8a8(
 ) -> Tensor:
     """Codes times codes, one a byte each; see `schemas`. weight: strided, or as `prepack` laid it out."""
     if weight.is_mkldnn:
-        y_TO = _prepacked(x, weight, w_scale)
+        if x_scale is None and x_zero is None and bias is None and low is None and dtype in _PRODUCT_DTYPES:
+            return _prepacked(x, weight, w_scale, dtype)  # all that compiled code leaves to it
+        y_TO = _prepacked(x, weight, w_scale, torch.float32)
         if low is None:
             sums_O = w_sum * w_scale if x_zero is not None and w_sum is not None else None
             if (finished := native.finish(y_TO, x_scale, x_zero, sums_O, bias, dtype)) is not None:
@@ -153,7 +163,7 @@ def gated_codes(x: Codes, weight: Tensor, w_scale: Tensor, w_sum: Tensor, bias: 
     if not weight.is_mkldnn:
         return None
     zero_T1, sums_O = (zero, w_sum * w_scale) if len(zero) else (None, None)
-    return native.finish_silu_mul_quantize(_prepacked(codes, weight, w_scale), scale, zero_T1, sums_O, bias, dtype, grid)
+    return native.finish_silu_mul_quantize(_prepacked(codes, weight, w_scale, torch.float32), scale, zero_T1, sums_O, bias, dtype, grid)
 
 
 def grid(bits: int, symmetric: bool, clip: float) -> native.Grid:
@@ -172,14 +182,14 @@ def prepack(weight_OI: Tensor) -> Tensor | None:
     return packed
 
 
-def _prepacked(x: Tensor, weight: Tensor, w_scale: Tensor) -> Tensor:
-    """x (weight w_scale)' in float32."""
+def _prepacked(x: Tensor, weight: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (weight w_scale)'."""
     tokens, rows = len(x), -(-_LEAST_PRODUCT // len(w_scale))
     x = x if tokens >= rows else torch.nn.functional.pad(x, (0, 0, 0, rows - tokens))
     x, zero = (x, 0) if _takes_signed() else (x.view(torch.uint8) ^ 128, 128)
     zeros_O = _zeros(len(w_scale))
-    y_TO: Tensor = torch.ops.onednn.qlinear_pointwise(x, 1.0, zero, weight, w_scale, zeros_O, None, 1.0, 0, torch.float32, "none", [], "")
-    return y_TO[:tokens]
+    y_TO: Tensor = torch.ops.onednn.qlinear_pointwise(x, 1.0, zero, weight, w_scale, zeros_O, None, 1.0, 0, dtype, "none", [], "")
+    return y_TO if len(y_TO) == tokens else y_TO[:tokens].clone()
 
 
 @lru_cache(maxsize=1)

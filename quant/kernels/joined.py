@@ -64,12 +64,12 @@ class JoinedLinear(nn.Module):
         made, version = self._made, 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
         if made is None or made[0] is not x or made[1] != version:
             made = (x, version, self.linear(x).split(self.sizes, -1), len(self.sizes))
-        self._made = None if made[3] <= 1 else (*made[:3], made[3] - 1)
+        self._made = None if made[3] <= 1 else (made[0], made[1], made[2], made[3] - 1)
         return made[2][index]
 
     def __getstate__(self) -> dict[str, object]:
         """For copies: without the input at hand."""
-        return self.__dict__ | {"_made": None}
+        return {**self.__dict__, "_made": None}
 
 
 class Part(nn.Module):
