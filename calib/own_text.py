@@ -40,7 +40,9 @@ def own_text(checkpoint: Checkpoint, samples: int, length: int, seed: int, devic
 def _written(checkpoint: Checkpoint, samples: int, length: int, seed: int, device: torch.device) -> Tensor:
     model = _model(checkpoint, device)
     start = start_token(checkpoint.tokenizer())
-    plain = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=TOP_P, max_new_tokens=length, eos_token_id=None, pad_token_id=0)
+    plain = GenerationConfig(  # type: ignore[no-untyped-call, unused-ignore]
+        do_sample=True, temperature=1.0, top_k=0, top_p=TOP_P, max_new_tokens=length, eos_token_id=None, pad_token_id=0
+    )
     parts: list[Tensor] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
