@@ -62,8 +62,8 @@ class Flat:
 
     steps: of Adam. lr: how far the first step moves a channel's axis, relative to its length; it falls to 0 as a cosine. tokens: of the sample.
     balance: what the error of weights counts, 1 being that of rounding to nearest; less for a solver that makes up for most of it.
-    objective: site: the error of the readers' outputs, one site after the other; block: of the block's output, all its sites at once, a batch a step, where tokens
-    is of no matter.
+    objective: site: the error of the readers' outputs, one site after the other; block: of the block's output, all its sites at once, a batch of
+    the calibration a step, so that tokens is of no matter.
     clip: learn the activations' clip; it holds unless the recipe's step `clip` searches one.
     """
 
