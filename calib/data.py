@@ -27,7 +27,8 @@ _CHARACTERS_PER_TOKEN = 16
 class Calibration:
     """The text a model is calibrated on.
 
-    source: see documents.py. samples: windows. length: tokens of each. seed: None takes the windows in order. batch_size: windows run at once.
+    source: see documents.py; model: the model writes it (own_text.py). samples: windows. length: tokens of each. seed: None takes the windows in
+    order. batch_size: windows run at once.
     """
 
     source: str = "builtin"
@@ -38,7 +39,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise PlanishError("calibration.source is empty. Give builtin, a .txt, .jsonl or .parquet file, or hub:NAME.")
+            raise PlanishError("calibration.source is empty. Give builtin, model, a .txt, .jsonl or .parquet file, or hub:NAME.")
         for name, value, least in (("samples", self.samples, 1), ("length", self.length, 2), ("batch_size", self.batch_size, 1)):
             if value < least:
                 raise PlanishError(f"calibration.{name} is {value}, but must be at least {least}.")

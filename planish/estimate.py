@@ -30,6 +30,8 @@ DOUBLES = 4  # square matrices in float64 with which a side path is found: the H
 CHOOSING = 6  # square matrices in float32 while auto chooses: moments of all tokens, of those fitted to, of the readers; the last two behind a step
 PASSING = 24  # bytes for each token of a batch and channel of the widest site, made and let go on the way
 KEPT = 24  # bytes for each token of a batch and channel of each site that the way back needs
+ROUNDED = 32  # bytes for each weight that is rounded with a gradient
+ROUNDED_SECONDS = 5e-8  # for each weight, and each value of a batch, that is; measured
 LOGITS = 10  # of a piece of tokens, in float32: of both models, their logarithms, probabilities and differences
 
 
@@ -128,7 +130,8 @@ class Sizes:
         """The compression at its highest."""
         streams = 0 if offload else self.streams
         moments = [self._at_site(i, program, streams, replay, offload) for i in range(len(self.sites))]
-        return max(self._at_head(program, streams), self._polishing(program, streams), *moments, key=lambda memory: memory.total)
+        learned = (self._polishing(program, streams), self._together(program, streams))
+        return max(self._at_head(program, streams), *learned, *moments, key=lambda memory: memory.total)
 
     @property
     def _polish(self) -> Polish | None:
@@ -138,9 +141,20 @@ class Sizes:
         """A block polished: codes and their float32 matrices, and what a batch leaves behind for the way back."""
         if self._polish is None:
             return Memory(program=program, weights=0)
+        return Memory(program=program + LATER, weights=5 * self.block_parameters, streams=streams, passing=self._behind)
+
+    @property
+    def _behind(self) -> int:
+        """What a batch leaves in a block for the way back."""
         widths = sum(site.width for site in self.sites) + 4 * self.width
-        behind = self.batch * self.length * (KEPT * widths + 2 * self.heads * self.length * self.dtype.itemsize)
-        return Memory(program=program + LATER, weights=5 * self.block_parameters, streams=streams, passing=behind)
+        return self.batch * self.length * (KEPT * widths + 2 * self.heads * self.length * self.dtype.itemsize)
+
+    def _together(self, program: int, streams: int) -> Memory:
+        """A block whose transforms are learned together: its weights as they are, moved, and in what each rounding leaves for the way back."""
+        if not any(step.objective == "block" for step in self._learning):
+            return Memory(program=program, weights=0)
+        weights = (8 + self.dtype.itemsize + ROUNDED) * self.block_parameters
+        return Memory(program=program + LATER, weights=weights, streams=streams, passing=2 * self._behind)
 
     def _at_site(self, at: int, program: int, streams: int, replay: bool, offload: bool) -> Memory:
         """All batches wait at this site, and it is being solved."""
@@ -220,7 +234,9 @@ class Sizes:
         passes = (4 if replay else 2) * self.tokens * self.block_parameters
         hessians = self.tokens * sum(w * w for w in widths)
         solver = 6 * sum(w * self.block_parameters / len(widths) for w in widths)
-        learning = sum(step.seconds(width) for step in self._learning for width in widths)
+        learning = sum(step.seconds(width) for step in self._learning for width in widths if step.objective == "site")
+        together = max((step.steps for step in self._learning if step.objective == "block"), default=0)
+        learning += together * ROUNDED_SECONDS * (self.block_parameters + self.batch * self.length * sum(widths))
         polishing = 0.0
         if self._polish is not None and self.tokens:
             held = round(self._polish.held_out * self.tokens) * (JUDGEMENTS + 1)

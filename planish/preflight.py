@@ -19,6 +19,7 @@ from .calib.checkpoint import Checkpoint, check_language, open_checkpoint
 from .calib.data import Calibration
 from .calib.heap import separate_large, trim
 from .calib.key_values import check_key_values
+from .calib.own_text import SOURCE, own_text
 from .calib.packing import Layout, Packed, default_layout
 from .calib.precision import bfloat16_products, pick_device, working_dtype
 from .calib.prefix import prefix_ids
@@ -214,13 +215,20 @@ def _ids(calibration: Calibration, runner: BlockRunner, known_NL: Tensor | None)
         raise PlanishError(
             f"calibration.length is {calibration.length}, but {path} has no more than {config.max_position_embeddings} positions. Lower it."
         )
-    ids = calibration.tokens(runner.checkpoint.tokenizer()) if known_NL is None else known_NL
+    ids = _tokens(calibration, runner) if known_NL is None else known_NL
     if int(ids.max()) >= config.vocab_size:
         raise PlanishError(
             f"{path}: the tokenizer makes token {int(ids.max())}, but the model has {config.vocab_size} tokens. "
             "The tokenizer's files are another model's: copy the right ones there."
         )
     return ids
+
+
+def _tokens(calibration: Calibration, runner: BlockRunner) -> Tensor:
+    """The calibration's tokens: of a text, or written by the model."""
+    if calibration.source == SOURCE:
+        return own_text(runner.checkpoint, calibration.samples, calibration.length, calibration.seed or 0, runner.device)
+    return calibration.tokens(runner.checkpoint.tokenizer())
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ x -> x T, W -> W T^-T, least of
 
 a mean over tokens, summed over the outputs of all readers, as a part of |x W'|^2. Q rounds with the straight-through gradient. T: flat_shapes.py.
 
-Other than in the paper: what is made small is the error at the site, not the block's, on the inputs that really arrive there, from quantized
-predecessors; a factor is descended by its entries, inverted by a solver (there: by its singular vectors and values); it can start from CAT; the
+Other than in the paper: what is made small is the error at the site, on the inputs that really arrive there, from quantized predecessors, unless
+objective is block: then, as there, it is that of the block's output, all sites at once (planish/together.py), though on inputs from quantized
+predecessors too; a factor is descended by its entries, inverted by a solver (there: by its singular vectors and values); it can start from CAT; the
 clip of weights is one for all readers and serves descent only, for the solver searches its own; keys and values are not quantized.
 
 Descent multiplies in bfloat16, judgement in float32.
@@ -61,7 +62,8 @@ class Flat:
 
     steps: of Adam. lr: how far the first step moves a channel's axis, relative to its length; it falls to 0 as a cosine. tokens: of the sample.
     balance: what the error of weights counts, 1 being that of rounding to nearest; less for a solver that makes up for most of it.
-    objective: site: the error of the readers' outputs, one site after the other; block: of the block's output, all its sites at once, a batch a step.
+    objective: site: the error of the readers' outputs, one site after the other; block: of the block's output, all its sites at once, a batch of
+    the calibration a step, so that tokens is of no matter.
     clip: learn the activations' clip; it holds unless the recipe's step `clip` searches one.
     """
 
