@@ -22,7 +22,7 @@ Codes = tuple[Tensor, Tensor, Tensor]
 _FP8_MAX = 448.0
 _LEAST_PRODUCT = 512  # results; for fewer oneDNN takes its reference implementation, a hundred times slower
 _PIECE_VALUES = 1 << 18  # float32 values that are worked on at a time, in the processor's cache
-_LEAST = min(torch.finfo(torch.float32).tiny, LEAST_SCALE)
+LEAST = min(torch.finfo(torch.float32).tiny, LEAST_SCALE)
 
 
 def cpu_layout(weight_OI: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def _grid(x_TC: Tensor, bits: int, symmetric: bool, clip: float) -> tuple[Tensor
     else:
         low_T1, high_T1 = low_T1.clamp(max=0), high_T1.clamp(min=0)
         scale_T1 = (high_T1 - low_T1) / (qmax - qmin)
-    scale_T1 = torch.where(scale_T1 < _LEAST, 1.0, scale_T1)
+    scale_T1 = torch.where(scale_T1 < LEAST, 1.0, scale_T1)
     scale_T1 = torch.where(scale_T1 == torch.inf, torch.nan, scale_T1)
     return scale_T1, None if symmetric else (qmin - low_T1 / scale_T1).round_().clamp_(qmin, qmax)
 
@@ -104,7 +104,7 @@ def blocks_quantize(x: Tensor, matrix: Tensor, bits: int, symmetric: bool, clip:
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x_TC as float8_e4m3fn with a scale for every token: its largest value becomes 448."""
     scale_T1 = x.abs().amax(1, keepdim=True).float() / _FP8_MAX
-    scale_T1 = torch.where(scale_T1 < _LEAST, 1.0, scale_T1)
+    scale_T1 = torch.where(scale_T1 < LEAST, 1.0, scale_T1)
     scale_T1 = torch.where(scale_T1 == torch.inf, torch.nan, scale_T1)
     return (x.float() / scale_T1).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn), scale_T1
 
@@ -158,7 +158,7 @@ def gated_codes(x: Codes, weight: Tensor, w_scale: Tensor, w_sum: Tensor, bias: 
 
 def grid(bits: int, symmetric: bool, clip: float) -> native.Grid:
     """How the passes of native.cpp quantize a token."""
-    return native.Grid(bits, symmetric, clip, _LEAST)
+    return native.Grid(bits, symmetric, clip, LEAST)
 
 
 def prepack(weight_OI: Tensor) -> Tensor | None:

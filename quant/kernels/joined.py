@@ -4,6 +4,7 @@ Shape suffixes: T tokens, I in channels, O out channels, N those of all readers.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,10 +65,10 @@ class JoinedLinear(nn.Module):
         made, version = self._made, 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
         if made is None or made[0] is not x or made[1] != version:
             made = (x, version, self.linear(x).split(self.sizes, -1), len(self.sizes))
-        self._made = None if made[3] <= 1 else (*made[:3], made[3] - 1)
+        self._made = None if made[3] <= 1 else (made[0], made[1], made[2], made[3] - 1)
         return made[2][index]
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         """For copies: without the input at hand."""
         return self.__dict__ | {"_made": None}
 
