@@ -158,6 +158,7 @@ inline __m512 silu(__m512 x) {
 // Calls work(first token, whether it has a second block, first output block, second output block, sums) for all pairs of blocks.
 template <class Work> void each_block(const Input &x, const Weight &w, long rows, long pairs, long first_step, long second, Work work) {
     const long depth = w.depth(), blocks = up_to(rows, 2 * SIDE);
+    const long share = up_to(up_to(first_step * depth * TILE, blocks), DEPTH) * DEPTH;
     alignas(64) int32_t sums[4][SIDE * SIDE];
 #pragma omp for
     for (long p = 0; p < pairs; p++) {
@@ -166,6 +167,13 @@ template <class Work> void each_block(const Input &x, const Weight &w, long rows
         for (long b = 0; b < blocks; b++) {
             const bool both = 2 * b * SIDE + SIDE < rows;
             const int8_t *a0 = x.tiles + 2 * b * depth * TILE, *a1 = both ? a0 + depth * TILE : a0;
+            if (p + 1 < pairs) {  // a share of the next weights: they come from memory once, and should not be waited for
+                const long ahead = first_step * depth * TILE;
+                for (long at = b * share; at < std::min((b + 1) * share, first_step * depth * TILE); at += DEPTH) {
+                    __builtin_prefetch(b0 + ahead + at, 0, 2);
+                    if (first_step == 1) __builtin_prefetch(b1 + ahead + at, 0, 2);
+                }
+            }
             multiply(a0, a1, b0, b1, depth, sums);
             work(2 * b * SIDE, one, one + second, sums);
         }
@@ -203,6 +211,23 @@ inline Input input_at(int8_t *memory, long rows, long width, Grid grid) {
     const long padded = up_to(rows, SIDE) * SIDE;
     int8_t *after = memory + up_to(rows, SIDE) * up_to(width, DEPTH) * TILE;
     return {memory, reinterpret_cast<float *>(after), grid.symmetric ? nullptr : reinterpret_cast<int32_t *>(after + padded * 4)};
+}
+
+// rms_norm of native.cpp.
+inline void rms_norm(const uint16_t *x, const uint16_t *weight, float eps, long width, uint16_t *y) {
+    __m512 sums = _mm512_setzero_ps();
+    for (long c = 0; c < width; c += SIDE) {
+        const __mmask16 mask = width - c >= SIDE ? 0xffff : __mmask16((1u << (width - c)) - 1);
+        const __m512 value = from_bfloat16(_mm256_maskz_loadu_epi16(mask, x + c));
+        sums = _mm512_fmadd_ps(value, value, sums);
+    }
+    const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(sums) / float(width) + eps));
+    for (long c = 0; c < width; c += SIDE) {
+        const __mmask16 mask = width - c >= SIDE ? 0xffff : __mmask16((1u << (width - c)) - 1);
+        const __m512 normal = rounded(_mm512_mul_ps(from_bfloat16(_mm256_maskz_loadu_epi16(mask, x + c)), factor));
+        const __m512 scaled = _mm512_mul_ps(from_bfloat16(_mm256_maskz_loadu_epi16(mask, weight + c)), normal);
+        _mm256_mask_storeu_epi16(y + c, mask, to_bfloat16(scaled));
+    }
 }
 
 inline void linear(const uint16_t *x, long rows, long stride, const Weight &w, Grid grid, uint16_t *y, int threads) {
@@ -246,6 +271,11 @@ inline void mlp(const uint16_t *x, long rows, long stride, const Weight &both, G
 
 // Whether the system lets this process use AMX's registers.
 extern "C" int planish_amx() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
+
+extern "C" void planish_amx_rms_norm(const uint16_t *x, const uint16_t *weight, float eps, long rows, long width, long stride, uint16_t *y, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * width > SMALL)
+    for (long t = 0; t < rows; t++) amx::rms_norm(x + t * stride, weight, eps, width, y + t * width);
+}
 
 // Tiles of a weight (O, I) of codes; `tiles` has room for them.
 extern "C" void planish_amx_tiles(const int8_t *codes, long outputs, long inputs, int8_t *tiles) {
