@@ -158,7 +158,6 @@ inline __m512 silu(__m512 x) {
 // Calls work(first token, whether it has a second block, first output block, second output block, sums) for all pairs of blocks.
 template <class Work> void each_block(const Input &x, const Weight &w, long rows, long pairs, long first_step, long second, Work work) {
     const long depth = w.depth(), blocks = up_to(rows, 2 * SIDE);
-    const long share = up_to(up_to(first_step * depth * TILE, blocks), DEPTH) * DEPTH;
     alignas(64) int32_t sums[4][SIDE * SIDE];
 #pragma omp for
     for (long p = 0; p < pairs; p++) {
@@ -167,13 +166,6 @@ template <class Work> void each_block(const Input &x, const Weight &w, long rows
         for (long b = 0; b < blocks; b++) {
             const bool both = 2 * b * SIDE + SIDE < rows;
             const int8_t *a0 = x.tiles + 2 * b * depth * TILE, *a1 = both ? a0 + depth * TILE : a0;
-            if (p + 1 < pairs) {  // a share of the next weights: they come from memory once, and should not be waited for
-                const long ahead = first_step * depth * TILE;
-                for (long at = b * share; at < std::min((b + 1) * share, first_step * depth * TILE); at += DEPTH) {
-                    __builtin_prefetch(b0 + ahead + at, 0, 2);
-                    if (first_step == 1) __builtin_prefetch(b1 + ahead + at, 0, 2);
-                }
-            }
             multiply(a0, a1, b0, b1, depth, sums);
             work(2 * b * SIDE, one, one + second, sums);
         }

@@ -10,6 +10,7 @@ kernel for few tokens wants them, where their group has a size that it knows and
 Shape suffixes: T tokens, C = I in channels, O out channels, G groups.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -104,10 +105,17 @@ class PackedLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(self.w_scale[:0]).device
         if device != self.w_scale.device:
-            raise PlanishError(
-                f"packed weights lie as the kernels of {self.w_scale.device} want them, and cannot go to {device}. Load the model there."
-            )
+            raise PlanishError(f"to {device}: packed weights lie as the kernels of {self.w_scale.device} want them. Load the model on {device}.")
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
+        """With the same weight, which nothing changes, and which torch cannot copy where it is oneDNN's."""
+        weight = self.__dict__.get("weight")
+        memo |= {} if weight is None else {id(weight): weight}
+        copied = PackedLinear.__new__(PackedLinear)
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., I) in the layer's dtype. Returns (..., O)."""
