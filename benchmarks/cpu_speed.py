@@ -1,16 +1,20 @@
-"""Speed on a CPU beside the bfloat16 model in transformers: prefill and decode, plain and compiled, taken in turns in one run.
+"""Speed on a CPU: checkpoints as planish.load gives them beside the bfloat16 model as transformers gives it, taken in turns in one run.
 
-python benchmarks/cpu_speed.py MODEL [--schemes w8a8 w4a16] [--tokens 512] [--rounds 9] [--threads 2] [--no-compile]
+python benchmarks/cpu_speed.py MODEL [--schemes w8a8 w4a16] [--tokens 512] [--rounds 9] [--threads 2] [--compiled] [--ceilings AVX512_CORE_VNNI]
 
-The quantized models are compressed here by plain rounding, for it is speed that is measured, and loaded by planish.load with kernels `packed`
-(plain) and `compiled`. bfloat16 is transformers' model as it is, and with every block compiled likewise. A prefill gives the last token's logits,
-without a cache; a decode step comes after a context of --tokens in a static cache, and is not compiled. Each figure is the best of all rounds.
-Compiling needs a C++ compiler.
+The checkpoints are written first, rounded to nearest: it is speed that is measured. Prefill: one forward pass over --tokens, the logits of the last
+one, as generate() asks, on both sides; a decode step comes after a context of --tokens, in a static cache. Each figure is the best of all rounds.
+
+Eager is what a user gets who does nothing: transformers' modules on the one side, planish's fused ones on the other. --compiled adds torch.compile of
+both, for minutes. Each ceiling is a further run in a process whose oneDNN knows no newer instructions: AVX512_CORE_VNNI stands for a processor with
+AVX512-VNNI and neither AMX nor bfloat16 instructions; planish leaves AMX alone there, too.
 """
 
 import argparse
 import json
-import shutil
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,26 +24,24 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 import planish
-from planish.calib.topology import topology
-from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
-from planish.quant.solvers import Rtn
-from planish.recipe import Recipe
+from planish.calib.packed import kernels_used
+from planish.recipe import Recipe, load_recipe, with_settings
 
-SCHEMES = {
-    "w8a8": Scheme(weights=WeightFormat(bits=8), activations=ActivationFormat(bits=8)),
-    "w4a8": Scheme(weights=WeightFormat(bits=4), activations=ActivationFormat(bits=8, symmetric=False)),
-    "w4a16": Scheme(weights=WeightFormat(bits=4, granularity="group", group_size=64)),
+QUICK = ("solver=rtn", "calibration.samples=1", "calibration.length=64", "calibration.batch_size=1")
+SCHEMES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "w8a8": ("w8a8", ("steps=[]",)),
+    "w4a8": ("w4a8", ("steps=[]",)),
+    "w4a16": ("w4a16-g128", ("scheme.weights.group_size=64",)),
 }
 
 
-def compiled(model: PreTrainedModel) -> PreTrainedModel:
-    """With its blocks compiled, one by one."""
-    for block in model.get_submodule(topology(model.config).blocks).children():
-        block.compile()
-    return model
+def recipe(scheme: str) -> Recipe:
+    """Of the shipped recipe, the formats; rounding to nearest in the place of all that takes time."""
+    name, settings = SCHEMES[scheme]
+    return with_settings(load_recipe(name), (*QUICK, *settings))
 
 
-def prefill(model: PreTrainedModel, ids: torch.Tensor) -> Callable[[], object]:
+def prefill(model: Callable[..., object], ids: torch.Tensor) -> Callable[[], object]:
     """One forward pass over ids, the logits of the last token."""
     return lambda: model(ids, logits_to_keep=1, use_cache=False)
 
@@ -75,10 +77,58 @@ def measured(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
     return best
 
 
-def rows(job: str, best: dict[str, float]) -> list[str]:
-    """Lines of the table. best: milliseconds by scheme/setting."""
-    plain, least = best["bf16/plain"], min(ms for name, ms in best.items() if name.startswith("bf16"))
-    return [f"| {job} | {name.replace('/', ' | ')} | {ms:.1f} | {plain / ms:.2f} | {least / ms:.2f} |" for name, ms in best.items()]
+def ratios(best: dict[str, float]) -> dict[str, float]:
+    """How many times as fast as bf16 in the same setting each is. Names are scheme/setting."""
+    return {name: best[f"bf16/{name.partition('/')[2]}"] / value for name, value in best.items()}
+
+
+def loaded(model: Path, folders: dict[str, Path]) -> dict[str, PreTrainedModel]:
+    """The models side by side; what the quantized ones run on goes to stderr."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, local_files_only=True).eval()
+    models = {"bf16": base} | {scheme: planish.load(folder, dtype=torch.bfloat16, device="cpu") for scheme, folder in folders.items()}
+    for scheme in folders:
+        kinds = list(kernels_used(models[scheme]).values())
+        print(scheme, {kind: kinds.count(kind) for kind in sorted(set(kinds))}, file=sys.stderr)
+    return models
+
+
+def measure(model: Path, folders: dict[str, Path], a: argparse.Namespace) -> list[dict[str, object]]:
+    """All jobs in this process, one JSON line each."""
+    torch.set_num_threads(a.threads)
+    torch.set_grad_enabled(False)
+    models = loaded(model, folders)
+    ids = torch.randint(0, models["bf16"].config.vocab_size, (1, a.tokens), generator=torch.Generator().manual_seed(0))
+    found: list[dict[str, object]] = []
+    for job in a.jobs:
+        runs = {f"{scheme}/eager": (prefill if job == "prefill" else decode)(m, ids) for scheme, m in models.items()}
+        if a.compiled and job == "prefill":
+            runs |= {f"{scheme}/compiled": prefill(torch.compile(m, dynamic=False), ids) for scheme, m in models.items()}
+        best = measured(runs, a.rounds)
+        row = {"job": job, "ceiling": os.environ.get("ONEDNN_MAX_CPU_ISA", "none"), "tokens": a.tokens, "threads": a.threads}
+        found.append(row | {"ms": {k: round(v, 2) for k, v in best.items()}, "times_bf16": {k: round(v, 3) for k, v in ratios(best).items()}})
+        print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def below(ceiling: str, folder: Path, a: argparse.Namespace) -> list[dict[str, object]]:
+    """The same in a process of its own, eager, under a ceiling that is read when oneDNN starts."""
+    options = ["--folder", str(folder), "--tokens", str(a.tokens), "--rounds", str(max(2, a.rounds // 3)), "--threads", str(a.threads)]
+    command = [sys.executable, __file__, str(a.model), *options, "--schemes", *a.schemes, "--jobs", *a.jobs, "--ceilings"]
+    ran = subprocess.run(command, env=os.environ | {"ONEDNN_MAX_CPU_ISA": ceiling}, check=True, stdout=subprocess.PIPE, text=True)
+    lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
+    print("\n".join(lines), flush=True)
+    return [json.loads(line) for line in lines]
+
+
+def table(found: list[dict[str, object]]) -> str:
+    """One row for each figure."""
+    lines = ["| job | oneDNN's ceiling | scheme | setting | ms | times bf16's speed, same setting |", "|---|---|---|---|---|---|"]
+    for row in found:
+        ms, times = row["ms"], row["times_bf16"]
+        assert isinstance(ms, dict)
+        assert isinstance(times, dict)
+        lines += [f"| {row['job']} | {row['ceiling']} | {name.replace('/', ' | ')} | {ms[name]:.1f} | {times[name]:.2f} |" for name in ms]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -90,32 +140,20 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=512)
     p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--no-compile", action="store_true")
+    p.add_argument("--compiled", action="store_true", help="prefill compiled by torch.compile, too; needs a C++ compiler")
+    p.add_argument("--ceilings", nargs="*", default=["AVX512_CORE_VNNI"], help="values of ONEDNN_MAX_CPU_ISA; none: no further runs")
+    p.add_argument("--folder", type=Path, help="where the checkpoints lie, or are written to; default: a temporary one")
     a = p.parse_args()
-    torch.set_num_threads(a.threads)
-    torch.set_grad_enabled(False)
-    settings = ["plain"] if a.no_compile or shutil.which("g++") is None else ["plain", "compiled"]
-    models: dict[str, PreTrainedModel] = {}
-    for setting in settings:
-        base = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16, local_files_only=True).eval()
-        models[f"bf16/{setting}"] = compiled(base) if setting == "compiled" else base
-    with tempfile.TemporaryDirectory() as folder:
-        for scheme in a.schemes:
-            out = Path(folder) / scheme
-            planish.compress(Recipe(name=scheme, scheme=SCHEMES[scheme], solver=Rtn()), a.model, out)
-            for setting in settings:
-                models[f"{scheme}/{setting}"] = planish.load(out, kernels="packed" if setting == "plain" else "compiled")
-    ids = torch.randint(0, base.config.vocab_size, (1, a.tokens), generator=torch.Generator().manual_seed(0))
-    lines = []
-    for job in a.jobs:
-        if job == "prefill":
-            runs = {name: prefill(model, ids) for name, model in models.items()}
-        else:
-            runs = {name: decode(model, ids) for name, model in models.items() if name.endswith("plain")}
-        best = measured(runs, a.rounds)
-        print(json.dumps({"job": job, "tokens": a.tokens, "threads": a.threads, "ms": {k: round(v, 2) for k, v in best.items()}}), flush=True)
-        lines += rows(job, best)
-    print("\n| job | scheme | setting | ms | times plain bf16's speed | times the best bf16's |\n|---|---|---|---|---|---|\n" + "\n".join(lines))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = a.folder or Path(temporary)
+        folders = {scheme: folder / scheme for scheme in a.schemes}
+        for scheme, where in folders.items():
+            if not where.is_dir():
+                planish.compress(recipe(scheme), a.model, where)
+        found = measure(a.model, folders, a)
+        for ceiling in a.ceilings:
+            found += below(ceiling, folder, a)
+    print("\n" + table(found))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from ..quant.kernels import cpu, native
 from ..quant.kernels.joined import JoinedLinear, Part, joinable
 from ..quant.kernels.modules import PackedLinear, few_tokens_group
 from ..quant.linear import Parts, QuantizedLinear, share_input
+from ..quant.transforms.factors import on_input
 from .families import FAMILIES
 from .quantized import put
 from .sites import Topology
@@ -150,22 +151,28 @@ class GatedMlp(nn.Module):
             and down.low is None
         )
         assert isinstance(mlp.act_fn, nn.Module)
-        return GatedMlp(gate, up, down, mlp.act_fn) if plain and gate.index == 0 and up.index == 1 and len(gate.joined.sizes) == 2 else None
+        alike = gate.joined.linear.tiled == down.tiled and (not down.tiled or gate.out_features % 16 == 0)
+        both_first = gate.index == 0 and up.index == 1 and len(gate.joined.sizes) == 2
+        return GatedMlp(gate, up, down, mlp.act_fn) if plain and alike and both_first else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., C). Returns the same shape."""
-        fmt = self.down_proj.activations
+        fmt, both, down = self.down_proj.activations, self.gate_proj.joined.linear, self.down_proj
         assert fmt is not None
+        if down.tiled:
+            x_TC = on_input(both.chain, x.reshape(-1, self.width))
+            y_TC: Tensor = torch.ops.planish.mlp_amx(x_TC, *both.amx_operands(), *down.amx_operands(), cpu.LEAST)
+            return y_TC.view(x.shape)
         if torch.compiler.is_compiling():
-            y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            y: Tensor = down(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
             return y
-        both, x_TC = self.gate_proj.joined.linear, x.reshape(-1, self.width)
+        x_TC = x.reshape(-1, self.width)
         grid = cpu.grid(fmt.bits, fmt.symmetric, fmt.clip)
         codes = cpu.gated_codes(both.codes(x_TC), both.weight, both.w_scale, both.w_sum, both.bias, x.dtype, grid)
         if codes is None:
             gate_TI, up_TI = both(x_TC).split(self.inner, -1)
             codes = torch.ops.planish.silu_mul_quantize(gate_TI, up_TI, fmt.bits, fmt.symmetric, fmt.clip, False)
-        return self.down_proj.product(codes, x.dtype).view(x.shape)
+        return down.product(codes, x.dtype).view(x.shape)
 
 
 def kernels_used(model: nn.Module) -> dict[str, str]:

@@ -18,6 +18,7 @@ from .registration import register
 if TYPE_CHECKING:
     from .calib.data import Calibration
     from .calib.diagnosis import OutlierReport, Thresholds
+    from .calib.packed import kernels_used
     from .callbacks import Callback
     from .compare_job import compare
     from .comparison import ComparisonReport
@@ -70,6 +71,7 @@ __all__ = [
     "compress",
     "evaluate",
     "inspect",
+    "kernels_used",
     "layers",
     "load",
     "load_recipe",
@@ -82,6 +84,7 @@ __all__ = [
 _HOMES = {
     "calib.data": ["Calibration"],
     "calib.diagnosis": ["OutlierReport", "Thresholds"],
+    "calib.packed": ["kernels_used"],
     "callbacks": ["Callback"],
     "compare_job": ["compare"],
     "comparison": ["ComparisonReport"],

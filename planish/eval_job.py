@@ -277,7 +277,7 @@ class EvalJob:
     def _loaded(self, checkpoint: Checkpoint, device: torch.device) -> "LoadedLM":
         from .eval.harness import LoadedLM
 
-        model = load(checkpoint.path, dtype=self.dtype, device=device)
+        model = load(checkpoint.path, dtype=self.dtype, device=device, kernels="reference")
         return LoadedLM(model, checkpoint.tokenizer(), prefix=prefix_length(checkpoint), batch_size=self.batch_size)
 
     def _served(self, server: Server, checkpoint: Checkpoint) -> "ServedLM":

@@ -44,7 +44,7 @@ class PlanishLM(LoadedLM):
             raise PlanishError(f"dtype {dtype} is unknown. {nearest(dtype, DTYPES)}")
         checkpoint = open_any(pretrained)
         super().__init__(
-            load(pretrained, dtype=DTYPES[dtype], device=device),
+            load(pretrained, dtype=DTYPES[dtype], device=device, kernels="reference"),
             checkpoint.tokenizer(),
             prefix=prefix_length(checkpoint),
             batch_size=batch_size,

@@ -55,8 +55,11 @@ def test_tables_and_ratios() -> None:
     assert "| linear_w8a8 | o | 16 | 20.0 | 5.0 | 25 % | 2.00 |" in kernels.table([row])
     speeds = {"bf16": {"prefill": 100.0, "decode": 10.0}, "w8a8": {"prefill": 150.0, "decode": 30.0}}
     assert "| w8a8 | 150 | 1.50 | 30 | 3.00 |" in end_to_end.table(speeds)
-    lines = cpu_speed.rows("prefill", {"bf16/plain": 4.0, "bf16/compiled": 3.0, "w8a8/compiled": 1.5})
-    assert lines[2] == "| prefill | w8a8 | compiled | 1.5 | 2.67 | 2.00 |"
+    best = {"bf16/eager": 4.0, "bf16/compiled": 3.0, "w8a8/eager": 2.0, "w8a8/compiled": 2.0}
+    times = {"bf16/eager": 1.0, "bf16/compiled": 1.0, "w8a8/eager": 2.0, "w8a8/compiled": 1.5}
+    assert cpu_speed.ratios(best) == times
+    found = {"job": "prefill", "ceiling": "none", "ms": best, "times_bf16": times}
+    assert "| prefill | none | w8a8 | compiled | 2.0 | 1.50 |" in cpu_speed.table([found])
 
 
 def test_copies_fill_more_than_a_cache() -> None:

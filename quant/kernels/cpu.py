@@ -22,8 +22,7 @@ Codes = tuple[Tensor, Tensor, Tensor]
 _FP8_MAX = 448.0
 _LEAST_PRODUCT = 512  # results; for fewer oneDNN takes its reference implementation, a hundred times slower
 _PIECE_VALUES = 1 << 18  # float32 values that are worked on at a time, in the processor's cache
-_PRODUCT_DTYPES = (torch.float32, torch.bfloat16)  # that oneDNN's product can be asked for
-_LEAST = min(torch.finfo(torch.float32).tiny, LEAST_SCALE)
+LEAST = min(torch.finfo(torch.float32).tiny, LEAST_SCALE)
 
 
 def cpu_layout(weight_OI: Tensor) -> Tensor:
@@ -69,18 +68,13 @@ def _grid(x_TC: Tensor, bits: int, symmetric: bool, clip: float) -> tuple[Tensor
     """As formats.scale_and_zero with fewer passes; NaN in the scale of a token that is not finite."""
     qmin, qmax = code_range(bits)
     if symmetric:
-        traced = torch.compiler.is_compiling()  # one reduction there, but one more pass in eager mode
-        peak_T1 = x_TC.abs().amax(1, keepdim=True) if traced else torch.maximum(-x_TC.amin(1, keepdim=True), x_TC.amax(1, keepdim=True))
-        return _sound(peak_T1 * clip / qmax), None
-    low_T1, high_T1 = (x_TC.amin(1, keepdim=True) * clip).clamp(max=0), (x_TC.amax(1, keepdim=True) * clip).clamp(min=0)
-    scale_T1 = _sound((high_T1 - low_T1) / (qmax - qmin))
-    return scale_T1, (qmin - low_T1 / scale_T1).round_().clamp_(qmin, qmax)
-
-
-def _sound(scale_T1: Tensor) -> Tensor:
-    """1 where it is next to nothing, NaN where the token is not finite."""
-    scale_T1 = torch.where(scale_T1 < _LEAST, 1.0, scale_T1)
-    return torch.where(scale_T1 == torch.inf, torch.nan, scale_T1)
+        scale_T1 = torch.maximum(-low_T1, high_T1) / qmax
+    else:
+        low_T1, high_T1 = low_T1.clamp(max=0), high_T1.clamp(min=0)
+        scale_T1 = (high_T1 - low_T1) / (qmax - qmin)
+    scale_T1 = torch.where(scale_T1 < LEAST, 1.0, scale_T1)
+    scale_T1 = torch.where(scale_T1 == torch.inf, torch.nan, scale_T1)
+    return scale_T1, None if symmetric else (qmin - low_T1 / scale_T1).round_().clamp_(qmin, qmax)
 
 
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
@@ -112,7 +106,7 @@ def blocks_quantize(x: Tensor, matrix: Tensor, bits: int, symmetric: bool, clip:
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x_TC as float8_e4m3fn with a scale for every token: its largest value becomes 448."""
     scale_T1 = x.abs().amax(1, keepdim=True).float() / _FP8_MAX
-    scale_T1 = torch.where(scale_T1 < _LEAST, 1.0, scale_T1)
+    scale_T1 = torch.where(scale_T1 < LEAST, 1.0, scale_T1)
     scale_T1 = torch.where(scale_T1 == torch.inf, torch.nan, scale_T1)
     return (x.float() / scale_T1).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn), scale_T1
 
@@ -168,7 +162,7 @@ def gated_codes(x: Codes, weight: Tensor, w_scale: Tensor, w_sum: Tensor, bias: 
 
 def grid(bits: int, symmetric: bool, clip: float) -> native.Grid:
     """How the passes of native.cpp quantize a token."""
-    return native.Grid(bits, symmetric, clip, _LEAST)
+    return native.Grid(bits, symmetric, clip, LEAST)
 
 
 def prepack(weight_OI: Tensor) -> Tensor | None:

@@ -4,6 +4,7 @@ Shape suffixes: T tokens, I in channels, O out channels, N those of all readers.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class JoinedLinear(nn.Module):
         self._made = None if made[3] <= 1 else (made[0], made[1], made[2], made[3] - 1)
         return made[2][index]
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         """For copies: without the input at hand."""
         return {**self.__dict__, "_made": None}
 

@@ -10,7 +10,9 @@ kernel for few tokens wants them, where their group has a size that it knows and
 Shape suffixes: T tokens, C = I in channels, O out channels, G groups.
 """
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from ..errors import PlanishError
 from ..formats import ActivationFormat, QuantizedWeight
 from ..linear import Side, StaticGrid, quantize_input
 from ..transforms.factors import Chain, Hadamard, on_input
-from . import cpu
+from . import amx, cpu
 from .nibbles import pack_nibbles
 
 _FEW = 32  # tokens up to which torch's int4 kernel for few tokens is taken; beyond, dequantizing once costs less
@@ -45,10 +47,16 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.codes.shape
         self.low = None if side is None or side.low is None else side.low.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
+        self.tiles: Tensor | None = None
         if activations is None:
             self._weight_only(weight, dtype)
         else:
             self._integer(weight, activations)
+
+    @property
+    def tiled(self) -> bool:
+        """Whether weights lie in AMX's tiles, and quantization and product are one operator."""
+        return self.tiles is not None
 
     @staticmethod
     def supports(weight: QuantizedWeight, activations: ActivationFormat | None, side: Side | None = None) -> bool:
@@ -67,9 +75,18 @@ class PackedLinear(nn.Module):
         packed = codes_OI.is_cuda and even and weight.zero is None and weight.format.bits <= 4
         self.packed_input = packed and activations.bits == 4 and activations.granularity == "token"
         self.op = torch.ops.planish.linear_w4a4 if self.packed_input else torch.ops.planish.linear_w4a8 if packed else torch.ops.planish.linear_w8a8
-        self.weight = pack_nibbles(codes_OI) if packed else codes_OI.contiguous() if codes_OI.is_cuda else _cpu_weight(codes_OI)
         self.w_scale = weight.scale.float().expand(self.out_features, 1).flatten().contiguous()
         self.w_sum = codes_OI.sum(1, dtype=torch.int32)
+        if (
+            codes_OI.device.type == "cpu"
+            and self.dtype == torch.bfloat16
+            and activations.granularity == "token"
+            and self.low is None
+            and amx.available()
+        ):
+            self.tiles, self.wide_bias = amx.tiles(codes_OI), None if self.bias is None else self.bias.float()
+        else:
+            self.weight = pack_nibbles(codes_OI) if packed else codes_OI.contiguous() if codes_OI.is_cuda else _cpu_weight(codes_OI)
 
     def _weight_only(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         shape = (self.out_features, weight.scale.shape[1])
@@ -88,10 +105,17 @@ class PackedLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(self.w_scale[:0]).device
         if device != self.w_scale.device:
-            raise PlanishError(
-                f"packed weights lie as the kernels of {self.w_scale.device} want them, and cannot go to {device}. Load the model there."
-            )
+            raise PlanishError(f"to {device}: packed weights lie as the kernels of {self.w_scale.device} want them. Load the model on {device}.")
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
+        """With the same weight, which nothing changes, and which torch cannot copy where it is oneDNN's."""
+        weight = self.__dict__.get("weight")
+        memo |= {} if weight is None else {id(weight): weight}
+        copied = PackedLinear.__new__(PackedLinear)
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., I) in the layer's dtype. Returns (..., O)."""
@@ -108,7 +132,16 @@ class PackedLinear(nn.Module):
             y_TO = torch.ops.planish.linear_w4a16(x_TC, self.weight, self.w_scale, self.w_zero, self.bias)
         return y_TO if self.low is None else y_TO + self.low.on_input(x_TC)
 
+    def amx_operands(self) -> tuple[Any, ...]:
+        """Of the operators of `amx`, where `tiled`: the weight, and how its input is quantized."""
+        fmt = self.activations
+        assert fmt is not None
+        return self.tiles, self.w_scale, self.w_sum, self.wide_bias, fmt.bits, fmt.symmetric, fmt.clip
+
     def _codes(self, x_TC: Tensor, fmt: ActivationFormat) -> Tensor:
+        if self.tiled:
+            y_TO: Tensor = torch.ops.planish.linear_amx(on_input(self.chain, x_TC), *self.amx_operands(), cpu.LEAST)
+            return y_TO
         if torch.compiler.is_compiling() and x_TC.device.type == "cpu" and fmt.granularity == "token":
             return self._traced(on_input(self.chain, x_TC), fmt)
         if self.low is None:

@@ -74,8 +74,9 @@ def _key(compiler: str) -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.is_file() else []
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    sources = [SOURCE.read_text(), SOURCE.with_name("amx.h").read_text()]
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=_SECONDS).stdout
-    return hashlib.sha256("\n".join([SOURCE.read_text(), *_FLAGS, compiler, version, processor]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join([*sources, *_FLAGS, compiler, version, processor]).encode()).hexdigest()[:16]
 
 
 def _function(name: str, *tensors: Tensor) -> Any:
@@ -135,6 +136,8 @@ def rms_norm(x_TC: Tensor, weight_C: Tensor, eps: float) -> Tensor | None:
     if (function := _function("rms_norm", x_TC, weight_C)) is None:
         return None
     y_TC = x_TC.new_empty(x_TC.shape)
+    if x_TC.dtype == torch.bfloat16:
+        function = getattr(found().library, "planish_amx_rms_norm", function)
     function(_pointer(x_TC), _pointer(weight_C), ctypes.c_float(eps), *_shape(x_TC), _pointer(y_TC), torch.get_num_threads())
     return y_TC
 

@@ -1,11 +1,14 @@
 """PackedLinear computes what QuantizedLinear does, in every form that it supports, plain and compiled."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
+from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat
-from planish.quant.kernels import PackedLinear, cpu
+from planish.quant.kernels import PackedLinear, amx, cpu
 from planish.quant.linear import Kept, QuantizedLinear, Side, StaticGrid
 from planish.quant.low_rank import LowRank
 from planish.quant.transforms.factors import Chain, Hadamard, Scale
@@ -43,7 +46,11 @@ def static(fmt: ActivationFormat | None) -> StaticGrid | None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1, 40])
 @pytest.mark.parametrize("extras", [False, True])
-def test_is_quantized_linear(name: str, dtype: torch.dtype, tokens: int, extras: bool) -> None:
+@pytest.mark.parametrize("processor", ["this", "without AMX", "unsigned inputs"])
+def test_is_quantized_linear(name: str, dtype: torch.dtype, tokens: int, extras: bool, processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if processor != "this":
+        monkeypatch.setattr(amx, "available", lambda: False)
+        monkeypatch.setattr(cpu, "_takes_signed", lambda: processor != "unsigned inputs")
     fmt, activations = FORMS[name]
     if tokens == 0 and activations is not None and activations.granularity == "tensor" and activations.dynamic:
         pytest.skip("a tensor without values has no range")
@@ -85,6 +92,19 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     strided = PackedLinear(weight(fmt), None, activations)
     assert strided.weight.stride() == (1, 32)
     torch.testing.assert_close(strided(x), y)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_copies_and_moves(tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not tiled:
+        monkeypatch.setattr(amx, "available", lambda: False)
+    fmt, activations = FORMS["w8a8"]
+    layer, x = PackedLinear(weight(fmt), draw(32), activations, dtype=torch.bfloat16), draw(5, 64).bfloat16()
+    y = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), y)
+    assert torch.equal(layer.float().to("cpu")(x), y)
+    with pytest.raises(PlanishError, match="Load the model on meta"):
+        layer.to("meta")
 
 
 def test_what_is_not_supported() -> None:

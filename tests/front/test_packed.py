@@ -1,0 +1,162 @@
+"""planish.load on packed kernels: what QuantizedLinear computes but for rounding, with transforms, side paths, prefix, caches and padding."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_compress import distance, ids, outlying, quick, source
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, StaticCache
+
+import planish
+from planish.calib import packed
+from planish.calib.packed import GatedMlp, RmsNorm, kernels_used
+from planish.quant.errors import PlanishError
+from planish.quant.kernels import PackedLinear, amx, native
+from planish.quant.kernels.joined import Part
+from planish.quant.linear import QuantizedLinear
+
+CASES = {
+    "w8a8": ("llama", "w8a8", ()),
+    "w8a8 static": ("llama", "w8a8-static", ()),
+    "w4a8": ("mistral", "w4a8", ()),
+    "biases": ("qwen2", "w8a8", ()),
+    "layer norms": ("gpt2", "w8a8", ()),
+    "other norms": ("gemma2", "w8a8", ()),
+    "norms of heads": ("qwen3", "w8a8", ()),
+    "weight only": ("llama", "w4a16-channel", ()),
+    "transforms and prefix": ("llama", "w4a4-best", ("steps=[prefix: {tokens: [5, 7]}, shift, hadamard, cat: {block: 16}, clip]",)),
+    "side paths": ("llama", "w4a4-best", ("steps=[svdquant: {rank: 4}]",)),
+    "kept channels": ("llama", "w4a4-best", ("steps=[resq: {share: 0.25}]",)),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for name, (family, recipe, settings) in CASES.items():
+        folder = tmp_path_factory.mktemp("packed")
+        planish.compress(quick(recipe, *settings), source(family, folder / "model", torch.bfloat16), folder / "out")
+        made[name] = folder / "out"
+    return made
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    found: Tensor = model(ids()).logits
+    return found.float()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_computes_what_the_reference_does(name: str, folders: dict[str, Path]) -> None:
+    exact, half = (planish.load(folders[name], dtype=dtype, device="cpu", kernels="reference") for dtype in (torch.float32, torch.bfloat16))
+    wide, auto = planish.load(folders[name], dtype=torch.float32, device="cpu", kernels="packed"), planish.load(folders[name], device="cpu")
+    assert not any(isinstance(module, Part | PackedLinear | RmsNorm | GatedMlp) for model in (exact, half) for module in model.modules())
+    assert distance(logits(wide), logits(exact)) < 5e-3  # a code that last bits moved
+    assert distance(logits(auto), logits(exact)) <= 1.5 * distance(logits(half), logits(exact)) + 1e-3
+
+
+def kinds(model: nn.Module, kind: type[nn.Module]) -> set[str]:
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is kind and not name.endswith(".joined.linear")}
+
+
+def test_what_runs_on_what(folders: dict[str, Path]) -> None:
+    vnni = torch.cpu.get_capabilities().get("avx512_vnni")
+    model = planish.load(folders["w8a8"], dtype=torch.bfloat16, device="cpu", kernels="packed")
+    assert kinds(model, Part) == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    assert kinds(model, PackedLinear) == {"o_proj", "down_proj"}
+    compiled = native.found().library is not None
+    assert kinds(model, RmsNorm) == ({"input_layernorm", "post_attention_layernorm", "norm"} if compiled else set())
+    assert kinds(model, GatedMlp) == ({"mlp"} if compiled else set())
+    used = kernels_used(model)
+    assert used["model.layers.0.self_attn.q_proj"] == "packed, one product with its site's other readers"
+    assert used["model.layers.2.mlp.down_proj"] == "packed"
+    assert len(used) == 21 + (3 + 6 + 1) * compiled
+    assert (type(planish.load(folders["w8a8"], device="cpu").model.layers[0].mlp.down_proj) is PackedLinear) == bool(vnni)
+    assert kinds(planish.load(folders["w8a8"], dtype=torch.float32, device="cpu"), PackedLinear) == set()
+    kept = planish.load(folders["kept channels"], device="cpu", kernels="packed")
+    assert set(kernels_used(kept).values()) <= {"reference", "one pass"}
+    assert kinds(planish.load(folders["other norms"], device="cpu", kernels="packed"), RmsNorm) == set()
+    low = planish.load(folders["side paths"], device="cpu", kernels="packed")
+    assert kinds(low, PackedLinear) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert kinds(planish.load(folders["weight only"], dtype=torch.float32, device="cpu", kernels="packed"), QuantizedLinear)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "transforms and prefix", "weight only"])
+def test_caches_batches_and_padding(name: str, folders: dict[str, Path]) -> None:
+    """A step goes on where a pass over all tokens would be; rows of a batch do not see each other. In float32 where last bits move 4-bit codes."""
+    dtype = torch.float32 if name == "transforms and prefix" else torch.bfloat16
+    model = planish.load(folders[name], dtype=dtype, device="cpu", kernels="packed")
+    with torch.no_grad():
+        whole = model(ids()).logits
+        for cache in (None, StaticCache(config=model.config, max_cache_len=64)):
+            first = model(ids()[:, :-1], past_key_values=cache, use_cache=True)
+            step = model(ids()[:, -1:], past_key_values=first.past_key_values, use_cache=True).logits
+            assert distance(step[:, -1].float(), whole[:, -1].float()) < 0.03
+        assert distance(model(ids()[:1]).logits.float(), whole[:1].float()) < 0.03
+        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        padded, mask = (torch.cat([torch.full((2, 3), fill), there], 1) for fill, there in ((0, ids()), (0, torch.ones_like(ids()))))
+        grown = [model.generate(ids(), **options), model.generate(ids(), **options, cache_implementation="static")]
+        assert grown[0].shape == (2, ids().shape[1] + 5)
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        assert distance(model(padded, attention_mask=mask, position_ids=places).logits[:, 3:].float(), whole.float()) < 0.05
+        assert torch.equal(grown[0][:, : ids().shape[1] + 1], grown[1][:, : ids().shape[1] + 1])
+
+
+def test_from_pretrained_takes_them_too(folders: dict[str, Path]) -> None:
+    folder = folders["transforms and prefix"]
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(planish.load(folder, device="cpu")))
+
+
+def test_outliers_and_other_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planish.compress(quick("w8a8"), outlying(tmp_path / "model"), tmp_path / "out")
+    exact = logits(planish.load(tmp_path / "out", dtype=torch.float32, kernels="reference", device="cpu"))
+    half = distance(logits(planish.load(tmp_path / "out", kernels="reference", device="cpu")), exact)
+    found = [logits(planish.load(tmp_path / "out", kernels="packed", device="cpu"))]
+    monkeypatch.setattr(amx, "available", lambda: False)
+    found.append(logits(planish.load(tmp_path / "out", kernels="packed", device="cpu")))
+    monkeypatch.setattr(native, "found", lambda: native.Found(None, "test"))
+    found.append(logits(planish.load(tmp_path / "out", kernels="packed", device="cpu")))
+    assert all(distance(one, exact) <= 1.5 * half + 1e-3 for one in found)
+
+
+def test_a_module_that_only_looks_alike_stays(folders: dict[str, Path]) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.rms_norm(x, (8,), 1 + self.weight, self.eps)
+
+    norm = Shifted()
+    alike = RmsNorm.of(norm)
+    assert alike is not None
+    assert not packed.agree(norm, alike, torch.float32)
+    norm.weight.data.mul_(0)
+    assert RmsNorm.of(nn.Identity()) is None
+    assert GatedMlp.of(nn.Sequential()) is None
+    mlp = planish.load(folders["w8a8"], device="cpu", kernels="packed", dtype=torch.bfloat16).model.layers[0].mlp
+    assert isinstance(mlp, GatedMlp)
+    whole = nn.Module()
+    for name, child in mlp.named_children():
+        whole.add_module(name, child)
+    twin = GatedMlp.of(whole)
+    assert twin is not None
+    whole.forward = lambda x: mlp.down_proj(torch.relu(mlp.gate_proj(x)) * mlp.up_proj(x))  # type: ignore[method-assign]
+    assert not packed.agree(whole, twin, torch.bfloat16)
+
+
+def test_errors(folders: dict[str, Path]) -> None:
+    with pytest.raises(PlanishError, match=r"kernels is 'fast'\. Give one of auto, packed, reference"):
+        planish.load(folders["w8a8"], kernels="fast")  # type: ignore[arg-type]
+    with pytest.raises(PlanishError, match="Load the model on meta"):
+        planish.load(folders["w8a8"], device="cpu", kernels="packed").to("meta")
+
+
+@pytest.mark.slow
+def test_compiles_as_one_graph(folders: dict[str, Path]) -> None:
+    model = planish.load(folders["w8a8"], device="cpu", kernels="packed")
+    compiled = torch.compile(lambda x: model(x, use_cache=False).logits, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert distance(compiled(ids()).float(), logits(model)) < 0.03

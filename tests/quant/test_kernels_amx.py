@@ -1,0 +1,86 @@
+"""AMX's operators against float64 and against the operators that they stand for."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from planish.quant.kernels import amx, cpu
+
+pytestmark = pytest.mark.skipif(not amx.available(), reason="no AMX")
+OPS = torch.ops.planish
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3).bfloat16()
+
+
+def weight(outputs: int, inputs: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and sums."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-128, 128, (outputs, inputs), generator=g).to(torch.int8)
+    return codes, torch.rand(outputs, generator=g) * 0.01 + 0.001, codes.sum(1, dtype=torch.int32)
+
+
+def exact(x: Tensor, codes: Tensor, scale: Tensor, grid: tuple[int, bool, float]) -> Tensor:
+    """In float64."""
+    q, x_scale, zero = cpu.quantize_per_token(x, *grid, False)
+    integers = q.double() if grid[1] else q.double() - zero
+    return (integers * x_scale.double()) @ (codes.double() * scale.double()[:, None]).T
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 33, 513, 1030])
+@pytest.mark.parametrize("shape", [(1, 1), (9, 34), (16, 64), (33, 100), (48, 129)])
+@pytest.mark.parametrize("grid", [(8, True, 1.0), (8, False, 1.0), (4, True, 0.8)])
+def test_linear_against_float64(tokens: int, shape: tuple[int, int], grid: tuple[int, bool, float]) -> None:
+    codes, scale, sums = weight(*shape)
+    wide = draw(tokens, shape[1] + 5)
+    bias = draw(shape[0], seed=2).float()
+    for x in (wide[:, 2:-3], wide[:, 2:-3].contiguous()):
+        x[:1] = 0
+        y = OPS.linear_amx(x, amx.tiles(codes), scale, sums, bias, *grid, cpu.LEAST)
+        twin = exact(x, codes, scale, grid) + bias.double()
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.double(), twin, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 17, 520])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("biases", [True, False])
+def test_mlp_is_what_its_parts_make(tokens: int, symmetric: bool, biases: bool) -> None:
+    hidden, inner, grid = 40, 48, (8, symmetric, 1.0)
+    (both, both_scale, both_sum), (down, down_scale, down_sum) = weight(2 * inner, hidden), weight(hidden, inner, seed=2)
+    x, b, c = draw(tokens, hidden), draw(2 * inner, seed=3).float() if biases else None, draw(hidden, seed=4).float() if biases else None
+    operands = (x, amx.tiles(both), both_scale, both_sum, b, *grid, amx.tiles(down), down_scale, down_sum, c, *grid, cpu.LEAST)
+    made = OPS.linear_amx(x, amx.tiles(both), both_scale, both_sum, b, *grid, cpu.LEAST)
+    inside = torch.nn.functional.silu(made[:, :inner]) * made[:, inner:]
+    twin = OPS.linear_amx(inside, amx.tiles(down), down_scale, down_sum, c, *grid, cpu.LEAST)
+    y = OPS.mlp_amx(*operands)
+    assert y.shape == twin.shape
+    assert float((y.double() - twin.double()).norm()) <= 5e-3 * float(twin.double().norm())  # the last bit of exp moves a code now and then
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_token_that_is_not_finite_spoils_its_own_outputs_only(symmetric: bool) -> None:
+    codes, scale, sums = weight(16, 64)
+    x = draw(20, 64)
+    x[3, 5], x[17, 0] = torch.nan, torch.inf
+    y = OPS.linear_amx(x, amx.tiles(codes), scale, sums, None, 8, symmetric, 1.0, cpu.LEAST)
+    assert y.isnan().any(1).nonzero().flatten().tolist() == [3, 17]
+    assert y[[3, 17]].isnan().all()
+
+
+def test_opcheck_and_one_graph() -> None:
+    codes, scale, sums = weight(32, 64)
+    one = (draw(5, 64), amx.tiles(codes), scale, sums, None, 8, True, 1.0)
+    torch.library.opcheck(OPS.linear_amx, (*one, cpu.LEAST))
+    down, down_scale, down_sum = weight(64, 16)
+    torch.library.opcheck(OPS.mlp_amx, (*one, amx.tiles(down), down_scale, down_sum, None, 8, True, 1.0, cpu.LEAST))
+
+
+def test_a_ceiling_leaves_amx_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+    amx.available.cache_clear()
+    assert not amx.available()
+    monkeypatch.undo()
+    amx.available.cache_clear()
+    assert amx.available()
