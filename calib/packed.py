@@ -24,14 +24,14 @@ from .sites import Topology
 from .stored import StoredCheckpoint
 from .topology import topology
 
-Kernels = Literal["auto", "packed", "compiled", "reference"]
+Kernels = Literal["auto", "packed", "reference"]
 _PROBES = 4  # random tokens
 
 
 def pick_kernels(kernels: Kernels, dtype: torch.dtype, device: torch.device | str) -> bool:
     """Whether packed kernels are to run. auto: in bfloat16 on a CPU with VNNI, where they were measured to win; float32 asks for exact numbers."""
     if kernels != "auto":
-        return kernels != "reference"
+        return kernels == "packed"
     return torch.device(device).type == "cpu" and dtype == torch.bfloat16 and bool(torch.cpu.get_capabilities().get("avx512_vnni"))
 
 

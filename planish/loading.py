@@ -1,7 +1,5 @@
 """A model in memory, ready to run, from a compressed checkpoint or an ordinary one."""
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -15,7 +13,6 @@ from .calib.packed import Kernels, fuse, pick_kernels, put_linears
 from .calib.precision import pick_device
 from .calib.prefixed import attach
 from .calib.stored import StoredCheckpoint, open_any
-from .calib.topology import topology
 from .quant.errors import PlanishError
 
 
@@ -27,9 +24,7 @@ def load(
     model: a folder that planish compress wrote, or anything that compress takes. dtype: of the arithmetic (default: as stored).
     device: default cuda where there is one, else cpu. kernels: reference computes with the integer codes exactly as they were measured, one code an
     element of dtype in memory; packed computes the same but for rounding, faster and in less memory, on the device that it was loaded to;
-    compiled is packed with the blocks compiled by torch.compile at the first call, which takes seconds, for calls without a cache of keys and values
-    (each block would be compiled for its own place in a cache); auto is packed in bfloat16 on a CPU with AVX512-VNNI, else reference.
-    kernels_used(model) says what runs on what.
+    auto is packed in bfloat16 on a CPU with AVX512-VNNI, else reference. kernels_used(model) says what runs on what.
     The whole model is in memory; it does not train, and is saved by copying the folder. Raises PlanishError.
     """
     if kernels not in get_args(Kernels):
@@ -53,20 +48,7 @@ def load(
         attach(loaded, prefix)
     if (checkpoint.path / "generation_config.json").is_file():
         loaded.generation_config = GenerationConfig.from_pretrained(str(checkpoint.path), local_files_only=True)
-    if kernels == "compiled":
-        for block in loaded.get_submodule(topology(checkpoint.config).blocks).children():
-            block.forward = _without_cache(block.forward, torch.compile(block.forward))
     return loaded
-
-
-def _without_cache(plain: Callable[..., object], compiled: Callable[..., object]) -> Callable[..., object]:
-    """A block's forward: compiled where no cache is given."""
-
-    @functools.wraps(plain)
-    def forward(*args: object, **kwargs: object) -> object:
-        return (compiled if kwargs.get("past_key_values") is None else plain)(*args, **kwargs)
-
-    return forward
 
 
 def _dense(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -50,10 +50,7 @@ def _nibbles(codes: Codes, packed: bool) -> Codes:
 def _quantize(x_TC: Tensor, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
     y_TC = x_TC.to(torch.float32, copy=True)  # the extremes are found several times faster in float32 than in 16 bits
     scale_T1, zero_T1 = _grid(y_TC, bits, symmetric, clip)
-    if torch.compiler.is_compiling():
-        y_TC.mul_(1 / scale_T1)  # a last bit off; the compiled loop is bound by its divisions
-    else:
-        y_TC.div_(scale_T1)
+    y_TC.div_(scale_T1)
     if zero_T1 is not None:
         y_TC.add_(zero_T1)
     y_TC.round_()
@@ -67,6 +64,7 @@ def _quantize(x_TC: Tensor, bits: int, symmetric: bool, clip: float, packed: boo
 def _grid(x_TC: Tensor, bits: int, symmetric: bool, clip: float) -> tuple[Tensor, Tensor | None]:
     """As formats.scale_and_zero with fewer passes; NaN in the scale of a token that is not finite."""
     qmin, qmax = code_range(bits)
+    low_T1, high_T1 = x_TC.amin(1, keepdim=True) * clip, x_TC.amax(1, keepdim=True) * clip
     if symmetric:
         scale_T1 = torch.maximum(-low_T1, high_T1) / qmax
     else:
@@ -125,9 +123,7 @@ def linear_w8a8(
 ) -> Tensor:
     """Codes times codes, one a byte each; see `schemas`. weight: strided, or as `prepack` laid it out."""
     if weight.is_mkldnn:
-        if x_scale is None and x_zero is None and bias is None and low is None and dtype in _PRODUCT_DTYPES:
-            return _prepacked(x, weight, w_scale, dtype)  # all that compiled code leaves to it
-        y_TO = _prepacked(x, weight, w_scale, torch.float32)
+        y_TO = _prepacked(x, weight, w_scale)
         if low is None:
             sums_O = w_sum * w_scale if x_zero is not None and w_sum is not None else None
             if (finished := native.finish(y_TO, x_scale, x_zero, sums_O, bias, dtype)) is not None:
@@ -157,7 +153,7 @@ def gated_codes(x: Codes, weight: Tensor, w_scale: Tensor, w_sum: Tensor, bias: 
     if not weight.is_mkldnn:
         return None
     zero_T1, sums_O = (zero, w_sum * w_scale) if len(zero) else (None, None)
-    return native.finish_silu_mul_quantize(_prepacked(codes, weight, w_scale, torch.float32), scale, zero_T1, sums_O, bias, dtype, grid)
+    return native.finish_silu_mul_quantize(_prepacked(codes, weight, w_scale), scale, zero_T1, sums_O, bias, dtype, grid)
 
 
 def grid(bits: int, symmetric: bool, clip: float) -> native.Grid:
@@ -176,14 +172,14 @@ def prepack(weight_OI: Tensor) -> Tensor | None:
     return packed
 
 
-def _prepacked(x: Tensor, weight: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (weight w_scale)'."""
+def _prepacked(x: Tensor, weight: Tensor, w_scale: Tensor) -> Tensor:
+    """x (weight w_scale)' in float32."""
     tokens, rows = len(x), -(-_LEAST_PRODUCT // len(w_scale))
     x = x if tokens >= rows else torch.nn.functional.pad(x, (0, 0, 0, rows - tokens))
     x, zero = (x, 0) if _takes_signed() else (x.view(torch.uint8) ^ 128, 128)
     zeros_O = _zeros(len(w_scale))
-    y_TO: Tensor = torch.ops.onednn.qlinear_pointwise(x, 1.0, zero, weight, w_scale, zeros_O, None, 1.0, 0, dtype, "none", [], "")
-    return y_TO if len(y_TO) == tokens else y_TO[:tokens].clone()
+    y_TO: Tensor = torch.ops.onednn.qlinear_pointwise(x, 1.0, zero, weight, w_scale, zeros_O, None, 1.0, 0, torch.float32, "none", [], "")
+    return y_TO[:tokens]
 
 
 @lru_cache(maxsize=1)

@@ -171,8 +171,7 @@ class PackedLinear(nn.Module):
     def _traced(self, x_TC: Tensor, fmt: ActivationFormat) -> Tensor:
         """The same on a CPU as operations that the compiler can fuse, all but the product."""
         codes, scale, zero = cpu.quantize_per_token(x_TC, fmt.bits, fmt.symmetric, fmt.clip, False)
-        wide = torch.float32 if not fmt.symmetric or x_TC.dtype != torch.bfloat16 else x_TC.dtype  # where a zero point is subtracted, digits cancel
-        y_TO: Tensor = self.op(codes, None, None, self.weight, self.w_scale, None, None, None, None, wide)
+        y_TO: Tensor = self.op(codes, None, None, self.weight, self.w_scale, None, None, None, None, torch.float32)
         if not fmt.symmetric:
             y_TO = y_TO - zero * (self.w_sum * self.w_scale)
         y_TO = y_TO * scale
