@@ -7,14 +7,18 @@ on what.
 Shape suffixes: T tokens, C channels, I a gated MLP's inner ones.
 """
 
+import os
+import warnings
 from collections.abc import Sequence
-from typing import Literal
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..quant.errors import PlanishError
 from ..quant.kernels import cpu, native
-from ..quant.kernels.joined import JoinedLinear, Part, joinable
+from ..quant.kernels.joined import JoinedLinear, Part, join, joinable
 from ..quant.kernels.modules import PackedLinear, few_tokens_group
 from ..quant.linear import Parts, QuantizedLinear, share_input
 from ..quant.transforms.factors import on_input
@@ -25,37 +29,79 @@ from .stored import StoredCheckpoint
 from .topology import topology
 
 Kernels = Literal["auto", "packed", "reference"]
+ENVIRONMENT = "PLANISH_KERNELS"  # what auto means, for programs that do not ask
 _PROBES = 4  # random tokens
+_TESTED = ("cpu",)  # devices whose kernels the tests run; on others each layer is held against the reference first
+_CLOSE = 0.1  # of the output's norm: single 4-bit codes may go another way, but a wrong layout is off by its whole length
 
 
 def pick_kernels(kernels: Kernels, dtype: torch.dtype, device: torch.device | str) -> bool:
-    """Whether packed kernels are to run. auto: in bfloat16 on a CPU with VNNI, where they were measured to win; float32 asks for exact numbers."""
+    """Whether packed kernels are to run. auto: where float32 does not ask for exact numbers, on a CPU with VNNI, where they were measured to win, in
+    bfloat16; on CUDA from capability 8.0 on, with Triton, for codes take a quarter of the memory there. PlanishError: no such kernels."""
+    kernels, where = _asked(kernels), torch.device(device)
     if kernels != "auto":
         return kernels == "packed"
-    return torch.device(device).type == "cpu" and dtype == torch.bfloat16 and bool(torch.cpu.get_capabilities().get("avx512_vnni"))
+    if where.type == "cuda":
+        return dtype != torch.float32 and find_spec("triton") is not None and torch.cuda.get_device_capability(where) >= (8, 0)
+    return where.type == "cpu" and dtype == torch.bfloat16 and bool(torch.cpu.get_capabilities().get("avx512_vnni"))
+
+
+def _asked(kernels: Kernels) -> Kernels:
+    known = ", ".join(get_args(Kernels))
+    if kernels not in get_args(Kernels):
+        raise PlanishError(f"kernels is {kernels!r}. Give one of {known}.")
+    asked: Any = os.environ.get(ENVIRONMENT, "auto") if kernels == "auto" else kernels
+    if asked not in get_args(Kernels):
+        raise PlanishError(f"The environment has {ENVIRONMENT}={asked}. Give one of {known}, or unset it.")
+    chosen: Kernels = asked
+    return chosen
 
 
 def put_linears(module: nn.Module, checkpoint: StoredCheckpoint, root: str, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Let them stand in the module. root: what the checkpoint's names begin with, and paths in the module do not."""
+    """Let them stand in the module, whose attention holds keys and values as declared. root: what the checkpoint's names begin with, and paths in the
+    module do not."""
     names = [name for name in checkpoint.packed if name.startswith(root)]
-    for name, layer in packed_linears(checkpoint, names, dtype, device).items():
-        put(module, name.removeprefix(root), layer)
-
-
-def packed_linears(checkpoint: StoredCheckpoint, names: Sequence[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, nn.Module]:
-    """These quantized linears by name, ready to run: Part, PackedLinear, or QuantizedLinear where no kernel expresses the layer or wins."""
-    layers: dict[str, nn.Module] = {}
     for readers in checkpoint.sites(names) if checkpoint.config.model_type in FAMILIES else [[name] for name in names]:
-        parts = [found for _, found in checkpoint.parts(readers, dtype, device)]
-        if len(parts) > 1 and all(map(_wins, parts)) and joinable(parts):
-            joined = JoinedLinear(parts)
-            layers |= {name: joined.part(index) for index, name in enumerate(readers)}
-            continue
-        alone = [PackedLinear(*found) if _wins(found) else QuantizedLinear(*found) for found in parts]
-        layers |= dict(zip(readers, alone, strict=True))
-        if checkpoint.extension.sites:
-            share_input([layer for layer in alone if isinstance(layer, QuantizedLinear)])
-    return layers
+        layers = packed_readers([found for _, found in checkpoint.parts(readers, dtype, device)])
+        for name, layer in zip(readers, layers, strict=True):
+            put(module, name.removeprefix(root), layer)
+    checkpoint.hold_key_values(module, root)
+
+
+def packed_readers(parts: Sequence[Parts]) -> list[nn.Module]:
+    """The readers of one input, ready to run: each a Part of one product; or PackedLinear; or QuantizedLinear, where no kernel expresses the layer,
+    wins, or computes what it should."""
+    if len(parts) > 1 and all(map(_wins, parts)) and joinable(parts):
+        joined = JoinedLinear(parts)
+        if _trusted(joined.linear, join(parts)):
+            return [joined.part(index) for index in range(len(parts))]
+    alone = [_alone(part) for part in parts]
+    share_input([layer for layer in alone if isinstance(layer, QuantizedLinear)])
+    return list(alone)
+
+
+def _alone(parts: Parts) -> PackedLinear | QuantizedLinear:
+    if _wins(parts) and _trusted(packed := PackedLinear(*parts), parts):
+        return packed
+    return QuantizedLinear(*parts)
+
+
+@torch.no_grad()
+def _trusted(packed: PackedLinear, parts: Parts) -> bool:
+    """Whether the layer computes what QuantizedLinear does, few tokens and many; only asked on devices whose kernels the tests do not run."""
+    device = parts.weight.codes.device
+    if device.type in _TESTED:
+        return True
+    x_TI = torch.randn(65, packed.in_features, generator=torch.Generator().manual_seed(0)).to(device, parts.dtype)
+    expected = QuantizedLinear(*parts)(x_TI).float()
+    worst = max(float((packed(x_TI[:count]).float() - expected[:count]).norm() / expected[:count].norm()) for count in (1, len(x_TI)))
+    if not worst <= _CLOSE:
+        shape = f"{packed.out_features} x {packed.in_features}"
+        warnings.warn(
+            f"A packed layer of {shape} is off by {worst:.3g} of its output on this {device.type}: the reference runs instead. Please report it.",
+            stacklevel=2,
+        )
+    return worst <= _CLOSE
 
 
 def _wins(parts: Parts) -> bool:

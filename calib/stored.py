@@ -49,6 +49,10 @@ class StoredCheckpoint(Checkpoint):
         names = [name for name in self.packed if name.startswith(root)]
         for name, layer in self.quantized(names, dtype, device).items():
             put(module, name.removeprefix(root), layer)
+        self.hold_key_values(module, root)
+
+    def hold_key_values(self, module: nn.Module, root: str) -> None:
+        """Let the module's attention see keys and values in codes, if the checkpoint says so. root: as in load_quantized."""
         if self.extension.held is not None:
             for path in self._attentions(root):
                 hold_in(module.get_submodule(path), self.extension.held)

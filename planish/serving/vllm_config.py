@@ -14,15 +14,17 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.models.utils import WeightsMapper  # pyright: ignore[reportMissingImports]
 
+from ..calib.packed import packed_readers, pick_kernels
 from ..calib.packing import PLAIN
 from ..calib.stored import StoredCheckpoint, open_stored
 from ..quant.errors import PlanishError
-from ..quant.linear import QuantizedLinear
+from ..quant.kernels.joined import Part
+from ..quant.linear import Parts, QuantizedLinear, share_input
 from . import VLLM_FAMILIES
 from .vllm_plugin import METHOD
 from .vllm_prefix import store_prefix
 
-_LAYERS: dict[str, list[QuantizedLinear]] = {}
+_LAYERS: dict[str, list[nn.Module]] = {}
 
 
 class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
@@ -130,20 +132,30 @@ class PlanishLinearMethod(LinearMethodBase):  # type: ignore[misc, unused-ignore
         self.dtype, self.output_size, self.device = params_dtype, output_size, torch.empty(0).device
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Read the layer's linears."""
-        made = self.config.checkpoint.quantized(self.names, self.dtype, self.device)
-        linears = [made[name] for name in self.names]
-        if sum(linear.out_features for linear in linears) != self.output_size:
-            raise PlanishError(f"{self.prefix}: the checkpoint has {sum(linear.out_features for linear in linears)} rows, vLLM {self.output_size}.")
+        """Read the layer's linears, for the kernels that planish.load would take."""
+        parts = [found for _, found in self.config.checkpoint.parts(self.names, self.dtype, self.device)]
+        if (rows := sum(len(part.weight.codes) for part in parts)) != self.output_size:
+            raise PlanishError(f"{self.prefix}: the checkpoint has {rows} rows, vLLM {self.output_size}.")
         if layer.skip_bias_add and getattr(layer, "bias", None) is not None:  # whoever gets it back adds it
-            for linear in linears:
-                linear.bias = None
-        _LAYERS[self.prefix] = linears
+            parts = [part._replace(bias=None) for part in parts]
+        _LAYERS[self.prefix] = _packed(parts) if pick_kernels("auto", self.dtype, self.device) else _reference(parts)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output, with the checkpoint's own bias."""
         y: Tensor = torch.ops.planish_vllm.linear(x, self.prefix, self.output_size)
         return y
+
+
+def _packed(parts: Sequence[Parts]) -> list[nn.Module]:
+    """The linears whose outputs side by side are the layer's: one, where one product is all of them."""
+    linears = packed_readers(parts)
+    return [linears[0].joined.linear] if isinstance(linears[0], Part) else linears
+
+
+def _reference(parts: Sequence[Parts]) -> list[nn.Module]:
+    linears = [QuantizedLinear(*part) for part in parts]
+    share_input(linears)
+    return list(linears)
 
 
 @torch.library.custom_op("planish_vllm::linear", mutates_args=())

@@ -1,5 +1,6 @@
 """planish.load on packed kernels: what QuantizedLinear computes but for rounding, with transforms, side paths, prefix, caches and padding."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,48 @@ def test_outliers_and_other_processors(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(native, "found", lambda: native.Found(None, "test"))
     found.append(logits(planish.load(tmp_path / "out", kernels="packed", device="cpu")))
     assert all(distance(one, exact) <= 1.5 * half + 1e-3 for one in found)
+
+
+@pytest.mark.parametrize("load", [planish.load, AutoModelForCausalLM.from_pretrained])
+def test_keys_and_values_in_codes(load: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLANISH_KERNELS", "packed")
+    model = source("llama", tmp_path / "model")
+    for name, settings in {"free": (), "held": ("kv_cache={bits: 3}",)}.items():
+        planish.compress(quick("w4a4-fast", *settings), model, tmp_path / name)
+    free, held = (logits(load(tmp_path / name, dtype=torch.float32)) for name in ("free", "held"))
+    exact = logits(planish.load(tmp_path / "held", dtype=torch.float32, device="cpu", kernels="reference"))
+    assert distance(held, exact) < 0.3 * distance(free, exact)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "side paths", "weight only"])
+def test_untested_devices_are_held_against_the_reference(name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU stands for one: all packed while kernels are right, all reference, and a warning, when an operator is not."""
+    monkeypatch.setattr(packed, "_TESTED", ())
+    model = planish.load(folders[name], device="cpu", dtype=torch.bfloat16, kernels="packed")
+    assert not kinds(model, QuantizedLinear)
+    right = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: right(self, x) * (1.2 if len(x) > 1 else 1.0))
+    with pytest.warns(UserWarning, match="is off by 0.2 of its output on this cpu: the reference runs instead"):
+        model = planish.load(folders[name], device="cpu", dtype=torch.bfloat16, kernels="packed")
+    assert not kinds(model, PackedLinear)
+    assert not kinds(model, Part)
+
+
+def test_what_auto_means(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLANISH_KERNELS", "reference")
+    assert kinds(planish.load(folders["w8a8"], device="cpu"), QuantizedLinear)
+    assert kinds(AutoModelForCausalLM.from_pretrained(folders["transforms and prefix"]), QuantizedLinear)
+    assert not kinds(planish.load(folders["w8a8"], device="cpu", kernels="packed"), QuantizedLinear)
+    monkeypatch.setenv("PLANISH_KERNELS", "fast")
+    with pytest.raises(PlanishError, match=r"PLANISH_KERNELS=fast\. Give one of auto, packed, reference, or unset it"):
+        planish.load(folders["w8a8"], device="cpu")
+    monkeypatch.delenv("PLANISH_KERNELS")
+    monkeypatch.setattr(packed, "find_spec", lambda _: object())
+    for capability, packs in (((9, 0), True), ((7, 5), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert [packed.pick_kernels("auto", dtype, "cuda") for dtype in (torch.bfloat16, torch.float32)] == [packs, False]
+    monkeypatch.setattr(packed, "find_spec", lambda _: None)
+    assert not packed.pick_kernels("auto", torch.bfloat16, "cuda")
 
 
 def test_a_module_that_only_looks_alike_stays(folders: dict[str, Path]) -> None:
