@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_world_size  # pyright: ignore[reportMissingImports]
+from vllm.logger import init_logger  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.attention import Attention  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig  # pyright: ignore[reportMissingImports]
@@ -138,12 +139,20 @@ class PlanishLinearMethod(LinearMethodBase):  # type: ignore[misc, unused-ignore
             raise PlanishError(f"{self.prefix}: the checkpoint has {rows} rows, vLLM {self.output_size}.")
         if layer.skip_bias_add and getattr(layer, "bias", None) is not None:  # whoever gets it back adds it
             parts = [part._replace(bias=None) for part in parts]
-        _LAYERS[self.prefix] = _packed(parts) if pick_kernels("auto", self.dtype, self.device) else _reference(parts)
+        packed = pick_kernels("auto", self.dtype, self.device)
+        _say(f"linears of {self.config.folder} run on {'packed kernels' if packed else 'the reference'}, in {self.dtype}")
+        _LAYERS[self.prefix] = _packed(parts) if packed else _reference(parts)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output, with the checkpoint's own bias."""
         y: Tensor = torch.ops.planish_vllm.linear(x, self.prefix, self.output_size)
         return y
+
+
+@lru_cache(maxsize=4)
+def _say(what: str) -> None:
+    """Once in vLLM's log."""
+    init_logger("vllm.planish").info("planish: %s", what)
 
 
 def _packed(parts: Sequence[Parts]) -> list[nn.Module]:

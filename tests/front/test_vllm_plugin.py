@@ -30,10 +30,12 @@ pytestmark = [
 ]
 SHORT = ("calibration.samples=2", "calibration.length=128")
 EIGHT = ("scheme.weights.bits=8", "scheme.activations.bits=8")  # so that last bits decide little
+WIDE, HALF = torch.float32, torch.bfloat16
 CASES = {
-    "w4a4-fast": ("w4a4-fast", (), 12, 480, 0.02),  # 4-bit codes jump by last bits: 0.6 nats of a token, planish against itself in pieces
-    "eight-bits": ("w4a4-fast", EIGHT, 2, 180, 0.005),
-    "side-paths": ("paper-svdquant", EIGHT, 2, 180, 0.005),
+    "w4a4-fast": ("w4a4-fast", (), 12, 480, 0.02, WIDE),  # 4-bit codes jump by last bits: 0.6 nats of a token, planish against itself in pieces
+    "eight-bits": ("w4a4-fast", EIGHT, 2, 180, 0.005, WIDE),
+    "side-paths": ("paper-svdquant", EIGHT, 2, 180, 0.005, WIDE),
+    "packed": ("w4a4-fast", EIGHT, 4, 240, 0.02, HALF),
 }
 
 
@@ -43,8 +45,8 @@ def environment(plugins: str) -> dict[str, str]:
 
 
 @contextmanager
-def served(folder: Path, log: Path) -> Iterator[str]:
-    """The address of a server of this checkpoint, in float32."""
+def served(folder: Path, log: Path, dtype: torch.dtype) -> Iterator[str]:
+    """The address of a server of this checkpoint."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -59,7 +61,7 @@ def served(folder: Path, log: Path) -> Iterator[str]:
         "--port",
         str(port),
     ]
-    options = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "4"]
+    options = ["--dtype", str(dtype).removeprefix("torch."), "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "4"]
     with log.open("w") as out:
         process = subprocess.Popen([*command, *options], stdout=out, stderr=subprocess.STDOUT, env=environment("planish"), cwd=log.parent)
         try:
@@ -94,24 +96,26 @@ def complete(address: str, model: Path, prompt: list[int], **options: Any) -> di
 @pytest.mark.parametrize("case", CASES)
 def test_serves_what_planish_computes(case: str, tmp_path: Path) -> None:
     """Prompt log-probabilities and the first token; usage counts the client's own tokens; a prompt that the prefix makes too long is refused."""
-    recipe, settings, windows, length, tolerance = CASES[case]
+    recipe, settings, windows, length, tolerance, dtype = CASES[case]
     out = tmp_path / "out"
     plan = planish.compress(with_settings(load_recipe(recipe), (*SHORT, *settings)), "demo:smollm2", out).plan
-    model = planish.load(out, dtype=torch.float32, device="cpu")
+    model = planish.load(out, dtype=dtype, device="cpu")
     prompts = planish.Calibration(samples=windows, length=length, seed=1).tokens(plan.checkpoint.tokenizer())
     differences = []
-    with served(out, tmp_path / "server.log") as address, torch.no_grad():
+    with served(out, tmp_path / "server.log", dtype) as address, torch.no_grad():
         for prompt in [*prompts, prompts[0]]:  # again: with what vLLM has cached
             answer = complete(address, out, prompt.tolist(), max_tokens=1)
             rows = answer["choices"][0]["prompt_logprobs"]
             assert answer["usage"]["prompt_tokens"] == len(prompt) == len(rows)
             theirs = torch.tensor([row[str(token)]["logprob"] for row, token in zip(rows[1:], prompt[1:].tolist(), strict=True)])
-            own = model(prompt[None]).logits[0, :-1].log_softmax(-1).gather(1, prompt[1:, None])[:, 0]
+            own = model(prompt[None]).logits[0, :-1].float().log_softmax(-1).gather(1, prompt[1:, None])[:, 0]
             differences.append(own - theirs)
         assert abs(float(torch.cat(differences).mean())) <= tolerance
         greedy = complete(address, out, prompts[0].tolist(), max_tokens=1, prompt_logprobs=None, logprobs=1)["choices"][0]
-        best = model(prompts[:1]).logits[0, -1].log_softmax(-1)
+        best = model(prompts[:1]).logits[0, -1].float().log_softmax(-1)
         assert greedy["logprobs"]["token_logprobs"][0] == pytest.approx(float(best.max()), abs=0.5)
+        packed = dtype == HALF and torch.cpu.get_capabilities().get("avx512_vnni")
+        assert f"run on {'packed kernels' if packed else 'the reference'}, in {dtype}" in (tmp_path / "server.log").read_text()
         if plan.prefix:
             with pytest.raises(urllib.error.HTTPError, match="400"):
                 complete(address, out, [5] * 511, max_tokens=1)
