@@ -1,8 +1,8 @@
 """A stored model on packed kernels: what users run. Verification and the walk run the reference, QuantizedLinear, whose arithmetic is exact.
 
-Linears become PackedLinear, the readers of one site one product; RMS norms and gated MLPs of the standard form become single passes over memory, each
-after it was held against the model's own on random tokens. What no kernel expresses stays as it is, layer by layer; `kernels_used` says what runs
-on what.
+Linears become PackedLinear, the readers of one site one product; RMS norms, rotary embeddings and gated MLPs of the standard form become single
+passes over memory, each after it was held against the model's own on random tokens. What no kernel expresses stays as it is, layer by layer;
+`kernels_used` says what runs on what.
 
 Shape suffixes: T tokens, C channels, I a gated MLP's inner ones.
 """
@@ -24,6 +24,7 @@ from ..quant.linear import Parts, QuantizedLinear, share_input
 from ..quant.transforms.factors import on_input
 from .families import FAMILIES
 from .quantized import put
+from .rotary import has_rotary, put_rotary
 from .sites import Topology
 from .stored import StoredCheckpoint
 from .topology import topology
@@ -113,7 +114,7 @@ def _wins(parts: Parts) -> bool:
 
 
 def fuse(model: nn.Module, checkpoint: StoredCheckpoint, root: str, dtype: torch.dtype) -> None:
-    """Single passes for the norms and gated MLPs of a loaded model on a CPU, where they compute what its own modules do.
+    """Single passes for the norms, rotary embeddings and gated MLPs of a loaded model on a CPU, where they compute what its own do.
 
     root: as in put_linears.
     """
@@ -125,6 +126,8 @@ def fuse(model: nn.Module, checkpoint: StoredCheckpoint, root: str, dtype: torch
         fused = RmsNorm.of(whole) or GatedMlp.of(whole)
         if fused is not None and agree(whole, fused, dtype):
             put(model, path.removeprefix(root), fused)
+    for path in [] if known.attention is None else [f"{known.block_name(index)}.{known.attention.module}" for index in range(known.block_count)]:
+        put_rotary(model.get_submodule(path.removeprefix(root)), dtype)
 
 
 def _norms(known: Topology) -> list[str]:
@@ -226,4 +229,5 @@ def kernels_used(model: nn.Module) -> dict[str, str]:
     kinds = {Part: "packed, one product with its site's other readers", PackedLinear: "packed", QuantizedLinear: "reference", RmsNorm: "one pass"}
     kinds |= {GatedMlp: "SiLU, product and quantization in one pass"}
     named = {name: kinds[type(module)] for name, module in model.named_modules() if type(module) in kinds}
+    named |= {name: "rotary embedding in one pass" for name, module in model.named_modules() if has_rotary(module)}
     return {name: kind for name, kind in named.items() if not name.endswith(".joined.linear")}

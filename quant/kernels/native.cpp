@@ -167,6 +167,26 @@ void finish_silu_mul_quantize(const float *x, const float *scale, const int32_t 
     });
 }
 
+// Rotary embedding: x cos + (-x2, x1) sin, each product and the sum rounded. x: (batches, heads, tokens, width) at any strides but the last; y: the same
+// as (batches, tokens, heads, width) lies in memory; cos, sin: (batches or one, tokens, width).
+template <class T>
+void rotary(const T *x, long batch_stride, long head_stride, long token_stride, long batches, long heads, long tokens, long width, const T *cos,
+            const T *sin, long angles_stride, T *y, int threads) {
+    each_row(batches * tokens, heads * width, threads, [=](long row, float *) {
+        const long b = row / tokens, t = row % tokens, half = width / 2;
+        const T *c = cos + b * angles_stride + t * width, *s = sin + b * angles_stride + t * width;
+        for (long h = 0; h < heads; h++) {
+            const T *from = x + b * batch_stride + h * head_stride + t * token_stride;
+            T *to = y + (row * heads + h) * width;
+            for (long i = 0; i < half; i++) {
+                const float one = load(from[i]), two = load(from[i + half]);
+                store(as<T>(one * load(c[i])) + as<T>(-two * load(s[i])), to + i);
+                store(as<T>(two * load(c[i + half])) + as<T>(one * load(s[i + half])), to + i + half);
+            }
+        }
+    });
+}
+
 // Packed 4-bit codes (outputs, inputs / 2), see nibbles.py, times group scales, as values.
 template <class T>
 void dequantize(const uint8_t *packed, const float *scale, const float *zero, long outputs, long inputs, long groups, T *weight, int threads) {
@@ -216,6 +236,10 @@ void dequantize(const uint8_t *packed, const float *scale, const float *zero, lo
     extern "C" void planish_dequantize_##SUFFIX(const uint8_t *packed, const float *scale, const float *zero, long outputs, long inputs, long groups,  \
                                                 T *weight, int threads) {                                                                             \
         dequantize(packed, scale, zero, outputs, inputs, groups, weight, threads);                                                                    \
+    }                                                                                                                                                 \
+    extern "C" void planish_rotary_##SUFFIX(const T *x, long batch_stride, long head_stride, long token_stride, long batches, long heads, long tokens, \
+                                            long width, const T *cos, const T *sin, long angles_stride, T *y, int threads) {                          \
+        rotary(x, batch_stride, head_stride, token_stride, batches, heads, tokens, width, cos, sin, angles_stride, y, threads);                       \
     }
 
 EXPORT(float, float32)

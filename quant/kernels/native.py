@@ -6,7 +6,7 @@ over memory. `found()` says which of the two it is, and why.
 Each function answers None (or False) where it does not apply: other devices and dtypes than float32 and bfloat16, strides inside a row, and under
 torch.compile, whose own compiler does better with what surrounds them.
 
-Shape suffixes: T tokens, C = I in channels, O out channels, G groups.
+Shape suffixes: T tokens, C = I in channels, O out channels, G groups, B batches, H heads, D channels of a head.
 """
 
 import ctypes
@@ -140,6 +140,21 @@ def rms_norm(x_TC: Tensor, weight_C: Tensor, eps: float) -> Tensor | None:
         function = getattr(found().library, "planish_amx_rms_norm", function)
     function(_pointer(x_TC), _pointer(weight_C), ctypes.c_float(eps), *_shape(x_TC), _pointer(y_TC), torch.get_num_threads())
     return y_TC
+
+
+def rotary(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor | None:
+    """x cos + (-x2, x1) sin, each product and the sum rounded to x's dtype, where x1 and x2 are the halves of D. cos and sin: B or 1 of them."""
+    batches, heads, tokens, width = x_BHTD.shape
+    angles = ((batches, tokens, width), (1, tokens, width))
+    if width % 2 or cos_BTD.shape not in angles or cos_BTD.shape != sin_BTD.shape or not (cos_BTD.is_contiguous() and sin_BTD.is_contiguous()):
+        return None
+    if (function := _function("rotary", x_BHTD, cos_BTD, sin_BTD)) is None:
+        return None
+    y_BHTD = x_BHTD.new_empty((batches, tokens, heads, width)).transpose(1, 2)
+    places = map(_long, (*x_BHTD.stride()[:3], batches, heads, tokens, width))
+    angles_stride = _long(0 if len(cos_BTD) == 1 else tokens * width)
+    function(_pointer(x_BHTD), *places, _pointer(cos_BTD), _pointer(sin_BTD), angles_stride, _pointer(y_BHTD), torch.get_num_threads())
+    return y_BHTD
 
 
 def rms_norm_quantize(x_TC: Tensor, weight_C: Tensor, eps: float, grid: Grid) -> Codes | None:

@@ -139,3 +139,20 @@ def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         library.touch()
         written = library.stat().st_mtime_ns
     assert library.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 9, 512, 64), (2, 3, 7, 6), (3, 1, 1, 2), (1, 2, 0, 4)])
+def test_rotary(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+    """Bit for bit, of a view into a product of all heads and of what lies densely, with angles for every batch or for all."""
+    batches, heads, tokens, width = shape
+    view = draw(batches, tokens, (heads + 2) * width, dtype=dtype)[..., width:-width].view(batches, tokens, heads, width).transpose(1, 2)
+    for x in (view, view.contiguous()):
+        for many in (1, batches):
+            cos, sin = (draw(many, tokens, width, seed=seed, dtype=dtype) for seed in (1, 2))
+            found = native.rotary(x, cos, sin)
+            one, two = x.chunk(2, -1)
+            assert found is not None
+            assert torch.equal(found, x * cos[:, None] + torch.cat([-two, one], -1) * sin[:, None])
+    assert native.rotary(view, cos[..., :-1], sin[..., :-1]) is None
+    assert native.rotary(view, cos.to(torch.float16), sin) is None
