@@ -63,6 +63,8 @@ def _derived(kind: type[nn.Module]) -> type[nn.Module]:
         found = None if more or named else _turned(q, k, cos, sin)
         return plain(q, k, cos, sin, *more, **named) if found is None else found
 
-    ours = FunctionType(forward.__code__, {**forward.__globals__, _NAME: turn}, forward.__name__, forward.__defaults__)
-    ours.__kwdefaults__ = forward.__kwdefaults__
+    names = {**forward.__globals__, _NAME: turn}
+    del names["__name__"]  # torch.compile would look names up in the module of that name
+    ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
+    ours.__kwdefaults__, ours.__module__ = forward.__kwdefaults__, forward.__module__
     return type(kind.__name__, (kind,), {"forward": ours, "__module__": kind.__module__, _MARK: True})

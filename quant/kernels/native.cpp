@@ -178,6 +178,7 @@ void rotary(const T *x, long batch_stride, long head_stride, long token_stride, 
         for (long h = 0; h < heads; h++) {
             const T *from = x + b * batch_stride + h * head_stride + t * token_stride;
             T *to = y + (row * heads + h) * width;
+#pragma omp simd
             for (long i = 0; i < half; i++) {
                 const float one = load(from[i]), two = load(from[i + half]);
                 store(as<T>(one * load(c[i])) + as<T>(-two * load(s[i])), to + i);
