@@ -20,7 +20,7 @@ from .quant.transforms import Flat, Keeping
 from .quant.transforms.auto import Auto, Choice
 from .quant.transforms.factors import Chain, on_input, rounded
 from .quant.transforms.flat import Learned
-from .quant.transforms.inputs import ClipSearch, InputStep, SiteView
+from .quant.transforms.inputs import ClipSearch, InputStep, SiteView, chain_of
 from .quant.trial import Trial, decided
 from .solving import Readers
 
@@ -197,15 +197,11 @@ def flatten(
 
 def _chain(steps: Sequence[InputStep], view: SiteView) -> tuple[Chain, Learned | None]:
     """What the steps make of a site, one after the other; and what the last of them learned, if it did."""
-    chain: Chain = ()
-    learned = None
-    for i, step in enumerate(steps):
-        learned = step.learned(view) if isinstance(step, Flat | Known) else None
-        more = step.chain(view) if learned is None else learned.chain
-        chain = (*chain, *more)
-        if i + 1 < len(steps):
-            view = view.through(more)
-    return chain, learned
+    if not steps or not isinstance(steps[-1], Flat | Known):
+        return chain_of(steps, view), None
+    before = chain_of(steps[:-1], view)
+    learned = steps[-1].learned(view.through(before))
+    return (*before, *learned.chain), learned
 
 
 def _outputs(readers: Readers, x_SC: Tensor) -> Tensor:
