@@ -26,6 +26,20 @@ ABOUT = "about.json"
 FILES = ("comparison.html", "comparison.json", "comparison.md", "comparison.svg")
 
 
+_WHENCE = {"texts": "their --windows and --length count too", "threads": "--jobs shares the cores out"}
+
+
+def _apart(key: str, there: Any, now: Any) -> str:
+    """What two comparisons do not share, with the values where they can be read: threads (2 there, 1 now; --jobs shares the cores out)."""
+    values = [] if key in ("model", "texts") else [f"{_said(there)} there, {_said(now)} now"]
+    words = "; ".join([*values, *([_WHENCE[key]] if key in _WHENCE else [])])
+    return f"{key} ({words})" if words else key
+
+
+def _said(value: Any) -> str:
+    return ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else str(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Folder:
     """Where things are in a comparison's folder, which need not exist yet."""
@@ -72,9 +86,11 @@ class Folder:
         if not self.path.exists():
             return
         known = read_json(self.path / ABOUT)
-        other = [key for key in about if known.get(key) != about[key]]
+        other = [_apart(key, known.get(key), value) for key, value in about.items() if known.get(key) != value]
         if other:
-            raise PlanishError(f"{self.path}: holds another comparison: not the same {', '.join(other)}. Choose another output folder.")
+            raise PlanishError(
+                f"{self.path}: holds another comparison: not the same {', '.join(other)}. Repeat it with its settings, or choose another output folder."
+            )
         for name, done in self.done().items():
             if recipes.get(name) != (done.row.sha256, done.row.calibration_sha256):
                 raise PlanishError(

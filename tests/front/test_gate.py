@@ -100,7 +100,7 @@ def test_flags_change_a_gate() -> None:
         ("recovery=0.98", "recovery is held to 0.98, which cannot be meant. Give a threshold such as 98, in per cent"),
         ("perplexity_ratio=0.05", "such as 1.05"),
         ("agreement=95", "such as 0.95"),
-        ("accuracy=0.5", "expected a mapping"),
+        ("accuracy=0.5", "Name one: accuracy.TASK=0.5."),
         ("in_doubt=fail", "no threshold is given"),
         ("kl=.nan", "expected a finite number"),
     ],
