@@ -89,7 +89,7 @@ class Folder:
         other = [_apart(key, known.get(key), value) for key, value in about.items() if known.get(key) != value]
         if other:
             raise PlanishError(
-                f"{self.path}: holds another comparison: not the same {', '.join(other)}. Repeat it with its settings, or choose another output folder."
+                f"{self.path}: holds another comparison: not the same {', '.join(other)}. Repeat its settings, or choose another output folder."
             )
         for name, done in self.done().items():
             if recipes.get(name) != (done.row.sha256, done.row.calibration_sha256):
