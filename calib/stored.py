@@ -143,8 +143,8 @@ def open_stored(folder: str | Path) -> StoredCheckpoint:
     values = read_json(folder / "config.json")
     quantization = values.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") not in (PLAIN, OWN):
-        where = folder / "config.json"
-        raise PlanishError(f"{where}: quantization_config is {quantization!r}. Give a compressed-tensors checkpoint, such as planish writes.")
+        found = "the model is not compressed: there is no quantization_config" if quantization is None else f"quantization_config is {quantization!r}"
+        raise PlanishError(f"{folder / 'config.json'}: {found}. Give a compressed-tensors checkpoint, such as planish writes.")
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     assert isinstance(config, PreTrainedConfig)
     config = copy.deepcopy(config)

@@ -86,8 +86,13 @@ def keep_hidden(key: str, hidden: Tensor) -> None:
     _write(f"{key}.safetensors", lambda path: save_file({HIDDEN: hidden.contiguous()}, path))
 
 
-def _write(name: str, fill: Callable[[Path], object]) -> None:
-    """A file that appears whole: another name, to the disk, renamed."""
+def check_keepable() -> None:
+    """PlanishError if nothing can be kept."""
+    _partial("check").unlink()
+
+
+def _partial(name: str) -> Path:
+    """A new empty file in the folder."""
     folder = _folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,13 +100,18 @@ def _write(name: str, fill: Callable[[Path], object]) -> None:
     except OSError as error:
         raise PlanishError(f"{folder}: cannot be written ({error.strerror}). Set PLANISH_CACHE to a folder that can.") from error
     os.close(handle)
-    path = Path(partial)
+    return Path(partial)
+
+
+def _write(name: str, fill: Callable[[Path], object]) -> None:
+    """A file that appears whole: another name, to the disk, renamed."""
+    path = _partial(name)
     try:
         fill(path)
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
         path.chmod(0o644)
-        path.replace(folder / name)
+        path.replace(path.with_name(name))
     finally:
         with suppress(FileNotFoundError):
             path.unlink()

@@ -85,9 +85,7 @@ def cut(checkpoint: Checkpoint, settings: TextSettings) -> Windows:
     if bos and len(text_T) and int(text_T[0]) == bos[0]:
         text_T = text_T[1:]
     if len(text_T) < body:
-        raise PlanishError(
-            f"evaluation.source {settings.source} holds {len(text_T)} tokens, not one window of {body}. Lower length, or give more text."
-        )
+        raise PlanishError(f"Text {settings.source} holds {len(text_T)} tokens, not one window of {body}. Lower --length, or give more text.")
     body_Nb = text_T.unfold(0, body, stride)[: settings.windows]
     start_N1 = torch.tensor([bos] * len(body_Nb), dtype=torch.int64).reshape(len(body_Nb), len(bos))
     return Windows(ids=torch.cat([start_N1, body_Nb], 1), stride=stride, settings=settings)

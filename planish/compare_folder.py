@@ -18,11 +18,26 @@ from .calib.shards import read_json
 from .comparison import Done
 from .decode import decode
 from .journal import write_text
+from .outfile import check_writable
 from .quant.errors import PlanishError
 from .schemas import plain
 
 ABOUT = "about.json"
 FILES = ("comparison.html", "comparison.json", "comparison.md", "comparison.svg")
+
+
+_WHENCE = {"texts": "their --windows and --length count too", "threads": "--jobs shares the cores out"}
+
+
+def _apart(key: str, there: Any, now: Any) -> str:
+    """What two comparisons do not share, with the values where they can be read: threads (2 there, 1 now; --jobs shares the cores out)."""
+    values = [] if key in ("model", "texts") else [f"{_said(there)} there, {_said(now)} now"]
+    words = "; ".join([*values, *([_WHENCE[key]] if key in _WHENCE else [])])
+    return f"{key} ({words})" if words else key
+
+
+def _said(value: Any) -> str:
+    return ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else str(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +75,10 @@ class Folder:
         return self.path / "checkpoints" / name
 
     def check_free(self) -> None:
-        """PlanishError if something else than a comparison is there."""
+        """PlanishError if something else than a comparison is there, or nothing can be written."""
         if (self.path.exists() or self.path.is_symlink()) and not (self.path / ABOUT).is_file():
             raise PlanishError(f"{self.path}: exists and is no comparison, and planish overwrites nothing. Choose another output folder.")
+        check_writable(self.path / ABOUT)
 
     def check(self, about: Mapping[str, Any], recipes: Mapping[str, tuple[str, str | None]]) -> None:
         """PlanishError if another comparison is there: about something else, or with results of other recipes. recipes: by name, the digests of the
@@ -70,9 +86,11 @@ class Folder:
         if not self.path.exists():
             return
         known = read_json(self.path / ABOUT)
-        other = [key for key in about if known.get(key) != about[key]]
+        other = [_apart(key, known.get(key), value) for key, value in about.items() if known.get(key) != value]
         if other:
-            raise PlanishError(f"{self.path}: holds another comparison: not the same {', '.join(other)}. Choose another output folder.")
+            raise PlanishError(
+                f"{self.path}: holds another comparison: not the same {', '.join(other)}. Repeat its settings, or choose another output folder."
+            )
         for name, done in self.done().items():
             if recipes.get(name) != (done.row.sha256, done.row.calibration_sha256):
                 raise PlanishError(

@@ -26,7 +26,7 @@ from .eval.measured import COMPARED
 from .eval.paired import Measured, difference, flips, mean, ratio
 from .eval.score import Report, check_vocabularies
 from .eval.served import check_context, measure_served
-from .eval.task_cache import Answers, keep_answers, keep_hidden, kept_answers, kept_hidden, key_of, model_digest
+from .eval.task_cache import Answers, check_keepable, keep_answers, keep_hidden, kept_answers, kept_hidden, key_of, model_digest
 from .eval.tasks import Task, check_names, open_tasks
 from .eval.text_score import BaseHidden, TextSettings, Windows, cut, hidden_states, measure_text
 from .eval_page import eval_markdown, eval_page
@@ -34,8 +34,9 @@ from .journal import write_text
 from .loading import load
 from .outfile import check_outfile
 from .page_links import beside
-from .quant.errors import PlanishError
+from .quant.errors import PlanishError, nearest
 from .schemas import to_json
+from .thresholds import BY_TASK
 
 if TYPE_CHECKING:
     from .eval.harness import LoadedLM
@@ -110,7 +111,8 @@ class EvalPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalJob:
-    """What the user asked for, as of `evaluate`. text None: no text. out: a file for the result; html, markdown: for it as a page and as Markdown."""
+    """What the user asked for, as of `evaluate`. text None: no text. out: a file for the result; html, markdown: for it as a page and as Markdown.
+    force: replace such files."""
 
     model: str
     against: str | None
@@ -124,6 +126,7 @@ class EvalJob:
     out: Path | None = None
     html: Path | None = None
     markdown: Path | None = None
+    force: bool = False
     server: str | None = None
     served_name: str | None = None
     server_timeout: float = SECONDS
@@ -137,11 +140,9 @@ class EvalJob:
             raise PlanishError(f"limit is {self.limit}, but must be at least 1. Leave it out for all documents.")
         if not self.tasks and (self.text is None or self.include_path is not None):
             raise PlanishError("no task is given. Name some with --tasks, such as arc_easy,piqa, or measure a text alone, without --include-path.")
-        if self.out is not None and not self.out.absolute().parent.is_dir():
-            raise PlanishError(f"{self.out}: no folder {self.out.absolute().parent} to write it in. Make it, or give another file.")
-        for file in (self.html, self.markdown):
+        for file in (self.out, self.html, self.markdown):
             if file is not None:
-                check_outfile(file, advice="Choose another name, or remove this file.")
+                check_outfile(file, replace=self.force)
         device = pick_device(self.device)
         if self.tasks:
             check_names(self.tasks, self.include_path)
@@ -151,6 +152,7 @@ class EvalJob:
             check_language(one, "evaluate it")
         if base is not None:
             check_vocabularies(base, checkpoint)
+            check_keepable()
         windows = None if self.text is None else cut(checkpoint, self.text)
         tasks = open_tasks(self.tasks, limit=self.limit, include_path=self.include_path) if self.tasks else ()
         self._check_gate(windows is not None, base is not None, [task.name for task in tasks])
@@ -164,10 +166,19 @@ class EvalJob:
             measured += ["perplexity_ratio", "agreement"] + ([] if self.server else ["kl"])
         if tasks and base:
             measured += ["recovery", *(f"recovery.{task}" for task in tasks)]
-        needs = (
-            "It takes a text for perplexity_ratio, kl and agreement, --tasks for recovery and accuracy, --against for all but perplexity and accuracy"
-        )
-        self.gate.check_measured(measured, "this evaluation", f"{needs}{'; a server cannot tell kl' if self.server else ''}.")
+        missing = [name for name in self.gate.thresholds() if name not in measured]
+        if missing:
+            self.gate.check_measured(measured, "this evaluation", self._instead(missing[0], text, base, tasks))
+
+    def _instead(self, metric: str, text: bool, base: bool, tasks: Sequence[str]) -> str:
+        """What to do so that a threshold's metric is measured, or what else to hold to one."""
+        name, _, task = metric.partition(".")
+        on_tasks = name in BY_TASK
+        flags = ["--tasks"] if on_tasks and not tasks else ["--text"] if not on_tasks and not text else []
+        flags += ["--against MODEL"] if not base and name not in ("perplexity", "accuracy") else []
+        if flags:
+            return f"Give {' and '.join(flags)}, or leave that threshold out."
+        return nearest(task, tasks) if task else "No server tells whole distributions: leave that threshold out, or --server."
 
     def _connect(self, checkpoint: Checkpoint, windows: Windows | None) -> Server | None:
         if self.server is None:

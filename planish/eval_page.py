@@ -7,7 +7,7 @@ from .compress_page import gate_lines
 from .eval.evaluation import Evaluation, MetricResult, TextResult
 from .eval.markdown import escaped, page_table, points
 from .eval.page import Card, Column, Links, Page, Part, Table, Words, render, section
-from .eval_tables import figure, percent, task_words, text_words, title
+from .eval_tables import figure, percent, risen, task_words, text_words, title
 from .units import counted, duration
 
 HEADINGS = ("", "base", "compressed", "change")
@@ -76,7 +76,7 @@ def _text_rows(text: TextResult) -> Iterator[tuple[object, ...]]:
     if base is None:
         yield "perplexity", None, figure(text.perplexity, 3), None
         return
-    yield "perplexity", f"{base.perplexity:.3f}", figure(text.perplexity, 3), change(base.ratio.value - 1)
+    yield "perplexity", f"{base.perplexity:.3f}", figure(text.perplexity, 3), risen(base.ratio)
     yield "KL divergence, nats per token", None, None if base.kl is None else figure(base.kl, 4), None
     yield "same likeliest token", None, None if base.agreement is None else f"{figure(percent(base.agreement), 1)} %", None
 
@@ -94,6 +94,8 @@ def _tasks(evaluation: Evaluation) -> Iterator[Part]:
         Column(heading="p", numeric=True, note="McNemar's exact test", show=lambda value: f"{value:.3f}"),
     )
     rows = tuple((task.name, name, task.samples, *_cells(metric)) for task in evaluation.tasks for name, metric in task.metrics.items())
+    if evaluation.recovery is not None:
+        rows += (("mean", "each task's first", None, None, None, None, figure(evaluation.recovery, 1), None, None),)
     yield Table(caption="Shares in per cent; ± is a standard error, paired where it is of a change", columns=columns, rows=rows)
     yield Words(lines=tuple(task_words(evaluation)), points=True)
 

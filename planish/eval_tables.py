@@ -10,7 +10,7 @@ from rich.text import Text
 from .eval.evaluation import Evaluation, MetricResult, TaskResult, TextResult, task_recovery
 from .eval.paired import Measured
 from .tables import gate_rows
-from .units import duration
+from .units import counted, duration
 
 SURE = 0.05  # below this p value, answers that flipped are marked
 
@@ -25,7 +25,7 @@ def evaluation_tables(evaluation: Evaluation) -> tuple[RenderableType, ...]:
         parts += [_task_table(evaluation), *map(_dim, task_words(evaluation)), ""]
     if evaluation.gate is not None:
         parts += [*(Text(f"  {name:<6}{words}") for name, words in gate_rows(evaluation.gate)), ""]
-    return (*parts, _dim(f"took {duration(evaluation.seconds)} on {evaluation.device}, {evaluation.threads} threads"))
+    return (*parts, _dim(f"took {duration(evaluation.seconds)} on {evaluation.device}, {counted(evaluation.threads, 'thread')}"))
 
 
 def title(evaluation: Evaluation) -> str:
@@ -59,14 +59,18 @@ def percent(measured: Measured) -> Measured:
     return Measured(value=100 * measured.value, error=None if measured.error is None else 100 * measured.error)
 
 
+def risen(ratio: Measured) -> str:
+    """A ratio as the change that it is: +0.29 ± 0.08 %."""
+    return f"{figure(percent(Measured(value=ratio.value - 1, error=ratio.error)), 2, sign=True)} %"
+
+
 def _text_table(text: TextResult) -> Table:
     if text.base is None:
         table = _table("  text", "")
         table.add_row("  perplexity", figure(text.perplexity, 3))
         return table
     table = _table("  text", "base", "compressed", "")
-    change = Measured(value=text.base.ratio.value - 1, error=text.base.ratio.error)
-    table.add_row("  perplexity", f"{text.base.perplexity:.3f}", figure(text.perplexity, 3), f"{figure(percent(change), 2, sign=True)} %")
+    table.add_row("  perplexity", f"{text.base.perplexity:.3f}", figure(text.perplexity, 3), risen(text.base.ratio))
     kl, agreement = text.base.kl, text.base.agreement
     table.add_row("  KL divergence per token", "", "not measured" if kl is None else figure(kl, 4), "")
     table.add_row("  same likeliest token", "", "not measured" if agreement is None else f"{figure(percent(agreement), 1)} %", "")
@@ -136,7 +140,7 @@ def task_words(evaluation: Evaluation) -> list[str]:
     if evaluation.against is None:
         return words
     words[0] = f"in per cent; {words[0]}, paired"
-    words.append("-, +: answers lost (right before, wrong now) and gained; p: McNemar's exact test")
+    words.append("lost (-): answers right before and wrong now; gained (+): the reverse; p: McNemar's exact test")
     counted = [task.main for task in evaluation.tasks if task_recovery(task) is not None]
     words.append(f"recovery: compressed / base, paired error by the delta method; mean over the {len(counted)} tasks' first metric")
     kept = [task.name for task in evaluation.tasks if task.base_cached]

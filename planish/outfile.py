@@ -1,5 +1,6 @@
-"""Files that a command is asked to write: refused before the work where they cannot be."""
+"""Files and folders that a command is asked to write: refused before the work where they cannot be."""
 
+import tempfile
 from pathlib import Path
 
 from .quant.errors import PlanishError
@@ -13,3 +14,13 @@ def check_outfile(file: Path, *, replace: bool = False, advice: str = "Choose an
         raise PlanishError(f"{file}: is a folder. Give the name of a file.")
     if not replace and (file.exists() or file.is_symlink()):
         raise PlanishError(f"{file}: exists, and planish overwrites nothing unasked. {advice}")
+    check_writable(file)
+
+
+def check_writable(path: Path) -> None:
+    """PlanishError if nothing can be made where the path is to be: tried with a file that has no name, in the nearest folder that there is."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise PlanishError(f"{path}: {folder} cannot be written ({error.strerror}). Give a place where you may write.") from error

@@ -28,6 +28,7 @@ from .calib.runner import BlockRunner
 from .calib.sites import Topology, reader_weight
 from .estimate import Memory, Sizes, resident
 from .fused import Fused, fused
+from .outfile import check_writable
 from .quant.errors import PlanishError
 from .quant.formats import Scheme
 from .quant.transforms import Prefix
@@ -248,9 +249,10 @@ def _prove(runner: BlockRunner) -> None:
 
 
 def _check_free(out: Path) -> None:
-    """Nothing there yet."""
+    """Nothing there yet, and leave to make something."""
     if out.exists() or out.is_symlink():
         raise PlanishError(f"{out}: exists, and planish overwrites nothing. Choose another output folder, or remove this one.")
+    check_writable(out)
 
 
 def check_room(needs: Mapping[Path, int]) -> None:

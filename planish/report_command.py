@@ -65,12 +65,13 @@ def write_pages(files: Sequence[Path], out: Path, markdown: Path | None = None) 
     """Read the reports, and write their pages and the index into `out`; their paths, the index first. Raises PlanishError."""
     from .eval.page import Links, Page, render, section
     from .journal import write_text
-    from .outfile import check_outfile
+    from .outfile import check_outfile, check_writable
     from .page_links import about
     from .quant.errors import PlanishError
 
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or ((out / INDEX).is_file() and about(out / INDEX)))):
         raise PlanishError(f"{out}: exists and is no folder of `planish report`, and planish overwrites nothing. Choose another folder.")
+    check_writable(out / INDEX)
     if markdown is not None:
         check_outfile(markdown, advice="Choose another name, or remove this file.")
     found = [one for file in _listed(files) for one in _read(file, alone=file in files)]

@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from .decode import decode
-from .eval.gate import MEAN, Gate
+from .eval.gate import MEAN, METRICS, Gate, kind
 from .quant.errors import PlanishError
 from .recipe import load_recipe
 from .yamltext import parse_yaml
@@ -17,6 +17,8 @@ def read_gate(settings: Sequence[str]) -> Gate:
     """A gate of `metric=threshold` settings; one without "=" names a recipe whose gate is taken, for the others to change. Raises PlanishError."""
     gate = Gate()
     for name in (setting for setting in settings if "=" not in setting):
+        if kind(name) in METRICS:
+            raise PlanishError(f"--gate {name}: no threshold is given. Write {name}=NUMBER, such as {METRICS[kind(name)].example}.")
         gate = load_recipe(name).gate
         if not gate:
             raise PlanishError(f"--gate {name}: that recipe has no gate. Add one to it, or write thresholds, such as kl=0.1.")
@@ -35,6 +37,8 @@ def with_thresholds(gate: Gate, settings: Sequence[str]) -> Gate:
             raise PlanishError(f"--gate {setting!r} is no threshold. Write metric=threshold, such as kl=0.1.")
         first, _, task = name.partition(".")
         value = parse_yaml(text, f"--gate {setting}")
+        if name == "accuracy":
+            raise PlanishError(f"--gate {setting}: there is no accuracy of all tasks together. Name one: accuracy.TASK={text}.")
         if first in BY_TASK and (task or first == "recovery"):
             before = data.get(first, {})
             data[first] = {**(before if isinstance(before, Mapping) else {MEAN: before}), task or MEAN: value}

@@ -114,7 +114,7 @@ def test_other_quantizers_are_refused(folder: Path) -> None:
 
 
 def test_not_compressed(folder: Path) -> None:
-    with pytest.raises(PlanishError, match="quantization_config is None"):
+    with pytest.raises(PlanishError, match="the model is not compressed: there is no quantization_config"):
         open_stored(folder.parent / "model")
 
 

@@ -195,7 +195,10 @@ WRONG = [
     (("--windows", 0), "windows is 0"),
     (("--stride", 0), "stride is 0"),
     (("--text", "nothing.txt"), "nothing.txt cannot be read"),
-    (("--out", "nowhere/found.json"), "no folder"),
+    (("--out", "nowhere/found.json"), "nowhere/found.json: there is no folder nowhere"),
+    (("--out", "empty/there.json"), "empty/there.json: exists, and planish overwrites nothing unasked. Choose another name, or add --force."),
+    (("--html", "empty/there.json"), "add --force"),
+    (("--markdown", "/proc/found.md"), "/proc/found.md: /proc cannot be written (No such file or directory). Give a place where you may write."),
     (("--against", "nowhere"), "nowhere: no such folder"),
 ]
 
@@ -203,6 +206,7 @@ WRONG = [
 @pytest.mark.parametrize(("options", "message"), WRONG, ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "")
 def test_what_is_refused(options: tuple[str, ...], message: str, planish: Planish, pair: tuple[Path, Path], tasks: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/there.json").touch()
     known = ("--include-path", tasks) if "--tasks" in options and "--include-path" not in options else ()
     ran = planish("eval", pair[1], *options, *known, "--quiet")
     assert ran.code == 2
@@ -210,6 +214,16 @@ def test_what_is_refused(options: tuple[str, ...], message: str, planish: Planis
     (line,) = ran.err.splitlines()
     assert line.startswith("Error: ")
     assert message in line
+
+
+def test_cache_that_cannot_be_written(planish: Planish, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the base model runs."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PLANISH_CACHE", str(tmp_path / "file"))
+    ran = planish("eval", pair[1], "--against", pair[0])
+    assert ran.code == 2
+    assert "cannot be written (Not a directory). Set PLANISH_CACHE to a folder that can." in ran.err
+    assert "base: text" not in ran.err
 
 
 def test_no_such_folder(planish: Planish) -> None:

@@ -100,7 +100,7 @@ def test_flags_change_a_gate() -> None:
         ("recovery=0.98", "recovery is held to 0.98, which cannot be meant. Give a threshold such as 98, in per cent"),
         ("perplexity_ratio=0.05", "such as 1.05"),
         ("agreement=95", "such as 0.95"),
-        ("accuracy=0.5", "expected a mapping"),
+        ("accuracy=0.5", "Name one: accuracy.TASK=0.5."),
         ("in_doubt=fail", "no threshold is given"),
         ("kl=.nan", "expected a finite number"),
     ],
@@ -242,8 +242,11 @@ def test_eval_tells_a_broken_checkpoint_from_a_good_one(planish: Planish, origin
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--gate", "kl=0.1"), "gate: kl is not measured by this evaluation"),
-        (("--gate", "recovery=98"), "--tasks for recovery"),
+        (("--gate", "kl=0.1"), "gate: kl is not measured by this evaluation. Give --against MODEL, or leave that threshold out."),
+        (("--gate", "recovery=98"), "Give --tasks and --against MODEL, or leave"),
+        (("--gate", "kl"), "--gate kl: no threshold is given. Write kl=NUMBER, such as 0.1, in nats per token."),
+        (("--gate", "recovery.piqa"), "--gate recovery.piqa: no threshold is given. Write recovery.piqa=NUMBER, such as 98"),
+        (("--gate", "accuracy=0.5"), "Name one: accuracy.TASK=0.5."),
         (("--text", "none", "--gate", "perplexity=10"), "no task is given"),
     ],
 )

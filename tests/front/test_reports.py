@@ -84,10 +84,11 @@ def test_the_comparison_page() -> None:
 
 def test_the_evaluation_page_and_its_markdown() -> None:
     page, text = eval_page(evaluation(), {}), eval_markdown(evaluation())
-    for words in ("piqa", "96.8 ± 0.9", "31, 12", "0.005"):
+    for words in ("piqa", "96.8 ± 0.9", "31, 12", "0.005", "+14.90 ± 1.00 %", "96.8 ± 0.7"):
         assert words in page
         assert words in text
     assert "- met: recovery" in text
+    assert "| mean | each task's first |" in text
 
 
 def test_pages_find_each_other(tmp_path: Path) -> None:
