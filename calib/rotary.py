@@ -7,7 +7,6 @@ Shape suffixes: B batches, H heads, T tokens, D channels of a head.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..quant.kernels import native
 
 _NAME = "apply_rotary_pos_emb"
 _MARK = "planish_rotary"
+_DERIVED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def put_rotary(attention: nn.Module, dtype: torch.dtype) -> None:
@@ -25,7 +25,7 @@ def put_rotary(attention: nn.Module, dtype: torch.dtype) -> None:
     kind, width = type(attention), getattr(attention, "head_dim", None)
     plain = _function(kind)
     if plain is not None and isinstance(width, int) and not has_rotary(attention) and _same(plain, width, dtype):
-        attention.__class__ = _derived(kind)
+        attention.__class__ = _DERIVED[kind] = _DERIVED.get(kind) or _derived(kind)
 
 
 def has_rotary(attention: nn.Module) -> bool:
@@ -53,7 +53,6 @@ def _turned(query_BHTD: Tensor, key_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tens
     return None if query is None or key is None else (query, key)
 
 
-@lru_cache(maxsize=64)
 def _derived(kind: type[nn.Module]) -> type[nn.Module]:
     forward, plain = kind.forward, _function(kind)
     assert isinstance(forward, FunctionType)
