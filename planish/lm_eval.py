@@ -20,6 +20,7 @@ from .quant.errors import PlanishError, nearest
 
 from lm_eval.api.registry import register_model  # isort: skip
 
+UNASKED = "cuda:0"  # what the program of lm-evaluation-harness says where no device was asked for, GPU or none; its own model `hf` takes the CPU then
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,6 +43,8 @@ class PlanishLM(LoadedLM):
     ) -> None:
         if dtype not in DTYPES:
             raise PlanishError(f"dtype {dtype} is unknown. {nearest(dtype, DTYPES)}")
+        if device == UNASKED and not torch.cuda.is_available():
+            device = None
         checkpoint = open_any(pretrained)
         super().__init__(
             load(pretrained, dtype=DTYPES[dtype], device=device, kernels="reference"),

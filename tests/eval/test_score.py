@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from planish.calib.checkpoint import open_checkpoint
 from planish.calib.stored import open_stored
-from planish.eval.score import Divergence, compare, score
+from planish.eval.score import Divergence, compare, log_probabilities, next_log_probabilities, score
 from planish.quant.errors import PlanishError
 from planish.quant.formats import Scheme, WeightFormat
 
@@ -120,3 +120,12 @@ def test_divergence_is_a_mean_over_tokens() -> None:
         parts.add(p[i : i + 1], q[i : i + 1])
     assert parts.mean_kl == pytest.approx(whole.mean_kl, rel=1e-6)
     assert parts.agreement == whole.agreement
+
+
+def test_small_terms_of_a_large_vocabulary_are_not_lost() -> None:
+    """49,151 tokens of 3e-8 each beside one that is nearly certain."""
+    logits = torch.randn(64, 49152, generator=torch.Generator().manual_seed(0))
+    logits[:, 7] = 18
+    expected = logits.double().log_softmax(1)
+    assert (next_log_probabilities(logits, torch.full((64,), 7)) - expected[:, 7]).mean().abs() < 1e-6
+    assert (log_probabilities(logits) - expected).mean().abs() < 1e-6

@@ -8,9 +8,10 @@ import torch
 from helpers_text import build_tokenizer
 from tiny_models import tiny
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from planish.calib.checkpoint import open_checkpoint
+from planish.calib.stored import open_any
 from planish.eval.score import compare, score
 from planish.eval.text_score import BaseHidden, TextSettings, cut, hidden_states, measure_text
 from planish.eval.verify import evaluation_windows
@@ -57,6 +58,20 @@ def test_perplexity_is_that_of_a_plain_loop(length: int, stride: int | None, tmp
     assert found.perplexity.value == pytest.approx(math.exp(nll), rel=1e-6)
     assert found.tokens == count
     assert (found.windows, found.length, found.stride, found.bos) == (5, length, stride or length, "none")
+
+
+@pytest.mark.slow
+@pytest.mark.demo
+@pytest.mark.parametrize("stride", [None, 100])
+def test_perplexity_of_the_demo_model_is_that_of_a_plain_loop(stride: int | None) -> None:
+    """A real vocabulary, whose sums are long."""
+    checkpoint = open_any("demo:smollm2")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    windows = cut(checkpoint, TextSettings(windows=3, length=256, stride=stride))
+    found = measure_text(checkpoint, windows, None, dtype=torch.float32, device=CPU)
+    nll, count = reference(model, evaluation_windows(checkpoint, "builtin", 3, 256).flatten(), 3, 256, stride or 256)
+    assert found.perplexity.value == pytest.approx(math.exp(nll), rel=1e-6)
+    assert found.tokens == count
 
 
 def test_each_token_is_scored_once_where_windows_overlap(tmp_path: Path) -> None:

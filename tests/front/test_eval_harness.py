@@ -25,7 +25,7 @@ LIMIT = 6
 
 def by_hand(module: str, out: Path, *options: str) -> dict[str, Any]:
     """Run lm-evaluation-harness's program in a process of its own: its results, and the samples of each task by its name."""
-    command = [sys.executable, "-m", module, "run", *options, "--tasks", ",".join(TASKS), "--device", "cpu"]
+    command = [sys.executable, "-m", module, "run", *options, "--tasks", ",".join(TASKS)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(out / "datasets")}
     ran = subprocess.run([*command, "--output_path", str(out), "--log_samples"], env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -58,7 +58,7 @@ def answers(results: dict[str, Any]) -> list[float]:
 @pytest.mark.demo
 def test_the_demo_model_in_bfloat16_is_exactly_that_of_transformers(tmp_path: Path) -> None:
     folder, model = task_folder(tmp_path / "tasks"), open_any("demo:smollm2").path
-    options = ("--model", "hf", "--model_args", f"pretrained={model},dtype=bfloat16", "--limit", str(LIMIT), "--batch_size", "1")
+    options = ("--model", "hf", "--model_args", f"pretrained={model},dtype=bfloat16", "--limit", str(LIMIT), "--batch_size", "1", "--device", "cpu")
     expected, found = by_hand("lm_eval", tmp_path / "out", *options, "--include_path", str(folder)), own(model, folder, 1)
     assert len(answers(found)) == LIMIT * 4
     assert answers(found) == answers(expected)
