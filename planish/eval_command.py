@@ -46,6 +46,7 @@ Numbers = Annotated[Dtype | None, typer.Option("--dtype", help="Arithmetic. Defa
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the result there too, as JSON.")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the result there too, as a page.")]
 Markdown = Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write tables for a pull request there.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the files of --out, --html and --markdown if they exist.")]
 Server = Annotated[
     str | None, typer.Option(metavar="URL", help="Measure the model that this running OpenAI-compatible server has of DIR: http://127.0.0.1:8000")
 ]
@@ -69,7 +70,7 @@ def evaluate_command(
     out: Out = None,
     html: Html = None,
     markdown: Markdown = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the files of --out, --html and --markdown if they exist.")] = False,
+    force: Force = False,
     server: Server = None,
     served_name: ServedName = None,
     server_timeout: Timeout = 600,
@@ -113,11 +114,11 @@ def evaluate_command(
         plan = job.plan()
     with nullcontext(Silent()) if quiet else showing(err_console()) as progress:
         found = job.run(plan, progress)
-    _show(found, as_json)
-    end_by(found.gate)
+    _finish(found, as_json)
 
 
-def _show(found: "Evaluation", as_json: bool) -> None:
+def _finish(found: "Evaluation", as_json: bool) -> None:
+    """Show the result, and end by its gate."""
     from .eval_tables import evaluation_tables
     from .schemas import plain
 
@@ -125,6 +126,7 @@ def _show(found: "Evaluation", as_json: bool) -> None:
         print(json.dumps(plain(found), allow_nan=False))
     else:
         out_console().print(*evaluation_tables(found), sep="\n")
+    end_by(found.gate)
 
 
 def _settings(text: str, windows: int, length: int, stride: int | None, bos: Beginning) -> "TextSettings":

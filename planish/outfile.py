@@ -20,6 +20,8 @@ def check_outfile(file: Path, *, replace: bool = False, advice: str = "Choose an
 def check_writable(path: Path) -> None:
     """PlanishError if nothing can be made where the path is to be: tried with a file that has no name, in the nearest folder that there is."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise PlanishError(f"{path}: {folder} is a file. Give another place.")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
