@@ -5,7 +5,7 @@ order with the EOS token between them, where the tokenizer has one; conversation
 
 Which windows: with a seed, drawn without replacement from all windows, in the order of the text; with seed None, the first ones.
 Large sources are not read to the end, but for 16 characters for each token asked for; where windows are drawn, for 2 million characters if that
-is more. Where that makes too few tokens, more is read.
+is more. Of the built-in text 8 characters for each token, for its most varied part comes first. Where that makes too few tokens, more is read.
 """
 
 import random
@@ -20,7 +20,7 @@ from ..quant.errors import PlanishError
 from .documents import Document, Part, take
 
 _DRAWN_FROM = 2_000_000
-_CHARACTERS_PER_TOKEN = 16
+_CHARACTERS_PER_TOKEN, _BUILTIN_CHARACTERS = 16, 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +61,9 @@ def tokens(
     """
     what = "evaluation" if part == "evaluation" else "calibration"
     needed = None if samples is None else (samples + 1) * length  # one window more: the last one may end where reading did, amid a word
-    characters = needed and max(_CHARACTERS_PER_TOKEN * needed, 0 if seed is None else _DRAWN_FROM)
+    characters = needed and _BUILTIN_CHARACTERS * needed
+    if needed and source != "builtin":
+        characters = max(_CHARACTERS_PER_TOKEN * needed, 0 if seed is None else _DRAWN_FROM)
     while True:
         documents, complete = take(source, part, characters)
         ids = _stream(documents, tokenizer)

@@ -1,6 +1,7 @@
-"""Where text comes from: Python's own documentation, a local file, or a dataset on the Hub, as a sequence of documents.
+"""Where text comes from: what planish brings along, a local file, or a dataset on the Hub, as a sequence of documents.
 
-    builtin                        pydoc_data.topics, part of every CPython; its wording differs a little between Python versions
+    builtin                        text/*.txt, written for planish, of many kinds; behind it Python's documentation (pydoc_data.topics), whose wording
+                                   differs a little between Python versions
     notes.txt                      one document
     rows.jsonl  rows.parquet       one document a line or row: field text, or a conversation in messages or conversations
     hub:NAME[:CONFIG[:SPLIT]]      the same fields; CONFIG may be empty, SPLIT is train unless given
@@ -11,6 +12,7 @@ Parquet and the Hub need the extra planish[data].
 import importlib
 import json
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import ModuleType
@@ -24,6 +26,7 @@ Document = str | list[Message]
 
 _FIELDS = ("text", "messages", "conversations")
 _ROLES = {"human": "user", "gpt": "assistant"}
+_PROSE, _BETWEEN = Path(__file__).with_name("text"), "\n%%\n"
 _HOW = "Give builtin, a .txt, .jsonl or .parquet file, or hub:NAME."
 
 
@@ -43,21 +46,27 @@ def take(source: str, part: Part, characters: int | None) -> tuple[list[Document
     return taken, True
 
 
-def builtin(part: Part) -> list[str]:
-    """Python's documentation, topics in the order of their names.
+def prose() -> list[str]:
+    """What was written for planish: articles, stories, answers, reports and technical text, one of each kind in turn."""
+    kinds = [path.read_text(encoding="utf-8").split(_BETWEEN) for path in sorted(_PROSE.glob("*.txt"))]
+    return [document.strip() for round_ in zip_longest(*kinds, fillvalue="") for document in round_ if document.strip()]
 
-    calibration: the first half by characters. evaluation: the rest, without the paragraphs that the first half quotes too, so that nothing
-    is evaluated that was calibrated on. all: every topic.
+
+def builtin(part: Part) -> list[str]:
+    """What planish brings along: its own text, then Python's documentation, topics in the order of their names.
+
+    calibration: the text, and the first half of the topics by characters. evaluation: the other topics, without the paragraphs that the first half
+    quotes too, so that nothing is evaluated that was calibrated on. all: everything.
     """
     texts = [topics[name] for name in sorted(topics)]
     if part == "all":
-        return texts
+        return [*prose(), *texts]
     half, size, first = sum(map(len, texts)) / 2, 0, 0
     while size < half:
         size += len(texts[first])
         first += 1
     if part == "calibration":
-        return texts[:first]
+        return [*prose(), *texts[:first]]
     seen = {paragraph for text in texts[:first] for paragraph in text.split("\n\n")}
     kept = ("\n\n".join(paragraph for paragraph in text.split("\n\n") if paragraph not in seen) for text in texts[first:])
     return [text for text in kept if text.strip()]

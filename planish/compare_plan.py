@@ -182,7 +182,7 @@ def notes(plan: ComparisonPlan) -> tuple[str, ...]:
     for text in plan.texts:
         names = ", ".join(name for name, calibration in calibrations.items() if calibration is not None and _same(calibration.source, text.source))
         if names and text.source == BUILTIN:
-            found.append(f"{text.name} is the other half of the text that was calibrated on: {names}.")
+            found.append(f"{text.name} is what is kept for evaluation of the text that was calibrated on: {names}.")
         elif names:
             found.append(f"{text.name} is the very text that was calibrated on, which flatters: {names}.")
     if len(plan.texts) == 1:

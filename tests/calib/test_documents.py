@@ -9,21 +9,31 @@ from typing import Any
 
 import pytest
 
-from planish.calib.documents import Document, builtin, take
+from planish.calib import documents
+from planish.calib.documents import Document, builtin, prose, take
 from planish.quant.errors import PlanishError
 
 
 def every(source: str | Path) -> list[Document]:
-    documents, complete = take(str(source), "all", None)
+    found, complete = take(str(source), "all", None)
     assert complete
-    return documents
+    return found
 
 
-def test_builtin_halves_cover_the_topics() -> None:
-    everything, first = builtin("all"), builtin("calibration")
-    assert everything == [topics[name] for name in sorted(topics)]
+def test_builtin_is_planishs_own_text_and_the_topics() -> None:
+    everything, first, own = builtin("all"), builtin("calibration"), prose()
+    assert everything == [*own, *(topics[name] for name in sorted(topics))]
     assert first == everything[: len(first)]
-    assert 0.5 <= sum(map(len, first)) / sum(map(len, everything)) <= 0.7
+    assert 0.5 <= sum(map(len, first[len(own) :])) / sum(map(len, everything[len(own) :])) <= 0.7
+
+
+def test_own_text_is_of_many_kinds_in_turn() -> None:
+    kinds = [path.read_text(encoding="utf-8") for path in sorted(Path(documents.__file__).with_name("text").glob("*.txt"))]
+    own = prose()
+    assert sum(map(len, own)) > 90_000
+    assert len(set(own)) == len(own) == sum(kind.count("\n%%\n") + 1 for kind in kinds)
+    assert all(any(document in kind for document in own[: len(kinds)]) for kind in kinds)
+    assert all(len(document) > 200 and "%%" not in document and "\ufffd" not in document for document in own)
 
 
 def test_builtin_evaluation_repeats_nothing_of_calibration() -> None:
@@ -35,9 +45,10 @@ def test_builtin_evaluation_repeats_nothing_of_calibration() -> None:
 
 
 def test_take_stops_at_the_budget() -> None:
-    documents, complete = take("builtin", "all", 5000)
+    taken, complete = take("builtin", "all", 5000)
     assert not complete
-    assert documents == builtin("all")[:2]
+    assert taken == builtin("all")[: len(taken)]
+    assert sum(map(len, taken[:-1])) < 5000 <= sum(map(len, taken))
 
 
 def test_text_is_one_document(tmp_path: Path) -> None:
