@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from planish.calib import data
 from planish.calib.data import Calibration, tokens, windows
+from planish.calib.documents import builtin, prose
 from planish.quant.errors import PlanishError
 
 WORDS = "If the cat sat on the mat, assert it.\n\n= Heading = \n Some  spaces \t and é, 猫, 🐈.\n"
@@ -70,12 +71,24 @@ def test_windows_drop_the_rest(held: int, length: int, count: int) -> None:
     assert got.flatten().tolist() == list(range(count * length))
 
 
-def test_seed_draws_without_replacement_in_order(tokenizer: PreTrainedTokenizerFast) -> None:
-    every = tokens("builtin", tokenizer, samples=None, length=256)
-    drawn = tokens("builtin", tokenizer, samples=20, length=256, seed=7)
+def test_seed_draws_without_replacement_in_order(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "all.txt"
+    path.write_text("\n\n".join(builtin("all")), encoding="utf-8")
+    every = tokens(str(path), tokenizer, samples=None, length=256)
+    drawn = tokens(str(path), tokenizer, samples=20, length=256, seed=7)
     chosen = sorted(random.Random(7).sample(range(len(every)), 20))
     assert len(set(chosen)) == 20
     assert torch.equal(drawn, every[chosen])
+
+
+def test_of_the_builtin_text_the_varied_part_is_drawn_from_first(tokenizer: PreTrainedTokenizerFast) -> None:
+    """From 8 characters for each token asked for: of these few, a part of planish's own text; of more, Python's documentation too."""
+    own = len(tokenizer("".join(prose()), verbose=False).input_ids) // 64
+    every = tokens("builtin", tokenizer, samples=None, length=64)
+    drawn = tokens("builtin", tokenizer, samples=8, length=64, seed=0)
+    assert all(any(torch.equal(window, one) for window in every[:own]) for one in drawn)
+    many = tokens("builtin", tokenizer, samples=len(every) // 2, length=64, seed=0)
+    assert any(torch.equal(window, many[-1]) for window in every[own:])
 
 
 def test_same_seed_same_windows(tokenizer: PreTrainedTokenizerFast) -> None:
