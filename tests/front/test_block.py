@@ -46,6 +46,7 @@ def test_gptq_beats_rounding_and_clipping_helps(tmp_path: Path) -> None:
     assert gptq[-1] < 0.9 * rounding[-1]
 
 
+@pytest.mark.usefixtures("pythons_text")
 def test_smoothing_pays_where_channels_stick_out(tmp_path: Path) -> None:
     folder = outlying(tmp_path / "model")
     plain = errors(folder, tmp_path / "plain", recipe(W8A8, planish.Rtn()))

@@ -75,7 +75,7 @@ def check_stock(folder: Path, model: PreTrainedModel, monkeypatch: pytest.Monkey
         assert torch.equal(theirs.weight, weight)
     activations = [layer.activations for layer in layers.values() if layer.activations is not None]
     if not any(act.dynamic for act in activations):
-        assert distance(found, expected) < (2e-3 if activations else 1e-5)  # one code that last bits moved is 5e-4
+        assert distance(found, expected) < (3e-3 if activations else 1e-5)  # one code that last bits moved is 5e-4
         return
     assert distance(found, expected) < 0.06
     with monkeypatch.context() as patch:

@@ -104,6 +104,7 @@ def test_one_batch_is_nothing_to_learn_from() -> None:
     assert polish(Polish(), Lone(), {"down": readers}, one, torch.float32) is None
 
 
+@pytest.mark.usefixtures("pythons_text")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi3"])
 def test_a_model_comes_nearer_to_its_original(family: str, tmp_path: Path) -> None:
     """No block's error on held-out text rises, some falls; and what is saved is what was measured (the compression's own check)."""

@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 from helpers_compress import VOCABULARY, quick, source, store
 from helpers_text import build_tokenizer
@@ -32,6 +33,7 @@ def planted(folder: Path) -> tuple[Path, int]:
     return store(model, folder), token
 
 
+@pytest.mark.usefixtures("pythons_text")
 def test_outlier_tokens_become_the_prefix(tmp_path: Path) -> None:
     model, token = planted(tmp_path / "model")
     result = planish.compress(RECIPE, model, tmp_path / "out")
