@@ -27,6 +27,7 @@ def test_builtin_is_planishs_own_text_and_the_topics() -> None:
     assert 0.5 <= sum(map(len, first[len(own) :])) / sum(map(len, everything[len(own) :])) <= 0.7
 
 
+@pytest.mark.smoke
 def test_own_text_is_of_many_kinds_in_turn() -> None:
     kinds = [path.read_text(encoding="utf-8") for path in sorted(Path(documents.__file__).with_name("text").glob("*.txt"))]
     own = prose()
