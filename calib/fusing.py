@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.errors import PlanishError
-from ..quant.transforms.factors import Chain, on_input, restore, store
+from ..quant.transforms.factors import Chain, on_input, placed
 from .sites import Site, Topology, reader_bias, reader_weight
 
 PIECE = 1 << 22  # values that are in float64 at a time
@@ -25,12 +25,6 @@ def rowwise(rows_ND: Tensor, change: Callable[[Tensor], Tensor]) -> None:
     for start in range(0, len(rows_ND), step):
         piece_ND = rows_ND[start : start + step]
         piece_ND.copy_(change(piece_ND.double()))
-
-
-def placed(chain: Chain, device: torch.device) -> Chain:
-    """The chain with its tensors on that device."""
-    described, tensors = store(chain)
-    return restore(described, {name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,12 +81,12 @@ class Folded:
     def into_reader(self, reader: nn.Module) -> None:
         """The layer takes the gain, and what was moved."""
         weight_OD, bias_O = reader_weight(reader), reader_bias(reader)
-        moved_D = self.moved_D
-        if bias_O is not None and moved_D is not None:
-            rows = max(1, PIECE // weight_OD.shape[1])
+        gain_D = self.gain_D.to(weight_OD.device)
+        if bias_O is not None and self.moved_D is not None:
+            rows, moved_D = max(1, PIECE // weight_OD.shape[1]), self.moved_D.to(weight_OD.device)
             moved_O = torch.cat([weight_OD[start : start + rows].double() @ moved_D for start in range(0, len(weight_OD), rows)])
             bias_O.copy_(bias_O.double() + moved_O)
-        rowwise(weight_OD, lambda rows_ND: rows_ND * self.gain_D)
+        rowwise(weight_OD, lambda rows_ND: rows_ND * gain_D)
 
 
 def norm_readers(topology: Topology) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .calib.fusing import head_rows, permute, placed, rotate_values
+from .calib.fusing import head_rows, permute, rotate_values
 from .calib.observe import Observation
 from .calib.sites import Site, Topology
 from .quant.formats import Scheme
@@ -29,7 +29,7 @@ from .quant.transforms import (
     Smooth,
     Step,
 )
-from .quant.transforms.factors import Blocks, Chain, on_input
+from .quant.transforms.factors import Blocks, Chain, on_input, placed
 from .quant.transforms.inputs import InputStep, SiteView, divisor
 from .quant.transforms.permute import zigzag, zigzag_in_heads
 from .quant.transforms.rotate import AcrossHeads, across_heads

@@ -276,6 +276,12 @@ def restore(described: Sequence[Mapping[str, object]], tensors: Mapping[str, Ten
     return tuple(chain)
 
 
+def placed(chain: Chain, device: torch.device) -> Chain:
+    """The chain with its tensors on that device."""
+    described, tensors = store(chain)
+    return restore(described, {name: tensor.to(device) for name, tensor in tensors.items()})
+
+
 def _restore(what: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Factor:
     block = what.get("block")
     match what.get("kind"), sorted(tensors):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..descent import Group
 from .cat import cat_blocks
-from .factors import Blocks, Chain, Hadamard, Kronecker, Scale, on_input
+from .factors import Blocks, Chain, Hadamard, Kronecker, Scale, on_input, placed
 from .hadamard import hadamard_block
 from .inputs import SiteView, divisor
 from .rotate import mixing
@@ -105,7 +105,7 @@ class KroneckerShape:
             front = Scale(1 / cat_blocks(view.second_CC, view.readers_CC, 1, damping).matrix_KBB.flatten())
             factors = _cat_factors(view.through((front,)), sizes, damping)
         if start != "identity":
-            factors = [on_input(mixing(len(factor), "hadamard", seed), factor) for factor in factors]
+            factors = [on_input(placed(mixing(len(factor), "hadamard", seed), device), factor) for factor in factors]
         changes = [torch.zeros_like(part).requires_grad_() for part in (*factors, front.divisor_C)]
         return cls((front,), factors[0], factors[1], *changes)
 

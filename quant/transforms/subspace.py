@@ -50,7 +50,7 @@ def reflected(second_CC: Tensor, rank: int, seed: int = 0) -> Chain:
     B_CR = D_CR @ (U_RR / (1 + M_R).sqrt()) @ U_RR.T
     channels = len(second_CC)
     block = hadamard_block(math.gcd(rank, channels))
-    mixing = (Hadamard(block, random_signs(channels, seed)),) if block > 1 else ()
+    mixing = (Hadamard(block, random_signs(channels, seed).to(second_CC.device)),) if block > 1 else ()
     return (Reflection(B_CR.float()), *mixing)
 
 
