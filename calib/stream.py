@@ -9,12 +9,14 @@ from torch import Tensor
 
 
 class Stream:
-    """Hidden states by batch. folder None: held in memory; else each batch is a file there, replaced as a whole."""
+    """Hidden states by batch. folder None: held in memory, where they are; else each batch is a file there, replaced as a whole, and comes back to its
+    device."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         self._held: dict[int, Tensor] = {}
         self._count = 0
+        self._device = torch.device("cpu")
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -31,13 +33,14 @@ class Stream:
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < self._count:
             raise IndexError(index)
-        return self._held[index] if self._folder is None else load_file(self._file(index))["hidden"].clone()
+        return self._held[index] if self._folder is None else load_file(self._file(index))["hidden"].clone().to(self._device)
 
     def __setitem__(self, index: int, hidden: Tensor) -> None:
         self._count = max(self._count, index + 1)
         if self._folder is None:
             self._held[index] = hidden
             return
+        self._device = hidden.device
         new = self._file(index).with_suffix(".new")
         save_file({"hidden": hidden.contiguous().cpu()}, new)
         new.replace(self._file(index))
