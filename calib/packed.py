@@ -38,13 +38,15 @@ _CLOSE = 0.1  # of the output's norm: single 4-bit codes may go another way, but
 
 def pick_kernels(kernels: Kernels, dtype: torch.dtype, device: torch.device | str) -> bool:
     """Whether packed kernels are to run. auto: where float32 does not ask for exact numbers, on a CPU with VNNI, where they were measured to win, in
-    bfloat16; on CUDA from capability 8.0 on, with Triton, for codes take a quarter of the memory there. PlanishError: no such kernels."""
+    bfloat16, unless there is a GPU to which the model may be moved yet, which packed weights cannot be; on CUDA from capability 8.0 on, with Triton,
+    for codes take a quarter of the memory there. PlanishError: no such kernels."""
     kernels, where = _asked(kernels), torch.device(device)
     if kernels != "auto":
         return kernels == "packed"
     if where.type == "cuda":
         return dtype != torch.float32 and find_spec("triton") is not None and torch.cuda.get_device_capability(where) >= (8, 0)
-    return where.type == "cpu" and dtype == torch.bfloat16 and bool(torch.cpu.get_capabilities().get("avx512_vnni"))
+    vnni = bool(torch.cpu.get_capabilities().get("avx512_vnni"))
+    return where.type == "cpu" and dtype == torch.bfloat16 and vnni and not torch.cuda.is_available()
 
 
 def _asked(kernels: Kernels) -> Kernels:

@@ -60,10 +60,10 @@ class PrefixCache(Cache):
         assert block.values is not None
         return {"key": block.keys, "value": block.values}
 
-    def fill(self, cache: Cache, batch: int, dtype: torch.dtype) -> None:
+    def fill(self, cache: Cache, batch: int, device: torch.device, dtype: torch.dtype) -> None:
         """Put the prefix into an empty cache."""
         for index in range(len(self.blocks)):
-            keys, values = (tensor.to(dtype).expand(batch, -1, -1, -1) for tensor in self.tensors(index).values())
+            keys, values = (tensor.to(device, dtype).expand(batch, -1, -1, -1) for tensor in self.tensors(index).values())
             cache.update(keys, values, index)
 
 

@@ -114,7 +114,7 @@ def begin(cache: Cache, prefix: PrefixCache, batch: int, model: PreTrainedModel)
     cache.running = True
     try:
         if not cache.get_seq_length():
-            prefix.fill(cache, batch, model.dtype)
+            prefix.fill(cache, batch, model.device, model.dtype)
     finally:
         cache.running = False
 

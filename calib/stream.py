@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 class Stream:
-    """Hidden states by batch. folder None: held in memory, where they are; else each batch is a file there, replaced as a whole, and comes back to its
-    device."""
+    """Hidden states by batch. folder None: held in memory, where they are; else each batch is a file there, replaced as a whole, and comes back to
+    its device."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder

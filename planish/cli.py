@@ -165,7 +165,7 @@ def verify(
 ) -> None:
     """Reload a compressed checkpoint from disk and check it. Exit code 1: a check failed; 3: none failed, but the gate is missed."""
     with starting():
-        from .calib.precision import pick_device
+        from .calib.device import pick_device
         from .compression import Silent
         from .eval.measured import COMPARED, figures_metrics
         from .eval.verify import verify as run_checks

@@ -11,10 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors.torch import save_file
 
+from .calib.device import free_bytes
 from .calib.heap import trim
 from .calib.workers import threads
 from .compare_child import IDS, Task
@@ -172,7 +172,7 @@ class CompareJob:
 
         start, over = time.monotonic(), list[str]()
         needs = {name: plan.memory(name) for name in pending}
-        room = int(psutil.virtual_memory().available * AVAILABLE_SHARE)
+        room = int(free_bytes(next(iter(plan.plans.values())).device) * AVAILABLE_SHARE)
         steps = 2 * next(iter(plan.plans.values())).topology.block_count + 1
         lanes = side_by_side(measure, pending, jobs=self.jobs, needs=needs, room=room, steps=steps, progress=progress)
         with closing(lanes) as results:

@@ -48,7 +48,7 @@ def compress_page(report: CompressReport, links: Mapping[str, str]) -> str:
 def markdown(report: CompressReport) -> str:
     """A heading and a short table: base, compressed, ratio."""
     about = (
-        f"{duration(report.seconds)}, {size(report.peak_bytes)} of memory; runs in {', '.join(report.plan.servers)}; "
+        f"{duration(report.seconds)}, {_peak(report)} of memory; runs in {', '.join(report.plan.servers)}; "
         f"{report.plan.arithmetic.dtype} on {report.plan.arithmetic.device}, planish {report.planish}."
     )
     gate = "" if report.gate is None else "\n" + points(gate_lines(report.gate))
@@ -95,7 +95,9 @@ def _cards(report: CompressReport) -> Iterator[Card]:
     if report.gate is not None:
         yield Card(label="Gate", value="met" if report.gate.met else "missed", note=counted(len(report.gate.held), "threshold"), target="gate")
     yield Card(label="Time", value=duration(report.seconds), note=counted(report.machine.threads, "thread"), target="method")
-    yield Card(label="Memory", value=size(report.peak_bytes), note="at its highest", target="method")
+    gpu = report.device_peak_bytes
+    note = "at its highest" if gpu is None else f"at its highest; {size(gpu)} on the GPU"
+    yield Card(label="Memory", value=size(report.peak_bytes), note=note, target="method")
     servers = [server for server in report.plan.servers if server != "planish"]
     yield Card(label="Runs in", value="planish" if not servers else f"{len(servers)} others", note=", ".join(servers) or "nothing else")
 
@@ -136,6 +138,11 @@ def _pictures(report: CompressReport) -> Iterator[Part]:
             "block against full precision, all blocks before it quantized too. Sink tokens are left out.",
             svgs=drawn,
         )
+
+
+def _peak(report: CompressReport) -> str:
+    gpu = report.device_peak_bytes
+    return size(report.peak_bytes) if gpu is None else f"{size(report.peak_bytes)} and on the GPU {size(gpu)}"
 
 
 def _known(value: float | None) -> float:
@@ -204,7 +211,7 @@ def _made(report: CompressReport) -> Table:
         ("manifest", "planish/manifest.json in it: versions, digests, seed, and every block's errors"),
         ("model", f"{report.model}, SHA-256 {report.model_sha256}"),
         ("time", f"{duration(report.seconds)}; {duration(plan.seconds)} were estimated"),
-        ("memory", f"{size(report.peak_bytes)}; {size(plan.memory['total'])} were estimated"),
+        ("memory", f"{_peak(report)}; {size(plan.memory['total'])} were estimated"),
         ("hidden states", "on disk" if plan.offload else "in memory"),
         *([("prefix", "tokens " + ", ".join(map(str, plan.prefix)))] if plan.prefix else []),
         *([("measured in", duration(report.evaluation.seconds))] if report.evaluation else []),

@@ -99,7 +99,7 @@ class CompressReport:
     """A finished compression. planish: the version that wrote this. finished: date and time, UTC. model: as given; model_sha256: its fingerprint.
     recipe_sha256: the recipe's digest. checkpoint: the folder. bits_per_weight: of quantized weights, scales and transforms included. evaluation:
     None if left out; gate: None if nothing was asked for. seconds: to compress, check and write, in the last run. peak_bytes: the most memory that
-    the process held."""
+    the process held; device_peak_bytes: that it used on a GPU, None without one."""
 
     planish: str
     finished: str
@@ -113,6 +113,7 @@ class CompressReport:
     gate: Judgement | None
     seconds: float
     peak_bytes: int
+    device_peak_bytes: int | None = None
     machine: Machine
     blocks: tuple[BlockRecord, ...]
     plan: PlanReport

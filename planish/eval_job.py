@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .calib.checkpoint import Checkpoint, check_language
+from .calib.device import pick_device
 from .calib.heap import trim
-from .calib.precision import pick_device
 from .calib.stored import StoredCheckpoint, open_any
 from .callbacks import Callback, Progress, Told
 from .eval.client import SECONDS, Server, connect

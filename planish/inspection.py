@@ -7,19 +7,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
 from .calib.checkpoint import Checkpoint, open_checkpoint
 from .calib.data import Calibration
+from .calib.device import free_bytes, pick_device
 from .calib.diagnosis import OutlierReport, Thresholds
 from .calib.heap import separate_large
 from .calib.images import GENERATED, feature_change, token_labels
 from .calib.images import images as read_images
 from .calib.inspection import Subject, inspect_model
 from .calib.outlier_tokens import start_token
-from .calib.precision import pick_device, working_dtype
+from .calib.precision import working_dtype
 from .calib.proof import check_structure
 from .calib.runner import BlockRunner
 from .calib.stored import is_compressed, open_stored
@@ -74,7 +74,7 @@ def inspect(
         kind, wrong, right = ("vision", "source (--text)", "images") if vision else ("language", "images", "source (--text)")
         raise PlanishError(f"{model}: a {kind} model, so {wrong} is of no use. Leave it out, or give {right}.")
     subject = _images(checkpoint, images or GENERATED, calibration) if vision else _text(checkpoint, calibration)
-    with _stream_folder(checkpoint, subject, working, offload_dir) as folder:
+    with _stream_folder(_stream_bytes(checkpoint, subject, working), where, offload_dir) as folder:
         report = inspect_model(
             checkpoint,
             subject,
@@ -147,12 +147,16 @@ def _feature_changes(runner: BlockRunner, _batches: Sequence[Tensor], streams: S
         return [feature_change(torch.cat([features(hidden) for hidden in stream]), reference) for stream in streams]
 
 
-@contextmanager
-def _stream_folder(checkpoint: Checkpoint, subject: Subject, dtype: torch.dtype, offload_dir: str | Path | None) -> Iterator[Path | None]:
-    """Where the streams lie: None, in memory, where they fit into what is free; else a folder that is gone afterwards."""
+def _stream_bytes(checkpoint: Checkpoint, subject: Subject, dtype: torch.dtype) -> int:
+    """All hidden states between two blocks: of the unchanged model and of its four variants."""
     tokens = subject.ids_NL.numel() + 4 * len(subject.held_out) * subject.ids_NL.shape[1]
-    size = tokens * checkpoint.config.hidden_size * dtype.itemsize
-    if offload_dir is None and size <= AVAILABLE_SHARE * psutil.virtual_memory().available:
+    return int(tokens * checkpoint.config.hidden_size * dtype.itemsize)
+
+
+@contextmanager
+def _stream_folder(size: int, device: torch.device, offload_dir: str | Path | None) -> Iterator[Path | None]:
+    """Where the streams lie: None, in memory, where they fit into what is free; else a folder that is gone afterwards."""
+    if offload_dir is None and size <= AVAILABLE_SHARE * free_bytes(device):
         yield None
         return
     separate_large()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .calib.checkpoint import open_checkpoint
+from .calib.device import taken_bytes
 from .calib.shards import read_json
 from .compress_page import compress_page, markdown
 from .compress_report import CompressReport
@@ -92,7 +93,7 @@ class Job:
             result = carry_out(plan, self.out, progress)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self._stopped(plan.topology.block_count)) from None
-        peak = peak_bytes()
+        peak = peak_bytes(), taken_bytes(plan.device)
         try:
             evaluation = None if ids_NL is None else evaluate(result, ids_NL, progress)
         except KeyboardInterrupt:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .absorbed import AbsorbedBlocks
+from .calib.device import pick_device
 from .calib.observe import sinks
 from .calib.packing import Packed
-from .calib.precision import pick_device
 from .calib.runner import BlockRunner
 from .calib.side import kept_formats
 from .calib.sites import Site

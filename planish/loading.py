@@ -8,8 +8,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .auto_loading import PlanishConfig, PlanishQuantizer
 from .calib.checkpoint import Checkpoint
+from .calib.device import pick_device
 from .calib.packed import Kernels, fuse, pick_kernels, put_linears
-from .calib.precision import pick_device
 from .calib.prefixed import attach
 from .calib.stored import StoredCheckpoint, open_any
 

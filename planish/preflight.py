@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -17,11 +16,12 @@ from .attention import check_attention
 from .beside import check_beside
 from .calib.checkpoint import Checkpoint, check_language, open_checkpoint
 from .calib.data import Calibration
+from .calib.device import free_bytes, pick_device
 from .calib.heap import separate_large, trim
 from .calib.key_values import check_key_values
 from .calib.own_text import SOURCE, own_text
 from .calib.packing import Layout, Packed, default_layout
-from .calib.precision import bfloat16_products, pick_device, working_dtype
+from .calib.precision import bfloat16_products, working_dtype
 from .calib.prefix import prefix_ids
 from .calib.proof import check_structure, prove
 from .calib.runner import BlockRunner
@@ -180,7 +180,7 @@ def _packed(recipe: Recipe, resolved: Resolved, family: str) -> dict[Address, Pa
 
 def _saving(sizes: Sizes, program: int, asked: bool) -> tuple[bool, bool]:
     """Whether the streams go to disk, asked for or not, and whether blocks are run anew for each site."""
-    room = program + int(psutil.virtual_memory().available * AVAILABLE_SHARE)
+    room = program + int(free_bytes(sizes.runner.device) * AVAILABLE_SHARE)
     offload = asked or sizes.compressing(program, offload=False, replay=True).total > room
     return offload, offload or sizes.compressing(program, offload=False, replay=False).total > room
 

@@ -158,8 +158,10 @@ def page_path(out: Path) -> Path:
     return out.with_name(out.name + ".report.html")
 
 
-def run_report(result: Result, model: str, peak: int, evaluation: Evaluation | None, judgement: Judgement | None = None) -> CompressReport:
-    """Everything that is known of a finished compression. peak: memory in bytes."""
+def run_report(
+    result: Result, model: str, peak: tuple[int, int | None], evaluation: Evaluation | None, judgement: Judgement | None = None
+) -> CompressReport:
+    """Everything that is known of a finished compression. peak: memory in bytes, of the process and on the device."""
     versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "compressed-tensors")}}
     return CompressReport(
         planish=version("planish"),
@@ -173,7 +175,8 @@ def run_report(result: Result, model: str, peak: int, evaluation: Evaluation | N
         evaluation=None if evaluation is None else evaluation.report(),
         gate=judgement,
         seconds=result.seconds,
-        peak_bytes=peak,
+        peak_bytes=peak[0],
+        device_peak_bytes=peak[1],
         machine=Machine(platform=platform.platform(), cpus=os.cpu_count(), threads=torch.get_num_threads(), versions=versions),
         blocks=result.blocks,
         plan=plan_report(result.plan),

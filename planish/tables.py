@@ -10,6 +10,7 @@ from rich.text import Text
 from .calib.packing import Packed
 from .compress_report import CompressReport
 from .compression import Result
+from .estimate import Memory
 from .eval.check import Verification
 from .eval.gate import Judgement
 from .preflight import Plan
@@ -43,7 +44,7 @@ def plan_table(plan: Plan, model: str) -> Table:
         ("recipe", f"{plan.recipe.name}: {plan.recipe.description}".rstrip(": ")),
         *((", ".join(names), what) for what, names in _sites(plan).items()),
         ("checkpoint", f"about {size(plan.out_bytes)}, {plan.bits_per_weight:.2f} bits per quantized weight"),
-        ("memory", f"about {size(plan.memory.total)} at most, activations {where}; {size(plan.evaluation.total)} while evaluating"),
+        ("memory", f"about {_memory(plan.memory, plan)} at most, activations {where}; {_memory(plan.evaluation, plan)} while evaluating"),
         ("disk", f"about {size(plan.disk)} while it runs"),
         ("time", f"about {duration(plan.seconds)} in {_short(plan.dtype)} on {plan.device}"),
         ("runs in", ", ".join(plan.servers)),
@@ -51,6 +52,13 @@ def plan_table(plan: Plan, model: str) -> Table:
         *(("note", note) for note in plan.notes),
     ]
     return _pairs(rows)
+
+
+def _memory(memory: Memory, plan: Plan) -> str:
+    """On a GPU lies all but the program."""
+    if plan.device.type == "cpu":
+        return size(memory.total)
+    return f"{size(memory.program)} and {size(memory.total - memory.program)} on {plan.device}"
 
 
 def _short(dtype: object) -> str:
@@ -98,6 +106,7 @@ def result_table(result: Result, evaluation: Evaluation | None, report: Compress
         table.add_row("  KL divergence per token", "", f"{evaluation.comparison.kl:.4f}", "")
         table.add_row("  same likeliest token", "", f"{evaluation.comparison.agreement:.1%}", "")
     took = f"{duration(result.seconds)}, peak memory {size(report.peak_bytes)}"
+    took += "" if report.device_peak_bytes is None else f", on {result.plan.device} {size(report.device_peak_bytes)}"
     rows = [("compressed in", took), *_choices(result)]
     if evaluation is not None:
         text = f"{duration(evaluation.seconds)}, on {evaluation.words}, float32"

@@ -54,6 +54,11 @@ class Front(TyperGroup):
             raise _end(ctx, error, str(error) or "Stopped.", INTERRUPTED) from None
         except PlanishError as error:
             raise _end(ctx, error, str(error), USER_ERROR) from None
+        except (RuntimeError, MemoryError) as error:
+            message = memory_message(error)
+            if message is None:
+                raise
+            raise _end(ctx, error, message, USER_ERROR) from None
         except (OSError, SafetensorError) as error:
             message = system_message(error)
             if message is None:
@@ -86,6 +91,18 @@ def system_message(error: OSError | SafetensorError) -> str | None:
         return None
     where = f"{error.filename}: " if error.filename else ""
     return where + (full if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"{error.strerror}.")
+
+
+def memory_message(error: RuntimeError | MemoryError) -> str | None:
+    """What did not fit, and what to do about it; None for what is no want of memory. (torch has a class for a GPU's, and none for the CPU's.)"""
+    what = str(error).strip().split(". GPU ")[0].split("\n")[0]
+    if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in what:
+        return None
+    what = what.partition("DefaultCPUAllocator: ")[2] or what or "out of memory"
+    return (
+        f"{what.rstrip('.')}. Take less at once (--set calibration.batch_size=1), keep activations on disk (--offload-dir), "
+        "or take another --device; a compression that is repeated goes on at the block where it was."
+    )
 
 
 def hush() -> None:

@@ -13,6 +13,31 @@ from transformers import PreTrainedModel
 from planish.recipe import Recipe, load_recipe, with_settings
 
 VOCABULARY = 400
+STEPS = {  # every step that transforms, as a recipe has it
+    "fold_norms": "fold_norms",
+    "untie": "untie",
+    "smooth": "smooth: {strength: 0.5}",
+    "scale_rms": "scale_rms: {exponent: 0.7}",
+    "shift": "shift",
+    "permute": "permute: {block: 4}",
+    "R1": "fold_norms, rotate: {at: residual}",
+    "R1, orthogonal": "fold_norms, rotate: {at: residual, kind: orthogonal}",
+    "R1, learned": "fold_norms, rotate: {at: residual, kind: learned, steps: 2}",
+    "R2": "rotate: {at: value}",
+    "R2, learned": "rotate: {at: value, kind: learned, steps: 2}",
+    "R2'": "rotate: {at: heads}",
+    "hadamard": "hadamard: {seeds: 2}",
+    "duquant": "duquant: {block: 16, steps: 8}",
+    "smoothrot": "scale_rms: {exponent: 0.5}, hadamard",
+    "cat": "cat: {block: 16}",
+    "cat, whole": "cat: {block: 576}",
+    "wush": "wush: {block: 16}",
+    "flat": "flat: {steps: 4}",
+    "flat, whole block": "flat: {objective: block, steps: 4}",
+    "auto": "auto",
+    "quad": "quad: {rank: 4}",
+    "resq": "resq: {share: 0.25}",
+}
 QUICK = ("calibration.samples=4", "calibration.length=32", "calibration.batch_size=2")
 
 

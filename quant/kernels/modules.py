@@ -105,7 +105,10 @@ class PackedLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(self.w_scale[:0]).device
         if device != self.w_scale.device:
-            raise PlanishError(f"to {device}: packed weights lie as the kernels of {self.w_scale.device} want them. Load the model on {device}.")
+            raise PlanishError(
+                f"to {device}: packed weights lie as the kernels of {self.w_scale.device} want them. "
+                f"Load the model on {device} (device= of planish.load, device_map= of from_pretrained)."
+            )
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":

@@ -145,8 +145,8 @@ class Hadamard:
         width = len(view.second_CC)
         size = hadamard_block(width if self.block is None else divisor(width, self.block))
         tokens_TC = view.sample_TC
-        drawn = [random_signs(width, seed).to(tokens_TC.device) for seed in range(self.seeds)] or [None]
-        return (min((HadamardFactor(size, signs_C) for signs_C in drawn), key=lambda factor: _range(factor.on_input(tokens_TC))),)
+        drawn = [HadamardFactor(size, random_signs(width, seed).to(tokens_TC.device)) for seed in range(self.seeds)]
+        return (min(drawn or [HadamardFactor(size)], key=lambda factor: _range(factor.on_input(tokens_TC))),)
 
 
 def _range(x_TC: Tensor) -> float:

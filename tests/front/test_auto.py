@@ -42,7 +42,7 @@ def test_every_site_says_what_it_chose_and_why(tmp_path: Path) -> None:
         assert site.chosen == near[0]  # they are listed from the cheapest to the dearest
         assert [factor["kind"] for factor in site.chain] == ([] if site.chosen == "none" else ["hadamard"])
     assert len({site.chosen for site in sites(result).values()}) > 1
-    report = json.loads(to_json(run_report(result, "model", 1, None)))
+    report = json.loads(to_json(run_report(result, "model", (1, None), None)))
     manifest = json.loads((tmp_path / "out" / "planish" / "manifest.json").read_text())
     for blocks in (report["blocks"], manifest["blocks"]):
         assert {f"{block['index']}.{name}": site["candidates"] for block in blocks for name, site in block["sites"].items()} == {
@@ -54,7 +54,7 @@ def test_every_site_says_what_it_chose_and_why(tmp_path: Path) -> None:
 
 def printed(result: Result) -> str:
     console = Console(width=200, file=StringIO())
-    console.print(*result_table(result, None, run_report(result, "model", 1, None), [Path("report")]))
+    console.print(*result_table(result, None, run_report(result, "model", (1, None), None), [Path("report")]))
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
 

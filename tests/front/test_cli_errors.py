@@ -329,6 +329,27 @@ def test_traceback(arguments: tuple[str, ...], planish: Planish) -> None:
     assert ran.err.splitlines()[-1].startswith("Error: recipe w8a9")
 
 
+@pytest.mark.parametrize("kind", ["CPU", "GPU"])
+def test_memory_runs_out_on_the_way(kind: str, planish: Planish, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1.00 GiB. Process 7 has all of it.")
+
+    def wanting(*_args: object) -> None:
+        if kind == "GPU":
+            raise gpu
+        torch.empty(1 << 50)
+
+    arguments = ("compress", "w8a8", "--model", model, "--out", "out", *SHORT, "--quiet", "--no-evaluate")
+    with monkeypatch.context() as patch:
+        patch.setattr("planish.journal.save_file", wanting)
+        refused(
+            planish(*arguments),
+            "you tried to allocate" if kind == "CPU" else "CUDA out of memory. Tried to allocate 2.00 GiB. Take less",
+            "--offload-dir",
+        )
+    assert not (model.parent / "out").exists()
+    assert planish(*arguments).code == 0
+
+
 @pytest.mark.parametrize("kind", ["system", "safetensors"])
 def test_disk_full_on_the_way(kind: str, planish: Planish, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors import SafetensorError

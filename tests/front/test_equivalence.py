@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_compress import quick, source
+from helpers_compress import STEPS, quick, source
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import CONFIGS
@@ -16,31 +16,6 @@ from tiny_models import CONFIGS
 import planish
 from planish.quant.errors import PlanishError
 
-STEPS = {
-    "fold_norms": "fold_norms",
-    "untie": "untie",
-    "smooth": "smooth: {strength: 0.5}",
-    "scale_rms": "scale_rms: {exponent: 0.7}",
-    "shift": "shift",
-    "permute": "permute: {block: 4}",
-    "R1": "fold_norms, rotate: {at: residual}",
-    "R1, orthogonal": "fold_norms, rotate: {at: residual, kind: orthogonal}",
-    "R1, learned": "fold_norms, rotate: {at: residual, kind: learned, steps: 2}",
-    "R2": "rotate: {at: value}",
-    "R2, learned": "rotate: {at: value, kind: learned, steps: 2}",
-    "R2'": "rotate: {at: heads}",
-    "hadamard": "hadamard: {seeds: 2}",
-    "duquant": "duquant: {block: 16, steps: 8}",
-    "smoothrot": "scale_rms: {exponent: 0.5}, hadamard",
-    "cat": "cat: {block: 16}",
-    "cat, whole": "cat: {block: 576}",
-    "wush": "wush: {block: 16}",
-    "flat": "flat: {steps: 4}",
-    "flat, whole block": "flat: {objective: block, steps: 4}",
-    "auto": "auto",
-    "quad": "quad: {rank: 4}",
-    "resq": "resq: {share: 0.25}",
-}
 ALONE = ("shift", "hadamard", "duquant", "cat", "wush", "flat", "scale_rms", "permute", "R2", "smooth")  # any of them go together, in any order
 WEIGHTS_ALONE = ("untie", "R2'")  # exact, or seen in the checkpoint only
 NORMS_BEHIND, LAYER_NORMS = ("gemma2", "gemma3_text", "olmo2"), ("gpt2", "opt", "gpt_neox")

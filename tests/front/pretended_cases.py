@@ -1,0 +1,146 @@
+"""planish on a GPU that is not there (pretended_gpu.py). Run by test_pretended.py in a process of its own."""
+
+from pathlib import Path
+
+import pretended_gpu
+import pytest
+import torch
+from helpers_compress import STEPS, distance, ids, quick, source
+from helpers_front import invoke
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForCausalLM
+
+import planish
+from planish.calib.packed import ENVIRONMENT, Kernels, kernels_used
+from planish.preflight import make_plan
+from planish.shipped import shipped
+
+GPU = pretended_gpu.NAME
+EIGHT = ("scheme.weights.bits=8", "scheme.activations.bits=8")  # so that last bits decide little
+NARROW = {  # what does not fit tiny models
+    "paper-quad": ("steps=[quad: {rank: 4}]",),
+    "paper-svdquant": ("scheme.weights.group_size=32", "scheme.activations.group_size=32"),
+}
+MORE = {
+    "bare": ("steps=[]",),
+    "polish": ("steps=[hadamard, polish: {steps: 2}]",),
+    "prefix": ("steps=[prefix: {tokens: auto}, hadamard]",),
+    "raised": ("steps=[hadamard, raise_activations: {bits: 8, share: 0.25}]",),
+    "attention": ("steps=[hadamard]", "solver.gptaq.attention=true"),
+    "settings": ("steps=[hadamard]", "solver={gptaq: {alpha: [0, 0.5]}}"),
+    "keys and values": ("steps=[rotate: {at: keys}]", "kv_cache={bits: 4}"),
+    "super weights": ("steps=[super_weight: {places: auto, z: 12}]",),
+    "low rank": ("steps=[smooth: {strength: auto}, svdquant: {rank: 4, rounds: 2}]",),
+    "seeds": ("steps=[fold_norms, rotate: {at: residual, seeds: 2}]",),
+    "groups": ("steps=[]", "scheme.weights={bits: 4, granularity: group, group_size: 16}", "solver={gptq: {order: diagonal}}"),
+    "static": ("steps=[]", "scheme.activations={bits: 8, symmetric: false, granularity: tensor, dynamic: false}"),
+    "rounded": ("steps=[clip]", "solver=rtn"),
+}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return source("llama", tmp_path_factory.mktemp("model") / "llama", torch.float32)
+
+
+def check_same(recipe: planish.Recipe, model: Path, folder: Path) -> None:
+    """What was compressed on the GPU is what was on the CPU, but for the order of sums on the way back, if it learns."""
+    with sdpa_kernel(SDPBackend.MATH):
+        planish.compress(recipe, model, folder / "cpu", device="cpu", dtype=torch.float32)
+        planish.compress(recipe, model, folder / "gpu", device=GPU, dtype=torch.float32)
+    with torch.no_grad():
+        logits = [planish.load(folder / name, device="cpu", dtype=torch.float32)(ids()).logits for name in ("cpu", "gpu")]
+    assert distance(*logits) <= 1e-3
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a4-fast", "w4a4-best", "paper-quarot"])
+def test_recipe(name: str, model: Path, tmp_path: Path) -> None:
+    check_same(quick(name), model, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", shipped())
+def test_every_recipe(name: str, model: Path, tmp_path: Path) -> None:
+    check_same(quick(name, *NARROW.get(name, ())), model, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [*STEPS, *MORE])
+def test_every_step(step: str, model: Path, tmp_path: Path) -> None:
+    eight = () if step in MORE else EIGHT
+    check_same(quick("w4a4-best", *MORE.get(step, (f"steps=[{STEPS.get(step)}]",)), *eight), model, tmp_path)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "packed"])
+@pytest.mark.parametrize("name", ["w4a4-fast", "w8a8-static", "w4a16-g128", "paper-lorc"])
+def test_loaded(name: str, kernels: Kernels, model: Path, tmp_path: Path) -> None:
+    """A batch, one padded on the left, and what is generated with a cache that grows and one that does not."""
+    planish.compress(quick(name), model, tmp_path / "out", device="cpu", dtype=torch.float32)
+    tokens = ids(2, 12)
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        here = planish.load(tmp_path / "out", device="cpu", kernels="reference")
+        there = planish.load(tmp_path / "out", device=GPU, kernels=kernels)
+        assert {tensor.device.type for tensor in [*there.parameters(), *there.buffers()]} == {GPU}
+        assert any(kind.startswith(kernels) for kind in kernels_used(there).values())
+        assert distance(there(tokens.to(GPU)).logits.cpu(), here(tokens).logits) <= 1e-5
+        padded = there(tokens.to(GPU), attention_mask=mask.to(GPU)).logits.cpu()
+        assert distance(padded[mask == 1], here(tokens, attention_mask=mask).logits[mask == 1]) <= 1e-5
+        expected = here.generate(tokens[:1], max_new_tokens=3, do_sample=False)
+        for cache in ("dynamic", "static"):
+            assert there.generate(tokens[:1].to(GPU), max_new_tokens=3, do_sample=False, cache_implementation=cache).tolist() == expected.tolist()
+
+
+def test_from_pretrained(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded there, or moved there: then on the reference, for packed weights stay where they were packed."""
+    planish.compress(quick("w4a4-fast", *EIGHT), model, tmp_path / "out", device="cpu", dtype=torch.float32)
+    tokens = ids(1, 8)
+    with torch.no_grad():
+        expected = planish.load(tmp_path / "out", device="cpu")(tokens).logits
+        monkeypatch.setenv(ENVIRONMENT, "packed")
+        mapped = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map=GPU)
+        assert "packed" in kernels_used(mapped).values()
+        with pytest.raises(planish.PlanishError, match=r"Load the model on pretended:0"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out").to(GPU)
+        monkeypatch.setenv(ENVIRONMENT, "reference")
+        for there in (mapped, AutoModelForCausalLM.from_pretrained(tmp_path / "out").to(GPU), planish.load(tmp_path / "out", device="cpu").to(GPU)):
+            assert distance(there(tokens.to(GPU)).logits.cpu(), expected) <= 1e-3
+            assert there.generate(tokens.to(GPU), max_new_tokens=2).device.type == GPU
+
+
+def test_a_model_may_yet_be_moved_to_a_gpu(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it is not packed for the CPU where there is one."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    planish.compress(quick("w4a4-fast"), model, tmp_path / "out", device="cpu", dtype=torch.float32)
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        loaded = planish.load(tmp_path / "out", device="cpu", dtype=torch.bfloat16)
+        assert ("reference" in kernels_used(loaded).values()) == gpu
+
+
+def test_commands(model: Path, tmp_path: Path) -> None:
+    text, out, where = tmp_path / "text.txt", tmp_path / "out", ("--device", GPU)
+    text.write_text(" ".join(f"the {i} and of a word is {i * 7 % 13} there" for i in range(3000)))
+    quickly = [part for setting in ("samples=4", "length=32", "batch_size=2") for part in ("--set", f"calibration.{setting}")]
+    measured = ("--text", text, "--windows", "2", "--length", "32", *where)
+    for command in (
+        ("compress", "w4a4-fast", "--model", model, "--out", out, "--offload-dir", tmp_path / "streams", *quickly, *where),
+        ("verify", out, "--against", model, *measured),
+        ("eval", out, "--against", model, *measured),
+        ("layers", out, "--against", model, "--sites", "2", *measured),
+        ("search", "w4a16-channel", "--model", model, "--budget", "5bpw", "--out", tmp_path / "found.yaml", *quickly, *where),
+        ("inspect", model, *where),
+    ):
+        ran = invoke(*command)
+        assert ran.code == 0, ran.err
+        if command[0] == "compress":
+            assert f"on {GPU} 123.0 MB" in ran.out
+            assert f"on {GPU} at most, activations on disk" in ran.out + ran.err
+
+
+def test_room_is_the_gpu_s(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretended_gpu.BACKEND, "free", 1)
+    assert make_plan(quick("w8a8"), model, device=GPU).offload
+    monkeypatch.setattr(pretended_gpu.BACKEND, "free", 1 << 40)
+    assert not make_plan(quick("w8a8"), model, device=GPU).offload

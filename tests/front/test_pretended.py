@@ -1,0 +1,24 @@
+"""planish on a GPU that is not there, and there with Triton's kernels in Triton's interpreter; each in a process of its own."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from helpers_alone import run_alone
+
+CASES = Path(__file__).with_name("pretended_cases.py")
+
+
+def test_on_a_gpu() -> None:
+    assert "passed" in run_alone(CASES)
+
+
+@pytest.mark.slow
+def test_all_on_a_gpu() -> None:
+    assert "passed" in run_alone(CASES, "-m", "slow")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed here: pip install 'planish[kernels]'")
+def test_on_triton_s_kernels() -> None:
+    assert "4 passed" in run_alone(CASES, "-k", "test_loaded and packed", TRITON_INTERPRET="1")
