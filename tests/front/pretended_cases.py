@@ -43,14 +43,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return source("llama", tmp_path_factory.mktemp("model") / "llama", torch.float32)
 
 
-def check_same(recipe: planish.Recipe, model: Path, folder: Path) -> None:
-    """What was compressed on the GPU is what was on the CPU, but for the order of sums on the way back, if it learns."""
+def check_same(recipe: planish.Recipe, model: Path, folder: Path, learns: bool = False) -> None:
+    """What was compressed on the GPU is what was on the CPU. learns: by a way back, whose sums have another order there, which descent widens."""
     with sdpa_kernel(SDPBackend.MATH):
         planish.compress(recipe, model, folder / "cpu", device="cpu", dtype=torch.float32)
         planish.compress(recipe, model, folder / "gpu", device=GPU, dtype=torch.float32)
     with torch.no_grad():
         logits = [planish.load(folder / name, device="cpu", dtype=torch.float32)(ids()).logits for name in ("cpu", "gpu")]
-    assert distance(*logits) <= 1e-3
+    assert distance(*logits) <= (0.05 if learns else 1e-3)
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a4-fast", "w4a4-best", "paper-quarot"])
@@ -61,14 +61,16 @@ def test_recipe(name: str, model: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", shipped())
 def test_every_recipe(name: str, model: Path, tmp_path: Path) -> None:
-    check_same(quick(name, *NARROW.get(name, ())), model, tmp_path)
+    learns = name in ("paper-flatquant", "paper-spinquant", "w4a4-learned", "w4a4-portable-mixed")
+    check_same(quick(name, *NARROW.get(name, ())), model, tmp_path, learns)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [*STEPS, *MORE])
 def test_every_step(step: str, model: Path, tmp_path: Path) -> None:
     eight = () if step in MORE else EIGHT
-    check_same(quick("w4a4-best", *MORE.get(step, (f"steps=[{STEPS.get(step)}]",)), *eight), model, tmp_path)
+    learns = step in ("flat", "flat, whole block", "R1, learned", "R2, learned", "polish")
+    check_same(quick("w4a4-best", *MORE.get(step, (f"steps=[{STEPS.get(step)}]",)), *eight), model, tmp_path, learns)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "packed"])
