@@ -107,7 +107,8 @@ def carry_out(plan: Plan, out: Path, progress: Progress, looks: Path | None = No
         progress.stage("blocks", plan.topology.block_count)
         for index in range(plan.topology.block_count):
             if index < len(journal.blocks):
-                compressor.advance(journal.blocks[index], _stored_block(journal.block_file(index)), packed_linears(plan, journal.blocks[index]))
+                tensors = _stored_block(journal.block_file(index), plan.device)
+                compressor.advance(journal.blocks[index], tensors, packed_linears(plan, journal.blocks[index]))
             else:
                 result = compressor.compress(index)
                 noted(result.record, needs)
@@ -270,8 +271,8 @@ def streams_of(plan: Plan, runner: BlockRunner, folder: Path | None) -> Streams 
     return Streams(full, quant, before, calls[:-1], calls[-1], (probe.shape[0], probe.shape[1]), plan.replay, prefix, held)
 
 
-def _stored_block(file: Path) -> dict[str, Tensor]:
-    return {name: read_tensor(info) for name, info in read_header(file).items()}
+def _stored_block(file: Path, device: torch.device) -> dict[str, Tensor]:
+    return {name: read_tensor(info).to(device) for name, info in read_header(file).items()}
 
 
 def packed_linears(plan: Plan, record: BlockRecord) -> dict[str, Packed]:

@@ -141,6 +141,23 @@ def test_commands(model: Path, tmp_path: Path) -> None:
             assert f"on {GPU} at most, activations on disk" in ran.out + ran.err
 
 
+@pytest.mark.parametrize("name", ["w8a8", "w4a4-best", "paper-resq", "paper-quarot"])
+def test_resumed(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the last block, in the bytes of a run that was not stopped."""
+    recipe = quick(name, "kv_cache={bits: 8}") if name == "w4a4-best" else quick(name)
+    planish.compress(recipe, model, tmp_path / "whole", device=GPU)
+
+    def stop(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("planish.compression.write_checkpoint", stop)
+        planish.compress(recipe, model, tmp_path / "out", device=GPU)
+    planish.compress(recipe, model, tmp_path / "out", device=GPU)
+    weights = "model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
 def test_room_is_the_gpu_s(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretended_gpu.BACKEND, "free", 1)
     assert make_plan(quick("w8a8"), model, device=GPU).offload
