@@ -60,7 +60,7 @@ def check_twin(twin: nn.Module, block: nn.Module, known: Topology, name: str) ->
         if expected.shape != found.shape or float((expected - found).norm()) > TOLERANCE * float(expected.norm()):
             raise PlanishError(
                 f"{name}.{path}: the checkpoint has other values than its recipe makes of this model. Give the model that was compressed, the same "
-                "calibration text and the same version of planish."
+                "calibration text, the device it was compressed on (--device) and the same version of planish."
             )
 
 

@@ -36,8 +36,8 @@ WIDE, HALF = torch.float32, torch.bfloat16
 # bits: 0.6 nats of a token (planish against itself in pieces, too), so the mean takes many; a server writes what its own chance makes likely (0.12).
 CASES = {
     "w4a4-fast": ("w4a4-fast", (), 24, 480, 0.02, 0.3, WIDE),
-    "eight-bits": ("w4a4-fast", EIGHT, 2, 180, 0.005, 0.02, WIDE),
-    "side-paths": ("paper-svdquant", EIGHT, 2, 180, 0.005, 0.02, WIDE),
+    "eight-bits": ("w4a4-fast", EIGHT, 6, 180, 0.005, 0.02, WIDE),
+    "side-paths": ("paper-svdquant", EIGHT, 6, 180, 0.005, 0.02, WIDE),
     "packed": ("w4a4-fast", EIGHT, 4, 240, 0.02, 0.03, HALF),
 }
 
