@@ -19,15 +19,21 @@ from .topology import topology
 
 
 class _Prefixed(Cache):
-    """Of a cache that begins with the prefix. running: while the model runs."""
+    """Of a cache that begins with the prefix. filled: it is in there, known without asking a GPU for a length; running: while the model runs."""
 
     prefix_length = 0
+    filled = False
     running = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Of the text; while the model runs, with the prefix."""
         whole: int = super().get_seq_length(layer_idx)  # type: ignore[no-untyped-call, unused-ignore]
         return whole if self.running or not whole else whole - self.prefix_length
+
+    def reset(self) -> None:
+        """Empty it."""
+        super().reset()  # type: ignore[no-untyped-call, unused-ignore]
+        self.filled = False
 
     @property
     def is_compileable(self) -> bool:
@@ -111,12 +117,9 @@ def begin(cache: Cache, prefix: PrefixCache, batch: int, model: PreTrainedModel)
     if not isinstance(cache, _Prefixed):
         _adopt(cache, prefix)
     assert isinstance(cache, _Prefixed)
-    cache.running = True
-    try:
-        if not cache.get_seq_length():
-            prefix.fill(cache, batch, model.device, model.dtype)
-    finally:
-        cache.running = False
+    if not cache.filled:
+        prefix.fill(cache, batch, model.device, model.dtype)
+        cache.filled = True
 
 
 def _adopt(cache: Cache, prefix: PrefixCache) -> None:

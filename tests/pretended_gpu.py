@@ -33,6 +33,9 @@ MIXING = {
 }
 
 
+CROSSINGS: list[str] = []  # every operator that took values from the CPU or gave it some: a GPU waits for it, and no CUDA graph can hold it
+
+
 class Pretended(Tensor):
     """A tensor of the pretended GPU."""
 
@@ -82,6 +85,9 @@ class Pretended(Tensor):
             raise RuntimeError(f"{func}: Expected all tensors to be on the same device, but found {NAME}:0 and cpu: {strange}")
         held_args, held_kwargs = tree_unflatten([x.held if isinstance(x, Pretended) else x for x in flat], spec)
         where = held_kwargs.get("device")
+        from_here = func is ATEN.copy_.default and not isinstance(args[1], Pretended)
+        if func is ATEN._local_scalar_dense.default or from_here or (where is not None and torch.device(where).type == "cpu"):
+            CROSSINGS.append(str(func))
         if where is not None:
             held_kwargs["device"] = torch.device("cpu")
         out = 0 if func is ATEN._fused_sdp_choice.default else launched(func)(*held_args, **held_kwargs)  # 0: of plain products

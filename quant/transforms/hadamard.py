@@ -53,7 +53,7 @@ def rotate(x: Tensor, block: int | None = None, *, inverse: bool = False) -> Ten
     if size < 1 or n % size:
         raise PlanishError(f"A width of {n} cannot be rotated in blocks of {size}. Choose a divisor, for example {hadamard_block(n)}.")
     dtype = torch.promote_types(x.dtype, torch.float32)
-    left_AA, right_BB = (factor.to(x.device, dtype) for factor in _halves(size))
+    left_AA, right_BB = _halves(size, dtype, x.device)
     if inverse:
         left_AA, right_BB = left_AA.T, right_BB.T
     y_TB = x.to(dtype).reshape(-1, len(right_BB)) @ right_BB
@@ -73,10 +73,11 @@ def kronecker_signs(n: int) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=64)
-def _halves(n: int) -> tuple[Tensor, Tensor]:
-    """The same factors, orthonormal."""
-    left_AA, right_BB = kronecker_signs(n)
-    return left_AA / math.sqrt(len(left_AA)), right_BB / math.sqrt(len(right_BB))
+@torch.inference_mode(False)
+def _halves(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same factors, orthonormal, kept where they are used: nothing is copied there for every input."""
+    left_AA, right_BB = ((signs / math.sqrt(len(signs))).to(device, dtype) for signs in kronecker_signs(n))
+    return left_AA, right_BB
 
 
 def _factors(n: int) -> tuple[int, ...]:

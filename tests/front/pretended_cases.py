@@ -8,7 +8,7 @@ import torch
 from helpers_compress import STEPS, distance, ids, quick, source
 from helpers_front import invoke
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
 
 import planish
 from planish.calib.packed import ENVIRONMENT, Kernels, kernels_used
@@ -92,6 +92,22 @@ def test_loaded(name: str, kernels: Kernels, model: Path, tmp_path: Path) -> Non
         expected = here.generate(tokens[:1], max_new_tokens=3, do_sample=False)
         for cache in ("dynamic", "static"):
             assert there.generate(tokens[:1].to(GPU), max_new_tokens=3, do_sample=False, cache_implementation=cache).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kernels", ["reference", "packed"])
+@pytest.mark.parametrize("name", ["w8a8", "w4a4-best", "w4a16-g128", "paper-resq"])
+def test_nothing_waits(name: str, kernels: Kernels, model: Path, tmp_path: Path) -> None:
+    """A step of generation crosses no border between CPU and GPU once the first is done, as CUDA graphs ask for; with a prefix and without."""
+    planish.compress(quick(name), model, tmp_path / "out", device="cpu", dtype=torch.float32)
+    loaded = planish.load(tmp_path / "out", device=GPU, kernels=kernels)
+    tokens, place = ids(1, 8).to(GPU), torch.tensor([[8]]).to(GPU)
+    with torch.no_grad():
+        cache = StaticCache(config=loaded.config, max_cache_len=32)
+        loaded(tokens, past_key_values=cache, use_cache=True)
+        for _ in range(2):
+            pretended_gpu.CROSSINGS.clear()
+            loaded(tokens[:, :1], past_key_values=cache, use_cache=True, position_ids=place)
+        assert not pretended_gpu.CROSSINGS
 
 
 def test_from_pretrained(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
