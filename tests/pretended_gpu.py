@@ -9,6 +9,7 @@ Importing this registers the device, for good: only in a process of its own.
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class Pretended(Tensor):
 
 def launched(func: Any) -> Callable[..., Any]:
     """The operator; one of planish's as on CUDA where Triton interprets."""
-    return gpu._implementation(func.name().partition("::")[2]) if func.namespace == "planish" and INTERPRETED else func
+    return partial(gpu._call, func.name().partition("::")[2]) if func.namespace == "planish" and INTERPRETED else func
 
 
 class _Backend(_DummyBackendModule):

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
+import torch
+
 from ..errors import PlanishError
 from .schemas import LIBRARY, NAMES
 
@@ -22,8 +24,10 @@ def _implementation(name: str) -> Callable[..., Any]:
     return found
 
 
-def _call(name: str, *operands: object) -> Any:
-    return _implementation(name)(*operands)
+def _call(name: str, *operands: Any) -> Any:
+    """On the device of the first operand: Triton launches on the current one, whichever that is."""
+    with torch.cuda.device_of(operands[0]):
+        return _implementation(name)(*operands)
 
 
 for _name in NAMES:
