@@ -47,7 +47,7 @@ def take(source: str, part: Part, characters: int | None) -> tuple[list[Document
 
 
 def prose() -> list[str]:
-    """What was written for planish: articles, stories, answers, reports and technical text, one of each kind in turn."""
+    """What was written for planish: articles, stories, letters and reports, one of each kind in turn."""
     kinds = [path.read_text(encoding="utf-8").split(_BETWEEN) for path in sorted(_PROSE.glob("*.txt"))]
     return [document.strip() for round_ in zip_longest(*kinds, fillvalue="") for document in round_ if document.strip()]
 
