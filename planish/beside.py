@@ -5,6 +5,8 @@ Order at a site: super weights out, then the input's transform (flatten.py), SVD
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from .calib.precision import bfloat16_products
 from .calib.runner import BlockRunner
 from .calib.sites import reader_weight
 from .calib.super_weights import search
+from .journal import once
 from .quant.errors import PlanishError
 from .quant.low_rank import LowRank, lorc, svdquant, weighted_lorc
 from .quant.solvers import Moments, Rtn, Solution, Solver
@@ -38,17 +41,20 @@ from .resolve import Address, matches
 from .solving import Readers, solve
 
 
-def located(steps: Sequence[Step], runner: BlockRunner, ids_NL: Tensor | None, report: Callable[[int], None]) -> tuple[Step, ...]:
+def located(
+    steps: Sequence[Step], runner: BlockRunner, ids_NL: Tensor | None, report: Callable[[int], None], kept: Path | None = None
+) -> tuple[Step, ...]:
     """The steps with the places of super weights where a recipe says auto: those of the model as it is, without a prefix.
 
-    ids_NL: calibration tokens. report: told how many blocks of that pass are done; not called where no step says auto.
+    ids_NL: calibration tokens. report: told how many blocks of that pass are done; not called where no step says auto. kept: the folder where places
+    are kept, for a run that goes on.
     """
     if not any(isinstance(step, SuperWeights) and step.places == "auto" for step in steps):
         return tuple(steps)
     assert ids_NL is not None
-    with bfloat16_products(runner.dtype is torch.bfloat16):
-        found = search(runner, ids_NL, report)
-    places = tuple((one.layer, one.module.removeprefix(f"{runner.block_name(one.layer)}."), one.row, one.column) for one in found)
+    places = once(
+        kept, "super-weights", partial(_places, runner, ids_NL, report), lambda found: (found, {}), lambda found, _: tuple(map(tuple, found))
+    )
     names = {path: site.name for site in runner.topology.sites for path in site.readers}
     result: list[Step] = []
     for step in steps:
@@ -58,6 +64,12 @@ def located(steps: Sequence[Step], runner: BlockRunner, ids_NL: Tensor | None, r
         else:
             result.append(step)
     return tuple(result)
+
+
+def _places(runner: BlockRunner, ids_NL: Tensor, report: Callable[[int], None]) -> tuple[Place, ...]:
+    with bfloat16_products(runner.dtype is torch.bfloat16):
+        found = search(runner, ids_NL, report)
+    return tuple((one.layer, one.module.removeprefix(f"{runner.block_name(one.layer)}."), one.row, one.column) for one in found)
 
 
 def take_out(readers: Readers, steps: Sequence[SideStep], block: int, stored: torch.dtype) -> str:

@@ -3,9 +3,10 @@
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,12 +30,12 @@ from .callbacks import Silent as Silent
 from .eval.probe import check_probe, read_probe, record_probe
 from .export import publish, write_checkpoint
 from .fused import settled
-from .journal import Journal
+from .journal import Journal, once
 from .looks import Looks
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
-from .quant.transforms import Prefix, Step, SuperWeights
-from .raising import Need, decide, few_samples, noted, summary, with_raised
+from .quant.transforms import Prefix, RaiseActivations, Step, SuperWeights
+from .raising import Need, decide, few_samples, needs_again, needs_kept, noted, summary, with_raised
 from .raising_check import raising_step
 from .recipe import Recipe, digest
 from .records import BlockRecord
@@ -99,8 +100,8 @@ def carry_out(plan: Plan, out: Path, progress: Progress, looks: Path | None = No
     with _working_folder(out, plan) as journal, _stream_folder(out, plan, journal.folder) as folder_of_streams:
         if journal.blocks:
             progress.say(f"going on: {len(journal.blocks)} of {plan.topology.block_count} blocks are done")
-        plan, runner, steps = begun(plan, progress)
-        plan, needs = _raised(plan, steps, folder_of_streams, progress)
+        plan, runner, steps = begun(plan, progress, journal.folder)
+        plan, needs = _raised(plan, steps, folder_of_streams, progress, journal.folder)
         streams = streams_of(plan, runner, folder_of_streams)
         shared = None if looks is None else Looks(looks, f"{plan.dtype} {plan.device.type} {torch.get_num_threads()} {plan.prefix}")
         compressor = BlockCompressor(runner, plan.recipe.solver, steps, plan.packed, streams, shared)
@@ -182,59 +183,75 @@ def fingerprint(plan: Plan) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def begun(plan: Plan, progress: Progress) -> tuple[Plan, BlockRunner, tuple[Step, ...]]:
-    """What is found before the walk: the plan with weights rewritten and with its prefix, how that model runs, the steps with their places."""
-    plan = _prefixed(_settled(plan, progress), progress)
+def begun(plan: Plan, progress: Progress, kept: Path | None = None) -> tuple[Plan, BlockRunner, tuple[Step, ...]]:
+    """What is found before the walk: the plan with weights rewritten and with its prefix, how that model runs, the steps with their places.
+
+    kept: the folder where that is kept, for a run that goes on.
+    """
+    plan = _prefixed(_settled(plan, progress, kept), progress, kept)
     runner = BlockRunner(plan.source, plan.dtype, plan.device)
-    return plan, runner, _located(plan, runner, progress)
+    return plan, runner, _located(plan, runner, progress, kept)
 
 
-def _settled(plan: Plan, progress: Progress) -> Plan:
+def _settled(plan: Plan, progress: Progress, kept: Path | None) -> Plan:
     """With the rewritten weights as they will be, and checked."""
     if plan.fused is None:
         return plan
     progress.stage("rewriting", 1)
-    found = settled(plan.recipe.steps, BlockRunner(plan.checkpoint, plan.dtype, plan.device), plan.ids)
+    found = settled(plan.recipe.steps, BlockRunner(plan.checkpoint, plan.dtype, plan.device), plan.ids, kept)
     trim()
     progress.step(1, f"off by {max(found.errors.values()):.2g}")
     return replace(plan, fused=found)
 
 
-def _prefixed(plan: Plan, progress: Progress) -> Plan:
+def _prefixed(plan: Plan, progress: Progress, kept: Path | None) -> Plan:
     """With the tokens of a prefix that is to be found, which takes a stage of its own."""
     if not any(isinstance(step, Prefix) and step.tokens == "auto" for step in plan.recipe.steps):
         return plan
     assert plan.ids is not None
     progress.stage("prefix", plan.topology.block_count)
     tokenizer = plan.checkpoint.tokenizer()
-    with bfloat16_products(plan.dtype is torch.bfloat16):
-        runner = BlockRunner(plan.checkpoint, plan.dtype, plan.device)
-        found = search_prefix(runner, plan.ids, lambda token: str(tokenizer.decode([token])), start_token(tokenizer), progress.step)
-    if found is None:
+    ids = plan.ids
+
+    def find() -> tuple[int, ...]:
+        with bfloat16_products(plan.dtype is torch.bfloat16):
+            runner = BlockRunner(plan.checkpoint, plan.dtype, plan.device)
+            found = search_prefix(runner, ids, lambda token: str(tokenizer.decode([token])), start_token(tokenizer), progress.step)
+        return () if found is None else found.token_ids
+
+    tokens = once(kept, "prefix", find, lambda found: (found, {}), lambda found, _: tuple(found))
+    if not tokens:
         progress.say("no prefix: no token of the calibration text is an outlier.")
         return plan
-    progress.say(f"prefix {found.text!r} ({', '.join(map(str, found.token_ids))}): the tokens that are outliers.")
-    return replace(plan, prefix=found.token_ids)
+    progress.say(f"prefix {tokenizer.decode(tokens)!r} ({', '.join(map(str, tokens))}): the tokens that are outliers.")
+    return replace(plan, prefix=tokens)
 
 
-def _located(plan: Plan, runner: BlockRunner, progress: Progress) -> tuple[Step, ...]:
+def _located(plan: Plan, runner: BlockRunner, progress: Progress, kept: Path | None) -> tuple[Step, ...]:
     """The recipe's steps with the places of super weights, which take a stage of its own to find."""
     if not any(isinstance(step, SuperWeights) and step.places == "auto" for step in plan.recipe.steps):
         return plan.recipe.steps
     progress.stage("super weights", plan.topology.block_count)
-    steps = located(plan.recipe.steps, runner, plan.ids, progress.step)
+    steps = located(plan.recipe.steps, runner, plan.ids, progress.step, kept)
     if not any(isinstance(step, SuperWeights) and step.places for step in steps):
         progress.say("no super weights: no single weight makes a spike of the residual stream at the step's sites.")
     return steps
 
 
-def _raised(plan: Plan, steps: tuple[Step, ...], folder: Path | None, progress: Progress) -> tuple[Plan, dict[Address, Need]]:
+def _raised(plan: Plan, steps: tuple[Step, ...], folder: Path | None, progress: Progress, kept: Path) -> tuple[Plan, Mapping[Address, Need]]:
     """The plan with more bits for the activations of a few sites, if a step asks for it, which takes a stage of its own; and what was measured."""
     step = raising_step(steps)
     if step is None:
         return plan, {}
-    assert plan.ids is not None
     progress.stage("activations' needs", plan.topology.block_count)
+    needs = once(kept, "needs", partial(_needs, plan, step, steps, folder, progress), needs_kept, needs_again)
+    progress.say(summary(needs))
+    return replace(plan, packed=with_raised(plan.packed, needs)), needs
+
+
+def _needs(plan: Plan, step: RaiseActivations, steps: tuple[Step, ...], folder: Path | None, progress: Progress) -> Mapping[Address, Need]:
+    """What the sites' activations need, by a pass over a few samples; its streams on disk in the folder, None: in memory."""
+    assert plan.ids is not None
     few, folder = replace(plan, ids=plan.ids[: few_samples(plan.ids)]), None if folder is None else folder / "needs"
     runner = BlockRunner(plan.source, plan.dtype, plan.device)
     streams = streams_of(few, runner, folder)
@@ -243,8 +260,7 @@ def _raised(plan: Plan, steps: tuple[Step, ...], folder: Path | None, progress: 
     needs = decide(step, BlockCompressor(runner, plan.recipe.solver, steps, plan.packed, streams), streams, plan.packed, progress.step)
     if folder is not None:
         shutil.rmtree(folder)
-    progress.say(summary(needs))
-    return replace(plan, packed=with_raised(plan.packed, needs)), needs
+    return needs
 
 
 def streams_of(plan: Plan, runner: BlockRunner, folder: Path | None) -> Streams | None:

@@ -9,6 +9,7 @@ Shape suffixes: T tokens, C channels.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .calib.runner import BlockRunner
 from .calib.sites import Topology
 from .calib.stream import relative_error
 from .calib.walk import site_inputs
+from .journal import once
 from .learning import Learned, learned
 from .quant.errors import PlanishError
 from .quant.formats import Scheme
@@ -155,19 +157,26 @@ def _notes(steps: Sequence[Step], runner: BlockRunner, plan: Rewriting) -> tuple
 
 
 @torch.no_grad()
-def settled(steps: Sequence[Step], original: BlockRunner, ids: Tensor | None) -> Fused:
-    """With the best draw of the rotation, and held against the original. Raises PlanishError where that computes something else."""
+def settled(steps: Sequence[Step], original: BlockRunner, ids: Tensor | None, kept: Path | None = None) -> Fused:
+    """With the best draw of the rotation, and held against the original. Raises PlanishError where that computes something else.
+
+    kept: the folder where what is found is kept, for a run that goes on.
+    """
     rotate, draw = rotation_at(steps, "residual"), 0
     ranges: tuple[float, ...] = ()
     if rotate is not None and rotate.seeds > 1:
         assert ids is not None
         with bfloat16_products(False):
-            ranges = _ranges(steps, original, ids, rotate.seeds)
+            ranges = once(
+                kept, "draw", partial(_ranges, steps, original, ids, rotate.seeds), lambda found: (found, {}), lambda found, _: tuple(found)
+            )
         draw = min(range(rotate.seeds), key=ranges.__getitem__)
     found = Learned(rewriting(steps, original, draw))
     if at := {step.at: step for step in steps if isinstance(step, Rotate) and step.kind == "learned"}:
         assert ids is not None
-        found = learned(found.plan, at.get("residual"), at.get("value"), original, ids)
+        plan = found.plan
+        learn = partial(learned, plan, at.get("residual"), at.get("value"), original, ids)
+        found = once(kept, "rotations", learn, Learned.kept, partial(Learned.again, plan))
     with bfloat16_products(False):
         return Fused(Rewritten.of(original.checkpoint, found.plan), draw, ranges, found.objectives, _checked(original, found.plan))
 

@@ -1,18 +1,20 @@
 """What has been done, on disk: finished blocks and their records, so that a killed run goes on where it was.
 
-Layout of the working folder OUT.partial: journal.json, block-00000.safetensors and on, streams/ (activations that do not fit in memory),
-checkpoint/ (the result, which becomes OUT by one rename).
+Layout of the working folder OUT.partial: journal.json, found-*.safetensors, block-00000.safetensors and on, streams/ (activations that do not fit in
+memory), checkpoint/ (the result, which becomes OUT by one rename).
 """
 
 import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -54,6 +56,35 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+T = TypeVar("T")
+Kept = tuple[Any, Mapping[str, Tensor]]  # plain values, and tensors
+
+
+def once(folder: Path | None, name: str, find: Callable[[], T], keep: Callable[[T], Kept], again: Callable[[Any, Mapping[str, Tensor]], T]) -> T:
+    """What `find` finds before the walk, found once: kept in the folder, from where a run that goes on has it `again`.
+
+    For the finished blocks were made with it, it can take minutes, and a second search may end elsewhere: a GPU's sums have no fixed order.
+    folder None: nothing is kept.
+    """
+    file = None if folder is None else folder / f"found-{name}.safetensors"
+    if file is not None and file.is_file():
+        with safe_open(file, "pt") as opened:
+            return again(json.loads(opened.metadata()["found"]), {key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
+    found = find()
+    if file is not None:
+        values, tensors = keep(found)
+        _save({key: tensor.contiguous() for key, tensor in tensors.items()}, file, {"found": json.dumps(values)})
+    return found
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """The whole file or none."""
+    new = file.with_suffix(".new")
+    save_file(dict(tensors), new, metadata)
+    sync(new)
+    new.replace(file)
+
+
 @dataclass(slots=True)
 class Journal:
     """The journal of one run. fingerprint: of recipe, model, versions and arithmetic; a folder with another one is not resumed."""
@@ -93,11 +124,7 @@ class Journal:
 
     def add(self, record: BlockRecord, tensors: Mapping[str, Tensor]) -> None:
         """Note a finished block: first its tensors, then its record."""
-        file = self.block_file(record.index)
-        new = file.with_suffix(".new")
-        save_file(dict(tensors), new)
-        sync(new)
-        new.replace(file)
+        _save(tensors, self.block_file(record.index))
         self.blocks.append(record)
         self._write()
 

@@ -6,7 +6,9 @@ all tokens attend to, counts for what it is worth.
 Shape suffixes: T tokens, C channels of a site, D width of the stream, E channels of a head.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from .calib.fusing import head_rows, value_site
 from .calib.rewritten import Rewriting, Rewritten
 from .calib.runner import BlockRunner
 from .calib.sensitivity import Felt, sensitivities
+from .journal import Kept
 from .quant.transforms.factors import Blocks, Chain, on_input
 from .quant.transforms.learned import learn_rotations, objective_of, turned
 from .quant.transforms.rotate import Learning, Rotate
@@ -36,6 +39,24 @@ class Learned:
     def objectives(self) -> dict[str, tuple[float, float]]:
         """Both by what was learned."""
         return {**({"residual": self.residual} if self.residual else {}), **{f"value {index}": both for index, both in enumerate(self.values)}}
+
+    def kept(self) -> Kept:
+        """What was learned, for `again`."""
+        tensors = {f"value {index}": turns_KEE for index, turns_KEE in enumerate(self.plan.own_values)}
+        if self.residual is not None:
+            (rotation,) = self.plan.residual
+            tensors["residual"] = rotation.tensors()["matrix"]
+        return {"residual": self.residual, "values": self.values}, tensors
+
+    @classmethod
+    def again(cls, plan: Rewriting, objectives: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Learned":
+        """As it was, of the plan that it began with."""
+        values, residual = tuple((before, after) for before, after in objectives["values"]), None
+        if values:
+            plan = replace(plan, value=(), own_values=tuple(tensors[f"value {index}"] for index in range(len(values))))
+        if objectives["residual"] is not None:
+            plan, residual = replace(plan, residual=(Blocks(tensors["residual"]),)), tuple(objectives["residual"])
+        return cls(plan, residual, values)
 
 
 def learned(plan: Rewriting, residual: Rotate | None, value: Rotate | None, original: BlockRunner, ids: Tensor) -> Learned:

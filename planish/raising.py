@@ -6,8 +6,9 @@ prefix. Only the activations are quantized, so that what is compared is theirs a
 Shape suffixes: T tokens, C channels.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from .calib.packing import Packed
 from .calib.precision import bfloat16_products
 from .calib.walk import SiteWalk, walking
 from .flatten import HELD_OUT, chosen, look_at, trial_of
+from .journal import Kept
 from .quant.formats import Scheme
 from .quant.transforms import Keeping, RaiseActivations
 from .quant.transforms.factors import rounded
@@ -71,6 +73,16 @@ def decide(
 def with_raised(packed: Mapping[Address, Packed | None], needs: Mapping[Address, Need]) -> dict[Address, Packed | None]:
     """How the sites are stored, once the decision is taken."""
     return {address: _raised(how, needs[address].more) if address in needs and needs[address].raised else how for address, how in packed.items()}
+
+
+def needs_kept(needs: Mapping[Address, Need]) -> Kept:
+    """For `needs_again`."""
+    return [[block, site, asdict(need)] for (block, site), need in needs.items()], {}
+
+
+def needs_again(kept: Sequence[tuple[int, str, dict[str, Any]]], _tensors: object) -> Mapping[Address, Need]:
+    """As they were measured."""
+    return {(block, site): Need(**need) for block, site, need in kept}
 
 
 def noted(record: BlockRecord, needs: Mapping[Address, Need]) -> None:

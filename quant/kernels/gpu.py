@@ -26,7 +26,7 @@ def _implementation(name: str) -> Callable[..., Any]:
 
 def _call(name: str, *operands: Any) -> Any:
     """On the device of the first operand: Triton launches on the current one, whichever that is."""
-    with torch.cuda.device_of(operands[0]):
+    with torch.cuda.device_of(operands[0]):  # type: ignore[no-untyped-call]
         return _implementation(name)(*operands)
 
 

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_compress import outlying, quick
 from helpers_front import invoke, start, tree, wait_for
 from helpers_text import build_tokenizer
 from tiny_models import tiny
+
+import planish
 
 BLOCKS = 16
 SETTINGS = ("--set", "calibration.samples=16", "--set", "calibration.length=128", "--no-evaluate")
@@ -55,6 +58,35 @@ def test_interrupted(how: signal.Signals, deep: Path, uninterrupted: dict[str, b
     assert tree(tmp_path / "out") == uninterrupted
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.report.html", "out.report.json", "streams"]
     assert not tree(tmp_path / "streams")
+
+
+@pytest.mark.parametrize(
+    ("finder", "steps"),
+    [
+        ("fused.learned", "fold_norms, rotate: {at: residual, kind: learned, steps: 2}, rotate: {at: value, kind: learned, steps: 2}"),
+        ("fused._ranges", "fold_norms, rotate: {at: residual, seeds: 3}"),
+        ("compression.search_prefix", "prefix: {tokens: auto}"),
+        ("beside.search", "super_weight: {places: auto, z: 12}"),
+        ("compression.decide", "hadamard, raise_activations: {bits: 8, share: 0.25}"),
+    ],
+)
+def test_what_was_found_before_the_walk_is_not_searched_again(finder: str, steps: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays what the finished blocks were made with, whatever a second search would find."""
+    model, recipe = outlying(tmp_path / "model"), quick("w4a4-fast", f"steps=[{steps}]")
+
+    def stop(*_args: object, **_named: object) -> None:
+        raise KeyboardInterrupt
+
+    planish.compress(recipe, model, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("planish.compression.write_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            planish.compress(recipe, model, tmp_path / "out")
+    monkeypatch.setattr(f"planish.{finder}", stop)
+    planish.compress(recipe, model, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        planish.compress(recipe, model, tmp_path / "other")
 
 
 def test_another_recipe_does_not_go_on(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
