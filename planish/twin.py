@@ -5,6 +5,7 @@ for. It is made by doing the recipe's steps again, up to the solver; the norms a
 that came out the same.
 """
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .quant.formats import Scheme, WeightFormat
 from .quant.solvers import Rtn
 from .quant.transforms import Permute, Prefix, RaiseActivations, Rotate, ScaleRms, SideStep, Smooth, Step
 from .recipe import Recipe, load_recipe
+from .resolve import Address, matches
 from .steporder import needs_text, of_the_whole
 
 TOLERANCE = 0.02  # relative difference of a norm's weights; rounding to bfloat16 makes 0.002, another strength of smoothing 0.1 and more
@@ -60,25 +62,50 @@ def check_twin(twin: nn.Module, block: nn.Module, known: Topology, name: str) ->
         if expected.shape != found.shape or float((expected - found).norm()) > TOLERANCE * float(expected.norm()):
             raise PlanishError(
                 f"{name}.{path}: the checkpoint has other values than its recipe makes of this model. Give the model that was compressed, the same "
-                "calibration text, the device it was compressed on (--device) and the same version of planish."
+                "calibration text and the same version of planish."
             )
 
 
 def _absorbing(recipe: Recipe, stored: StoredCheckpoint) -> Recipe:
     """Those of the recipe's steps that weights absorb, and what these are chosen by."""
     known = stored.extension.prefix
-    steps: list[Step] = [replace(step, tokens=known) if isinstance(step, Prefix) else step for step in recipe.steps if _matters(step)]
-    steps = [step for step in steps if not isinstance(step, Prefix) or known]
+    steps = [step for step in _decided(recipe.steps, stored) if _matters(step)]
+    steps = [replace(step, tokens=known) if isinstance(step, Prefix) else step for step in steps if known or not isinstance(step, Prefix)]
     if any(isinstance(step, (Smooth, ScaleRms, Permute)) for step in steps):
         return replace(recipe, steps=tuple(steps))
     absorbed = tuple(step for step in steps if of_the_whole(step) or (isinstance(step, Rotate) and step.at == "value"))
     return _bare(recipe.name, absorbed, recipe.calibration if any(needs_text(step) for step in absorbed) else None)
 
 
+def _decided(steps: Sequence[Step], stored: StoredCheckpoint) -> Iterator[Step]:
+    """The steps, those that searched a site's setting with the one that was found: another device or number of threads might find another."""
+    sites = {(block["index"], name): site for block in _manifest(stored).get("blocks", ()) for name, site in block["sites"].items()}
+    for step in steps:
+        if isinstance(step, Smooth) and step.strength == "auto":
+            yield from (replace(step, strength=value, sites=names) for value, names in _by_value(step, "strength", sites))
+        elif isinstance(step, ScaleRms) and step.exponent == "auto":
+            yield from (replace(step, exponent=value, sites=names) for value, names in _by_value(step, "exponent", sites))
+        else:
+            yield step
+
+
+def _by_value(step: Smooth | ScaleRms, setting: str, sites: Mapping[Address, Mapping[str, Any]]) -> Iterable[tuple[float, tuple[str, ...]]]:
+    """The sites that the step has scaled, by the setting's value."""
+    names: dict[float, tuple[str, ...]] = {}
+    for (block, name), site in sites.items():
+        if site.get(setting) is not None and matches(step.sites, block, name):
+            names[site[setting]] = (*names.get(site[setting], ()), f"{block}.{name}")
+    return names.items()
+
+
+def _manifest(stored: StoredCheckpoint) -> dict[str, Any]:
+    file = stored.path / FOLDER / MANIFEST
+    return dict(read_json(file)) if file.is_file() else {}
+
+
 def _arithmetic(stored: StoredCheckpoint) -> torch.dtype | None:
     """What the compression computed in, if it is known: its choices hang on it."""
-    file = stored.path / FOLDER / MANIFEST
-    manifest: dict[str, Any] = dict(read_json(file)) if file.is_file() else {}
+    manifest = _manifest(stored)
     dtype = manifest["arithmetic"]["dtype"] if manifest else None
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}[dtype]
 

@@ -55,6 +55,20 @@ def given(model: nn.Module, path: str, ids_NL: Tensor) -> Tensor:
     return seen[0].flatten(0, 1)
 
 
+@pytest.mark.parametrize("steps", ["smooth", "scale_rms: {sites: ['*.o', '*.down']}, hadamard"])
+def test_searched_settings_are_those_of_the_checkpoint(steps: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not searched again, where another device might end elsewhere."""
+    model = outlying(tmp_path / "model")
+    planish.compress(quick("w8a8", f"steps=[{steps}]"), model, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "planish" / "manifest.json").read_text())
+    assert any(site["strength"] or site["exponent"] for block in manifest["blocks"] for site in block["sites"].values())
+    before = planish.layers(tmp_path / "out", model, windows=2, length=24, sites=0)
+    for name in ("STRENGTHS", "EXPONENTS"):
+        monkeypatch.setattr(f"planish.smoothing.{name}", (0.111,))
+    after = planish.layers(tmp_path / "out", model, windows=2, length=24, sites=0)
+    assert [site.error for site in after.sites] == pytest.approx([site.error for site in before.sites], rel=1e-3)
+
+
 @pytest.mark.parametrize("inputs", ["base", "quantized"])
 def test_errors_and_restored_sites_are_those_of_the_whole_model(pair: tuple[Path, Path], inputs: Inputs) -> None:
     base, small = (planish.load(path, dtype=torch.float32) for path in pair)
