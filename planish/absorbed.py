@@ -20,9 +20,9 @@ from .preflight import Plan
 class AbsorbedBlocks:
     """The blocks of a plan's model. streams: of the calibration, None where the recipe has no text; `before` holds what enters the block."""
 
-    def __init__(self, plan: Plan, progress: Progress, folder: Path | None = None) -> None:
-        """folder: where the streams lie on disk, None: in memory."""
-        self.plan, self.runner, steps = begun(plan, progress)
+    def __init__(self, plan: Plan, progress: Progress, folder: Path | None = None, kept: Path | None = None) -> None:
+        """folder: where the streams lie on disk, None: in memory. kept: where what is found before the walk is kept for the next."""
+        self.plan, self.runner, steps = begun(plan, progress, kept)
         self.streams = streams_of(self.plan, self.runner, folder)
         if self.streams is not None:
             self.streams.before = Stream(None if folder is None else folder / "before")

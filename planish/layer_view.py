@@ -6,6 +6,7 @@ site in full precision, so that restoring a site of block i costs only the block
 Shapes: ids (N, L) windows of token numbers.
 """
 
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ from .eval.verify import evaluation_windows
 from .quant.errors import PlanishError
 from .quant.formats import ActivationFormat
 from .report import described
-from .twin import check_twin, twin_of
+from .twin import check_start, check_twin, twin_of
 
 Inputs = Literal["base", "quantized"]
 
@@ -64,10 +65,11 @@ def layers(
     stored, where = open_stored(checkpoint), pick_device(device)
     ids_NL = evaluation_windows(stored, text, windows, length)
     batches = list(torch.split(ids_NL, 1))
-    with arithmetic(torch.float32):
-        found, ends = _errors(stored, twin_of(stored, against, where, progress), batches, inputs, progress)
+    with arithmetic(torch.float32), tempfile.TemporaryDirectory(prefix="planish-layers-") as kept:
+        found, ends = _errors(stored, twin_of(stored, against, where, progress, Path(kept)), batches, inputs, progress)
         chosen = chosen_sites(found, sites, evenly)
-        restored = _restored(stored, twin_of(stored, against, where, Silent()) if chosen else None, batches, chosen, ends, progress)
+        again = twin_of(stored, against, where, Silent(), Path(kept)) if chosen else None
+        restored = _restored(stored, again, batches, chosen, ends, progress)
     return LayerView(
         checkpoint=str(checkpoint),
         model=str(against),
@@ -88,6 +90,7 @@ def _errors(
     runner = BlockRunner(stored, torch.float32, twin.runner.device)
     base, quantized = Variants.start(runner, batches), Variants.start(runner, batches)
     known, views = runner.topology, []
+    check_start(twin, batches[0], base.plain[0])
     progress.stage("errors", known.block_count)
     for index in range(known.block_count):
         block = runner.load_block(index)

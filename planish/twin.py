@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .absorbed import AbsorbedBlocks
 from .calib.data import Calibration
+from .calib.runner import BlockRunner
 from .calib.shards import read_json
 from .calib.sites import Topology
 from .calib.stored import StoredCheckpoint
+from .calib.stream import relative_error
 from .calib.topology import topology
 from .compression import Progress
 from .export import FOLDER, MANIFEST
@@ -32,9 +34,14 @@ from .steporder import needs_text, of_the_whole
 
 TOLERANCE = 0.02  # relative difference of a norm's weights; rounding to bfloat16 makes 0.002, another strength of smoothing 0.1 and more
 
+_OTHER = (
+    "the checkpoint has other values than its recipe makes of this model. Give the model that was compressed, the same calibration text and the same "
+    "version of planish; where the recipe learns rotations, also the device that it was compressed on."
+)
 
-def twin_of(stored: StoredCheckpoint, model: str | Path, device: torch.device, progress: Progress) -> AbsorbedBlocks:
-    """The twin's blocks. model: the original, as compress takes it.
+
+def twin_of(stored: StoredCheckpoint, model: str | Path, device: torch.device, progress: Progress, kept: Path) -> AbsorbedBlocks:
+    """The twin's blocks. model: the original, as compress takes it. kept: a folder where what is learned for it is kept for the next.
 
     A checkpoint without planish's recipe is taken to have the original's weights in codes, nothing else. Raises PlanishError: as make_plan; steps
     whose text is gone. `check_twin` says whether a block is right.
@@ -48,7 +55,14 @@ def twin_of(stored: StoredCheckpoint, model: str | Path, device: torch.device, p
             f"{model} is a {known.family} model of {known.block_count} blocks, {stored.path} a {own.family} model of {own.block_count}: one was not "
             "made from the other. Give the model that was compressed."
         )
-    return AbsorbedBlocks(plan, progress, plan.offload_dir)
+    return AbsorbedBlocks(plan, progress, plan.offload_dir, kept)
+
+
+def check_start(twin: AbsorbedBlocks, ids_NL: Tensor, hidden_NLD: Tensor) -> None:
+    """PlanishError if what the checkpoint makes of these tokens before its first block is not what the twin makes of them: another rotation."""
+    ((expected_NLD, _),) = BlockRunner(twin.runner.checkpoint, torch.float32, twin.runner.device).start([ids_NL])
+    if not relative_error(expected_NLD, hidden_NLD) <= TOLERANCE:
+        raise PlanishError(f"the embeddings: {_OTHER}")
 
 
 def check_twin(twin: nn.Module, block: nn.Module, known: Topology, name: str) -> None:
@@ -60,10 +74,7 @@ def check_twin(twin: nn.Module, block: nn.Module, known: Topology, name: str) ->
             continue
         expected, found = parameter.detach().float(), there[path].detach().float()
         if expected.shape != found.shape or float((expected - found).norm()) > TOLERANCE * float(expected.norm()):
-            raise PlanishError(
-                f"{name}.{path}: the checkpoint has other values than its recipe makes of this model. Give the model that was compressed, the same "
-                "calibration text and the same version of planish."
-            )
+            raise PlanishError(f"{name}.{path}: {_OTHER}")
 
 
 def _absorbing(recipe: Recipe, stored: StoredCheckpoint) -> Recipe:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from planish.eval.layers_page import layers_page
 from planish.eval.score import compare
 from planish.eval.verify import evaluation_windows
 from planish.layer_view import Inputs
+from planish.learning import Learned, learned
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.linear import QuantizedLinear, quantize_input
@@ -67,6 +69,23 @@ def test_searched_settings_are_those_of_the_checkpoint(steps: str, tmp_path: Pat
         monkeypatch.setattr(f"planish.smoothing.{name}", (0.111,))
     after = planish.layers(tmp_path / "out", model, windows=2, length=24, sites=0)
     assert [site.error for site in after.sites] == pytest.approx([site.error for site in before.sites], rel=1e-3)
+
+
+def test_learned_rotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are learned again, once; where that ends elsewhere, there is no twin."""
+    model, calls = source("llama", tmp_path / "model"), []
+    planish.compress(quick("w8a8", "steps=[fold_norms, rotate: {at: residual, kind: learned, steps: 2}]"), model, tmp_path / "out")
+
+    def counted(*arguments: Any) -> Learned:
+        calls.append(arguments)
+        return learned(*arguments)
+
+    monkeypatch.setattr("planish.fused.learned", counted)
+    assert planish.layers(tmp_path / "out", model, windows=1, length=24, sites=1).whole.kl < 0.01
+    assert len(calls) == 1
+    monkeypatch.setattr("planish.fused.learned", lambda plan, *_: Learned(plan))
+    with pytest.raises(PlanishError, match="the embeddings: the checkpoint has other values than its recipe makes of this model"):
+        planish.layers(tmp_path / "out", model, windows=1, length=24, sites=1)
 
 
 @pytest.mark.parametrize("inputs", ["base", "quantized"])
