@@ -9,5 +9,9 @@ def working_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of the walk: bfloat16 for a bfloat16 model where the hardware multiplies it natively, else float32."""
     if stored is not torch.bfloat16:
         return torch.float32
-    native = torch.cpu._is_amx_tile_supported() if device.type == "cpu" else torch.get_device_module(device).is_bf16_supported()
+    if device.type == "cpu":
+        native = torch.cpu._is_amx_tile_supported()
+    else:
+        asked = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+        native = asked is not None and asked(including_emulation=False)
     return torch.bfloat16 if native else torch.float32

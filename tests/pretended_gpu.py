@@ -113,8 +113,8 @@ class _Backend(_DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
-    def is_bf16_supported(self) -> bool:
-        return True
+    def is_bf16_supported(self, including_emulation: bool = True) -> bool:
+        return not including_emulation
 
     def mem_get_info(self, _device: object) -> tuple[int, int]:
         return self.free, 1 << 41

@@ -1,5 +1,7 @@
 """Which arithmetic is used, and that it is switched back."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -14,6 +16,15 @@ def test_working_dtype(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert working_dtype(torch.bfloat16, CPU) is (torch.bfloat16 if native else torch.float32)
     assert working_dtype(torch.float16, CPU) is torch.float32
     assert working_dtype(torch.float32, CPU) is torch.float32
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_working_dtype_on_a_gpu_is_what_it_has_without_emulation(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(is_bf16_supported=lambda including_emulation=True: including_emulation or native)
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: gpu)
+    assert working_dtype(torch.bfloat16, torch.device("cuda")) is (torch.bfloat16 if native else torch.float32)
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: SimpleNamespace())
+    assert working_dtype(torch.bfloat16, torch.device("mps")) is torch.float32
 
 
 def test_products_are_switched_back() -> None:
