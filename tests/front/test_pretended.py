@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers_alone import run_alone
 
-CASES = Path(__file__).with_name("pretended_cases.py")
+CASES = Path(__file__).with_name("gpu_cases.py")
 
 
 def test_on_a_gpu() -> None:

@@ -1,12 +1,19 @@
-"""planish on a GPU that is not there (pretended_gpu.py). Run by test_pretended.py in a process of its own."""
+"""planish on a GPU. Run by test_pretended.py, in a process of its own, on one that is not there (pretended_gpu.py), and by hand on a real one:
 
+    PLANISH_TEST_GPU=cuda pytest -m "slow or not slow" tests/front/gpu_cases.py
+
+There sums have another order, so that what is compared may differ by single codes.
+"""
+
+import os
+import re
 from pathlib import Path
 
-import pretended_gpu
 import pytest
 import torch
 from helpers_compress import STEPS, distance, ids, quick, source
 from helpers_front import invoke
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, StaticCache
 
@@ -15,7 +22,12 @@ from planish.calib.packed import ENVIRONMENT, Kernels, kernels_used
 from planish.preflight import make_plan
 from planish.shipped import shipped
 
-GPU = pretended_gpu.NAME
+REAL = "PLANISH_TEST_GPU" in os.environ
+if not REAL:
+    import pretended_gpu
+GPU = os.environ["PLANISH_TEST_GPU"] if REAL else pretended_gpu.NAME
+pretended = pytest.mark.skipif(REAL, reason="of the pretended GPU")
+CLOSE = 0.05 if REAL else 1e-5
 EIGHT = ("scheme.weights.bits=8", "scheme.activations.bits=8")  # so that last bits decide little
 NARROW = {  # what does not fit tiny models
     "paper-quad": ("steps=[quad: {rank: 4}]",),
@@ -50,7 +62,7 @@ def check_same(recipe: planish.Recipe, model: Path, folder: Path, learns: bool =
         planish.compress(recipe, model, folder / "gpu", device=GPU, dtype=torch.float32)
     with torch.no_grad():
         logits = [planish.load(folder / name, device="cpu", dtype=torch.float32)(ids()).logits for name in ("cpu", "gpu")]
-    assert distance(*logits) <= (0.05 if learns else 1e-3)
+    assert distance(*logits) <= (0.2 if REAL else 0.05 if learns else 1e-3)
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a4-fast", "w4a4-best", "paper-quarot"])
@@ -84,30 +96,43 @@ def test_loaded(name: str, kernels: Kernels, model: Path, tmp_path: Path) -> Non
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         here = planish.load(tmp_path / "out", device="cpu", kernels="reference")
         there = planish.load(tmp_path / "out", device=GPU, kernels=kernels)
-        assert {tensor.device.type for tensor in [*there.parameters(), *there.buffers()]} == {GPU}
+        assert {tensor.device.type for tensor in [*there.parameters(), *there.buffers()]} == {torch.device(GPU).type}
         assert any(kind.startswith(kernels) for kind in kernels_used(there).values())
-        assert distance(there(tokens.to(GPU)).logits.cpu(), here(tokens).logits) <= 1e-5
+        assert distance(there(tokens.to(GPU)).logits.cpu(), here(tokens).logits) <= CLOSE
         padded = there(tokens.to(GPU), attention_mask=mask.to(GPU)).logits.cpu()
-        assert distance(padded[mask == 1], here(tokens, attention_mask=mask).logits[mask == 1]) <= 1e-5
+        assert distance(padded[mask == 1], here(tokens, attention_mask=mask).logits[mask == 1]) <= CLOSE
         expected = here.generate(tokens[:1], max_new_tokens=3, do_sample=False)
         for cache in ("dynamic", "static"):
-            assert there.generate(tokens[:1].to(GPU), max_new_tokens=3, do_sample=False, cache_implementation=cache).tolist() == expected.tolist()
+            found = there.generate(tokens[:1].to(GPU), max_new_tokens=3, do_sample=False, cache_implementation=cache)
+            assert found.shape == expected.shape if REAL else found.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("kernels", ["reference", "packed"])
 @pytest.mark.parametrize("name", ["w8a8", "w4a4-best", "w4a16-g128", "paper-resq"])
 def test_nothing_waits(name: str, kernels: Kernels, model: Path, tmp_path: Path) -> None:
-    """A step of generation crosses no border between CPU and GPU once the first is done, as CUDA graphs ask for; with a prefix and without."""
+    """A step of generation crosses no border between CPU and GPU once the first is done, so that a CUDA graph holds it; with a prefix and without."""
     planish.compress(quick(name), model, tmp_path / "out", device="cpu", dtype=torch.float32)
     loaded = planish.load(tmp_path / "out", device=GPU, kernels=kernels)
     tokens, place = ids(1, 8).to(GPU), torch.tensor([[8]]).to(GPU)
     with torch.no_grad():
         cache = StaticCache(config=loaded.config, max_cache_len=32)
         loaded(tokens, past_key_values=cache, use_cache=True)
-        for _ in range(2):
+
+        def step() -> Tensor:
+            logits: Tensor = loaded(tokens[:, :1], past_key_values=cache, use_cache=True, position_ids=place).logits
+            return logits
+
+        step()
+        if not REAL:
             pretended_gpu.CROSSINGS.clear()
-            loaded(tokens[:, :1], past_key_values=cache, use_cache=True, position_ids=place)
-        assert not pretended_gpu.CROSSINGS
+            step()
+            assert not pretended_gpu.CROSSINGS
+        else:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = step()
+            graph.replay()
+            assert found.isfinite().all()
 
 
 def test_from_pretrained(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,14 +144,15 @@ def test_from_pretrained(model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setenv(ENVIRONMENT, "packed")
         mapped = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map=GPU)
         assert "packed" in kernels_used(mapped).values()
-        with pytest.raises(planish.PlanishError, match=r"Load the model on pretended:0"):
+        with pytest.raises(planish.PlanishError, match=f"Load the model on {GPU}"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "out").to(GPU)
         monkeypatch.setenv(ENVIRONMENT, "reference")
         for there in (mapped, AutoModelForCausalLM.from_pretrained(tmp_path / "out").to(GPU), planish.load(tmp_path / "out", device="cpu").to(GPU)):
-            assert distance(there(tokens.to(GPU)).logits.cpu(), expected) <= 1e-3
-            assert there.generate(tokens.to(GPU), max_new_tokens=2).device.type == GPU
+            assert distance(there(tokens.to(GPU)).logits.cpu(), expected) <= (0.05 if REAL else 1e-3)
+            assert there.generate(tokens.to(GPU), max_new_tokens=2).device.type == torch.device(GPU).type
 
 
+@pretended
 def test_a_model_may_yet_be_moved_to_a_gpu(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that it is not packed for the CPU where there is one."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
@@ -153,7 +179,7 @@ def test_commands(model: Path, tmp_path: Path) -> None:
         ran = invoke(*command)
         assert ran.code == 0, ran.err
         if command[0] == "compress":
-            assert f"on {GPU} 123.0 MB" in ran.out
+            assert re.search(rf"on {GPU} [\d.]+ [kMG]?B" if REAL else f"on {GPU} 123.0 MB", ran.out)
             assert f"on {GPU} at most, activations on disk" in ran.out + ran.err
 
 
@@ -172,9 +198,10 @@ def test_resumed(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.Mon
             planish.compress(recipe, model, tmp_path / "out", device=GPU)
     planish.compress(recipe, model, tmp_path / "out", device=GPU)
     weights = "model.safetensors"
-    assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    assert REAL or (tmp_path / "out" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
+@pretended
 def test_room_is_the_gpu_s(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretended_gpu.BACKEND, "free", 1)
     assert make_plan(quick("w8a8"), model, device=GPU).offload
