@@ -32,8 +32,7 @@ MIXING = {
     ATEN.index_put_.default,
     ATEN._index_put_impl_.default,
 }
-
-
+PRODUCTS = {ATEN.mm, ATEN.bmm, ATEN.addmm, ATEN.baddbmm, ATEN.mv, ATEN.dot, ATEN.addmv}  # of floats only, on a GPU
 CROSSINGS: list[str] = []  # every operator that took values from the CPU or gave it some: a GPU waits for it, and no CUDA graph can hold it
 
 
@@ -84,6 +83,12 @@ class Pretended(Tensor):
         strange = [tuple(x.shape) for x in flat if isinstance(x, Tensor) and not isinstance(x, Pretended) and x.dim()]
         if strange and func not in MIXING:
             raise RuntimeError(f"{func}: Expected all tensors to be on the same device, but found {NAME}:0 and cpu: {strange}")
+        if any(isinstance(x, torch.Generator) for x in flat):
+            raise RuntimeError(f"{func}: Expected a '{NAME}' device type for generator but found 'cpu'")
+        if func.overloadpacket in PRODUCTS and not all(x.is_floating_point() for x in ours):
+            raise NotImplementedError(f"{func} is not implemented on CUDA for {ours[0].dtype}")
+        if any(mark in func.name() for mark in ("cpu", "mkldnn", "onednn", "_int_mm")):
+            raise NotImplementedError(f"{func} is of the CPU, or takes other shapes on CUDA")
         held_args, held_kwargs = tree_unflatten([x.held if isinstance(x, Pretended) else x for x in flat], spec)
         where = held_kwargs.get("device")
         from_here = func is ATEN.copy_.default and not isinstance(args[1], Pretended)
@@ -131,6 +136,7 @@ class _Backend(_DummyBackendModule):
 
 def _factory(operator: Any) -> Callable[..., Tensor]:
     def make(*args: Any, device: object = None, pin_memory: object = None, **kwargs: Any) -> Tensor:
+        assert "generator" not in kwargs
         return Pretended(operator(*args, **kwargs))
 
     return make
