@@ -4,7 +4,7 @@ In the colours and marks of pictures.py, light or dark as the reader's system is
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -107,6 +107,7 @@ def _style() -> str:
         ".grid{stroke:#e3e6e8}",
         f".edge{{fill:none;stroke:{GREY}}}",
         f".tie{{stroke:{GREY}}}",
+        f".leader{{stroke:{GREY};stroke-width:.7}}",
         f".front{{fill:none;stroke:{GREY};stroke-width:1.5;stroke-dasharray:5 4}}",
         *(f".s{i}{{fill:{colour}}}.l{i}{{fill:none;stroke:{colour};stroke-width:1.5}}" for i, colour in enumerate(colours)),
     ]
@@ -194,24 +195,49 @@ def _points(panel: Panel, across: _Scale, down: _Scale, frame: _Box) -> Iterator
             shown.append((point, across.at(point.x), heights))
     taken = [_Box(x - MARK, height - MARK, 2 * MARK, 2 * MARK) for _, x, heights in shown for height in heights.values()]
     taken += [_Box(x - 1, min(heights.values()), 2, max(heights.values()) - min(heights.values())) for _, x, heights in shown]
+    names = []
     for point, x, heights in shown:
         yield f'<line class="tie" x1="{x:.1f}" x2="{x:.1f}" y1="{min(heights.values()):.1f}" y2="{max(heights.values()):.1f}"/>'
         yield from (_mark(x, height, i) for i, height in heights.items())
         box, anchor = _free(point.label, x, sorted(heights.values()), taken, frame)
         taken.append(box)
-        yield _text(box.x + SHARES[anchor] * box.width, box.y + LINE - 4, point.label, anchor=anchor)
+        yield from _leader(box, x, heights.values())
+        names.append(_text(box.x + SHARES[anchor] * box.width, box.y + LINE - 4, point.label, anchor=anchor))
+    yield from names
+
+
+def _leader(box: _Box, x: float, heights: Iterable[float]) -> Iterator[str]:
+    """A line from the nearest mark to a name that found no room beside it."""
+    middle = box.y + box.height / 2
+    nearest = min(heights, key=lambda height: abs(height - middle))
+    end = min(max(x, box.x), box.x + box.width)
+    if max(abs(end - x), abs(middle - nearest) - LINE) > 2 * MARK:
+        yield f'<line class="leader" x1="{x:.1f}" y1="{nearest:.1f}" x2="{end:.1f}" y2="{middle:.1f}"/>'
 
 
 def _free(label: str, x: float, heights: Sequence[float], taken: Sequence[_Box], frame: _Box) -> tuple[_Box, str]:
     """Where the name goes, and which end of it stands firm: beside a mark, above or below all of them; the first place that nothing takes, else
-    the first."""
+    the nearest farther away, else the first."""
     width = LETTER * len(label)
     rows = [(height - LINE / 2, MARK + 3) for height in heights] + [(heights[0] - MARK - 2 - LINE, -4.0), (heights[-1] + MARK + 2, -4.0)]
     places = [(_Box(at, y, width, LINE), anchor) for y, away in rows for at, anchor in ((x + away, "start"), (x - away - width, "end"))] + [
         (_Box(min(max(x - width / 2, frame.x), frame.x + frame.width - width), y, width, LINE), "middle") for y, _ in rows[len(heights) :]
     ]
     inside = [place for place in places if place[0].within(frame)] or places
-    return next((place for place in inside if not any(place[0].meets(other) for other in taken)), inside[0])
+    far = ((place, anchor) for place, anchor in _farther(width, x, heights[0]) if place.within(frame))
+    return next((place for place in (*inside, *far) if not any(place[0].meets(other) for other in taken)), inside[0])
+
+
+def _farther(width: float, x: float, height: float) -> list[tuple[_Box, str]]:
+    """Places round a mark, the nearest first."""
+    steps = [(across, down) for across in range(0, WIDTH, 2 * LINE) for down in range(-HEIGHT, HEIGHT, LINE)]
+    steps.sort(key=lambda step: (step[0] ** 2 + step[1] ** 2, step))
+    beside = MARK + 3
+    return [
+        (_Box(at, height - LINE / 2 + down, width, LINE), anchor)
+        for across, down in steps
+        for at, anchor in ((x + beside + across, "start"), (x - beside - across - width, "end"))
+    ]
 
 
 def _mark(x: float, y: float, style: int, half: float = MARK) -> str:

@@ -223,7 +223,7 @@ def _prefixed(plan: Plan, progress: Progress, kept: Path | None) -> Plan:
     if not tokens:
         progress.say("no prefix: no token of the calibration text is an outlier.")
         return plan
-    progress.say(f"prefix {tokenizer.decode(tokens)!r} ({', '.join(map(str, tokens))}): the tokens that are outliers.")
+    progress.say(f"prefix {tokenizer.decode(list(tokens))!r} ({', '.join(map(str, tokens))}): the tokens that are outliers.")
     return replace(plan, prefix=tokens)
 
 

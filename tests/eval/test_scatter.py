@@ -52,13 +52,28 @@ def test_marks_stand_where_the_values_say() -> None:
     assert decades == pytest.approx(2 / math.log10(300), abs=1e-3)
 
 
-@pytest.mark.parametrize("points", [POINTS, tuple(Point(label=f"recipe-{i}", x=4 + 0.01 * i, values=(0.1, 0.11)) for i in range(5))])
+CROWD = tuple(Point(label=f"a-recipe-{i}", x=4 + 0.01 * i, values=(0.1, 0.11 + 0.01 * (i % 3))) for i in range(16))
+
+
+@pytest.mark.parametrize("points", [POINTS, CROWD[:5], (*CROWD, Point(label="far", x=12, values=(3, 4)))])
 def test_names_do_not_overlap_and_stay_inside(points: tuple[Point, ...]) -> None:
     found = labels(drawn(*points), points)
     for one, other in combinations(found, 2):
         apart = max(one[0], other[0]) - min(one[0] + LETTER * len(one[2]), other[0] + LETTER * len(other[2]))
         assert apart >= -0.2 or abs(one[1] - other[1]) >= LINE - 0.2
     assert all(x >= LEFT and x + LETTER * len(name) <= LEFT + WIDTH and TOP < y < TOP + HEIGHT for x, y, name in found)
+
+
+def test_names_that_found_no_room_beside_their_marks_are_led_to() -> None:
+    svg = drawn(*CROWD)
+    leaders = [line for line in svg.iter(f"{SVG}line") if line.get("class") == "leader"]
+    assert len(leaders) >= 8
+    marks, boxes = circles(svg), labels(svg, CROWD)
+    for line in leaders:
+        x1, x2, y2 = (float(line.get(name, "")) for name in ("x1", "x2", "y2"))
+        assert min(abs(x - x1) for x, _ in marks) < 0.1
+        assert any(abs(y2 - (y + 4 - LINE / 2)) < 0.2 and x - 0.2 <= x2 <= x + LETTER * len(name) + 0.2 for x, y, name in boxes)
+    assert not [line for line in drawn(*POINTS).iter(f"{SVG}line") if line.get("class") == "leader"]
 
 
 def test_a_long_name_stays_inside_a_narrow_panel() -> None:
