@@ -30,6 +30,7 @@ from .callbacks import Silent as Silent
 from .eval.probe import check_probe, read_probe, record_probe
 from .export import publish, write_checkpoint
 from .fused import settled
+from .interruption import interruptible
 from .journal import Journal, once
 from .looks import Looks
 from .preflight import Plan, make_plan
@@ -144,7 +145,7 @@ def _working_folder(out: Path, plan: Plan) -> Iterator[Journal]:
     parents = [parent for parent in folder.absolute().parents if not parent.exists()]
     journal = Journal.open(folder, fingerprint(plan))
     try:
-        with journal.locked():
+        with journal.locked(), interruptible():
             yield journal
     except PlanishError:
         if fresh:

@@ -13,6 +13,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 from typer.core import TyperGroup
 
+from .interruption import interruptible
 from .quant.errors import PlanishError
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class Front(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Exit codes: 2 for a user's error, 130 when interrupted."""
         try:
-            return super().invoke(ctx)
+            with interruptible():
+                return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise _end(ctx, error, str(error) or "Stopped.", INTERRUPTED) from None
         except PlanishError as error:
