@@ -44,8 +44,8 @@ class LowRank:
         return len(self.down_RC)
 
     def to(self, dtype: torch.dtype) -> "LowRank":
-        """Its factors in dtype."""
-        return LowRank(self.down_RC.to(dtype), self.up_OR.to(dtype))
+        """Its factors in dtype, laid out as they are when they come from a file: with other strides, products may round otherwise."""
+        return LowRank(*(part.to(dtype).contiguous() for part in (self.down_RC, self.up_OR)))
 
     def plus(self, other: "LowRank | None") -> "LowRank":
         """Both paths in one: their ranks add up."""
@@ -75,10 +75,10 @@ def weighted_lorc(error_OC: Tensor, second_CC: Tensor, rank: int, damping: float
     """
     _check_rank(rank, error_OC)
     H_CC = second_CC.double()
-    live_OC = error_OC.double().masked_fill(H_CC.diagonal() == 0, 0)
+    dead_C = H_CC.diagonal() == 0
     L_CC = factor(H_CC, damping).lower_II
-    down_RC, up_OR = _halves(live_OC @ L_CC.T, rank)
-    down_RC = torch.linalg.solve_triangular(L_CC.T, down_RC, upper=True, left=False)
+    down_RC, up_OR = _halves(error_OC.double().masked_fill(dead_C, 0) @ L_CC.T, rank)
+    down_RC = torch.linalg.solve_triangular(L_CC.T, down_RC, upper=True, left=False).masked_fill(dead_C, 0)
     return LowRank(down_RC.float(), up_OR.float())
 
 

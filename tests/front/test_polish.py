@@ -109,7 +109,7 @@ def test_one_batch_is_nothing_to_learn_from() -> None:
 def test_a_model_comes_nearer_to_its_original(family: str, tmp_path: Path) -> None:
     """No block's error on held-out text rises, some falls; and what is saved is what was measured (the compression's own check)."""
     model = outlying(tmp_path / "model") if family == "llama" else source(family, tmp_path / "model")
-    done = planish.compress(polished(), model, tmp_path / "out")
+    done = planish.compress(polished("calibration.samples=16"), model, tmp_path / "out")  # too few to learn from are no test
     pairs = [block.polished for block in done.blocks]
     assert all(pair is not None and pair[1] <= pair[0] for pair in pairs)
     assert any(pair is not None and pair[1] < pair[0] for pair in pairs)
