@@ -22,9 +22,9 @@ from ..quant.kernels.joined import JoinedLinear, Part, join, joinable
 from ..quant.kernels.modules import PackedLinear, few_tokens_group
 from ..quant.linear import Parts, QuantizedLinear, share_input
 from ..quant.transforms.factors import on_input
+from .attention_passes import passes, put_passes
 from .families import FAMILIES
 from .quantized import put
-from .rotary import has_rotary, put_rotary
 from .sites import Topology
 from .stored import StoredCheckpoint
 from .topology import topology
@@ -116,7 +116,7 @@ def _wins(parts: Parts) -> bool:
 
 
 def fuse(model: nn.Module, checkpoint: StoredCheckpoint, root: str, dtype: torch.dtype) -> None:
-    """Single passes for the norms, rotary embeddings and gated MLPs of a loaded model on a CPU, where they compute what its own do.
+    """Single passes for the norms, attention modules and gated MLPs of a loaded model on a CPU, where they compute what its own do.
 
     root: as in put_linears.
     """
@@ -129,7 +129,7 @@ def fuse(model: nn.Module, checkpoint: StoredCheckpoint, root: str, dtype: torch
         if fused is not None and agree(whole, fused, dtype):
             put(model, path.removeprefix(root), fused)
     for path in [] if known.attention is None else [f"{known.block_name(index)}.{known.attention.module}" for index in range(known.block_count)]:
-        put_rotary(model.get_submodule(path.removeprefix(root)), dtype)
+        put_passes(model.get_submodule(path.removeprefix(root)), dtype)
 
 
 def _norms(known: Topology) -> list[str]:
@@ -231,5 +231,5 @@ def kernels_used(model: nn.Module) -> dict[str, str]:
     kinds = {Part: "packed, one product with its site's other readers", PackedLinear: "packed", QuantizedLinear: "reference", RmsNorm: "one pass"}
     kinds |= {GatedMlp: "SiLU, product and quantization in one pass"}
     named = {name: kinds[type(module)] for name, module in model.named_modules() if type(module) in kinds}
-    named |= {name: "rotary embedding in one pass" for name, module in model.named_modules() if has_rotary(module)}
+    named |= {name: said for name, module in model.named_modules() if (said := passes(module))}
     return {name: kind for name, kind in named.items() if not name.endswith(".joined.linear")}

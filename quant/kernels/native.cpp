@@ -251,3 +251,7 @@ EXPORT(uint16_t, bfloat16)
 #else
 extern "C" int planish_amx() { return 0; }
 #endif
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include "attention.h"
+#endif

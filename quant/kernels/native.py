@@ -74,7 +74,7 @@ def _key(compiler: str) -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.is_file() else []
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    sources = [SOURCE.read_text(), SOURCE.with_name("amx.h").read_text()]
+    sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=_SECONDS).stdout
     return hashlib.sha256("\n".join([*sources, *_FLAGS, compiler, version, processor]).encode()).hexdigest()[:16]
 

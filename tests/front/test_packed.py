@@ -13,7 +13,7 @@ import planish
 from planish.calib import packed
 from planish.calib.packed import GatedMlp, RmsNorm, kernels_used
 from planish.quant.errors import PlanishError
-from planish.quant.kernels import PackedLinear, amx, native
+from planish.quant.kernels import PackedLinear, amx, attention, native
 from planish.quant.kernels.joined import Part
 from planish.quant.linear import QuantizedLinear
 
@@ -72,12 +72,13 @@ def test_what_runs_on_what(folders: dict[str, Path]) -> None:
     used = kernels_used(model)
     assert used["model.layers.0.self_attn.q_proj"] == "packed, one product with its site's other readers"
     assert used["model.layers.2.mlp.down_proj"] == "packed"
-    assert used.get("model.layers.1.self_attn") == ("rotary embedding in one pass" if compiled else None)
+    said = "rotary embedding in one pass" + ", attention in one pass" * attention.wins()
+    assert used.get("model.layers.1.self_attn") == (said if compiled else None)
     assert len(used) == 21 + (3 + 6 + 1 + 3) * compiled
     assert (type(planish.load(folders["w8a8"], device="cpu").model.layers[0].mlp.down_proj) is PackedLinear) == bool(vnni)
     assert kinds(planish.load(folders["w8a8"], dtype=torch.float32, device="cpu"), PackedLinear) == set()
     kept = planish.load(folders["kept channels"], device="cpu", kernels="packed")
-    assert set(kernels_used(kept).values()) <= {"reference", "one pass", "rotary embedding in one pass"}
+    assert set(kernels_used(kept).values()) <= {"reference", "one pass", said}
     assert kinds(planish.load(folders["other norms"], device="cpu", kernels="packed"), RmsNorm) == set()
     low = planish.load(folders["side paths"], device="cpu", kernels="packed")
     assert kinds(low, PackedLinear) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -1,0 +1,207 @@
+// Attention of bfloat16 on a CPU with AVX512-BF16: softmax(scale Q K' + mask) V, keys taken 64 at a time, sums and softmax in float32; included by
+// native.cpp. Products by VDPBF16PS, which adds two products of neighbours to each of 16 sums.
+//
+// B of a product (I, 32 columns) lies as [I / 2][32][2]: pairs of rows beside each other. Keys (K, D) are packed for Q K' in pieces of 32 keys, values
+// for P V in pieces of 32 channels, once for all queries of a key-value head. Q is worked on 32 rows at a time, each against all keys it may see.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <memory>
+
+namespace attention {
+
+constexpr long WIDE = 32, ROWS = 32, KEYS = 64, HEIGHT = 8;  // columns of a packed piece; queries and keys of a block; rows of a product's kernel
+constexpr long PIECE = WIDE * 2;                             // values of one pair of rows in a packed piece
+constexpr long MOST = 256;                                   // channels of a head
+
+struct Strided { const uint16_t *at; long batch, head, token; };  // (batches, heads, tokens, channels), channels next to each other
+struct Mask { const uint8_t *at; long batch, token; };            // (batches, queries, keys) of 0 and 1, or null
+struct Sizes { long batches, heads, key_heads, queries, keys, width; };
+
+inline long up_to(long size, long unit) { return (size + unit - 1) / unit; }
+inline __m256i narrow16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+// Memory for a call, kept for the next.
+inline uint16_t *scratch(size_t values) {
+    struct alignas(64) Line { uint16_t values[32]; };
+    thread_local std::unique_ptr<Line[]> kept;
+    thread_local size_t lines = 0;
+    if (lines * 32 < values) kept.reset(new Line[lines = values / 32 + 1]);
+    return kept[0].values;
+}
+
+// c (R, 32) = or += a (R, 2 pairs) times a packed piece.
+template <int R> inline void product(const uint16_t *a, long a_stride, const uint16_t *b, long pairs, float *c, long c_stride, bool add) {
+    __m512 sums[R][2];
+    for (int r = 0; r < R; r++) {
+        sums[r][0] = add ? _mm512_loadu_ps(c + r * c_stride) : _mm512_setzero_ps();
+        sums[r][1] = add ? _mm512_loadu_ps(c + r * c_stride + 16) : _mm512_setzero_ps();
+    }
+    for (long p = 0; p < pairs; p++) {
+        const __m512bh one = (__m512bh)_mm512_loadu_si512(b + p * PIECE), two = (__m512bh)_mm512_loadu_si512(b + p * PIECE + 32);
+        for (int r = 0; r < R; r++) {
+            int32_t pair;
+            std::memcpy(&pair, a + r * a_stride + 2 * p, 4);
+            const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], x, one);
+            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], x, two);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        _mm512_storeu_ps(c + r * c_stride, sums[r][0]);
+        _mm512_storeu_ps(c + r * c_stride + 16, sums[r][1]);
+    }
+}
+
+inline void product(long rows, const uint16_t *a, long a_stride, const uint16_t *b, long pairs, float *c, long c_stride, bool add) {
+    for (long r = 0; r < rows; r += HEIGHT, a += HEIGHT * a_stride, c += HEIGHT * c_stride)
+        switch (std::min(HEIGHT, rows - r)) {
+            case 8: product<8>(a, a_stride, b, pairs, c, c_stride, add); break;
+            case 7: product<7>(a, a_stride, b, pairs, c, c_stride, add); break;
+            case 6: product<6>(a, a_stride, b, pairs, c, c_stride, add); break;
+            case 5: product<5>(a, a_stride, b, pairs, c, c_stride, add); break;
+            case 4: product<4>(a, a_stride, b, pairs, c, c_stride, add); break;
+            case 3: product<3>(a, a_stride, b, pairs, c, c_stride, add); break;
+            case 2: product<2>(a, a_stride, b, pairs, c, c_stride, add); break;
+            default: product<1>(a, a_stride, b, pairs, c, c_stride, add);
+        }
+}
+
+// 32 keys from `first` on as a piece of (D, 32 keys); zeros beyond the last.
+inline void pack_keys(const uint16_t *k, long stride, long first, long keys, long width, uint16_t *to) {
+    const __m512i lanes = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(int(stride)));
+    for (long half = 0; half < 2; half++) {
+        const long start = first + 16 * half, count = std::max(0L, std::min(16L, keys - start));
+        const __mmask16 there = __mmask16((1u << count) - 1);
+        for (long d = 0; d < width; d += 2) {
+            const void *from = k + (count ? start : 0) * stride + d;
+            const __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, lanes, from, 2);
+            _mm512_storeu_si512(to + d / 2 * PIECE + 32 * half, pairs);
+        }
+    }
+}
+
+// Two values from `first` on as one pair of rows of every piece of (keys, 32 channels); pieces lie `piece` apart.
+inline void pack_values(const uint16_t *v, long stride, long first, long keys, long width, long piece, uint16_t *to) {
+    alignas(64) uint16_t order[64];
+    for (int i = 0; i < 64; i++) order[i] = uint16_t(i / 2 + i % 2 * 32);
+    const __m512i low = _mm512_load_si512(order), high = _mm512_load_si512(order + 32);
+    for (long d = 0; d < width; d += WIDE) {
+        const __m512i one = first < keys ? _mm512_loadu_si512(v + first * stride + d) : _mm512_setzero_si512();
+        const __m512i two = first + 1 < keys ? _mm512_loadu_si512(v + (first + 1) * stride + d) : _mm512_setzero_si512();
+        uint16_t *at = to + d / WIDE * piece + first / 2 * PIECE;
+        _mm512_storeu_si512(at, _mm512_permutex2var_epi16(one, low, two));
+        _mm512_storeu_si512(at + 32, _mm512_permutex2var_epi16(one, high, two));
+    }
+}
+
+// exp of what is not above 0: a power of two times a polynomial, within 3e-6.
+inline __m512 exponential(__m512 x) {
+    const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), whole = _mm512_roundscale_ps(y, 8), part = _mm512_sub_ps(y, whole);
+    __m512 p = _mm512_set1_ps(1.33335581e-3f);
+    for (const float c : {9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f}) p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(p, whole);
+}
+
+// A block of queries: what is kept of each while its keys go by.
+struct Block {
+    alignas(64) float scores[ROWS][KEYS];
+    alignas(64) uint16_t shares[ROWS][KEYS];
+    alignas(64) float sums[ROWS][MOST];
+    float most[ROWS], total[ROWS];
+};
+
+// Keys from `first` on that query t may see, of 16.
+inline __mmask16 seen(const uint8_t *mask, long t, long first, long keys, bool causal) {
+    const long last = causal ? std::min(keys, t + 1) : keys, count = std::max(0L, std::min(16L, last - first));
+    const __mmask16 there = __mmask16((1u << count) - 1);
+    if (!mask) return there;
+    return _mm_test_epi8_mask(_mm_maskz_loadu_epi8(there, mask + first), _mm_set1_epi8(-1));
+}
+
+// The scores of one query become shares, and its sums are brought to the new largest score.
+inline void soften(Block &b, long r, const __mmask16 *sees, float scale, long width) {
+    if (!(sees[0] | sees[1] | sees[2] | sees[3])) {
+        std::memset(b.shares[r], 0, sizeof b.shares[r]);
+        return;
+    }
+    __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    for (int i = 0; i < 4; i++) most = _mm512_mask_max_ps(most, sees[i], _mm512_loadu_ps(b.scores[r] + 16 * i), most);
+    const float before = b.most[r], after = std::max(before, _mm512_reduce_max_ps(most) * scale);
+    const __m512 factor = _mm512_set1_ps(scale), largest = _mm512_set1_ps(after);
+    for (int i = 0; i < 4; i++) {
+        const __m512 apart = _mm512_fmsub_ps(_mm512_loadu_ps(b.scores[r] + 16 * i), factor, largest);
+        const __m512 share = _mm512_maskz_mov_ps(sees[i], exponential(apart));
+        total = _mm512_add_ps(total, share);
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(b.shares[r] + 16 * i), narrow16(share));
+    }
+    const float shrink = before > -INFINITY ? std::exp(before - after) : 0.0f;
+    b.most[r] = after, b.total[r] = b.total[r] * shrink + _mm512_reduce_add_ps(total);
+    if (shrink != 1.0f)
+        for (long d = 0; d < width; d += 16) _mm512_store_ps(b.sums[r] + d, _mm512_mul_ps(_mm512_load_ps(b.sums[r] + d), _mm512_set1_ps(shrink)));
+}
+
+// Queries from `first` on, at most 32, of one head: y (rows, width), rows y_stride apart.
+inline void attend(Block &b, const uint16_t *q, long q_stride, long first, long rows, const uint16_t *keys_packed, const uint16_t *values_packed,
+                   const uint8_t *mask, long mask_stride, long keys, long width, float scale, bool causal, uint16_t *y, long y_stride) {
+    const long piece = up_to(keys, KEYS) * KEYS * WIDE;
+    for (long r = 0; r < rows; r++) {
+        b.most[r] = -INFINITY, b.total[r] = 0;
+        std::memset(b.sums[r], 0, size_t(width) * 4);
+    }
+    for (long k = 0; k < (causal ? std::min(keys, first + rows) : keys); k += KEYS) {
+        __mmask16 sees[ROWS][4];
+        uint32_t any = 0;
+        for (long r = 0; r < rows; r++)
+            for (int i = 0; i < 4; i++)
+                any |= sees[r][i] = seen(mask ? mask + (first + r) * mask_stride : nullptr, first + r, k + 16 * i, keys, causal);
+        if (!any) continue;
+        for (long half = 0; half < KEYS; half += WIDE)
+            product(rows, q, q_stride, keys_packed + (k + half) * width, width / 2, b.scores[0] + half, KEYS, false);
+        for (long r = 0; r < rows; r++) soften(b, r, sees[r], scale, width);
+        for (long d = 0; d < width; d += WIDE)
+            product(rows, b.shares[0], KEYS, values_packed + d / WIDE * piece + k * WIDE, KEYS / 2, b.sums[0] + d, MOST, true);
+    }
+    for (long r = 0; r < rows; r++) {
+        const __m512 inverse = _mm512_set1_ps(b.total[r] == 0 ? 0.0f : 1.0f / b.total[r]);
+        for (long d = 0; d < width; d += 16)
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(y + r * y_stride + d), narrow16(_mm512_mul_ps(_mm512_load_ps(b.sums[r] + d), inverse)));
+    }
+}
+
+inline void attention(Strided q, Strided k, Strided v, Mask mask, Sizes n, float scale, bool causal, uint16_t *y, int threads) {
+    const long padded = up_to(n.keys, KEYS) * KEYS, group = n.heads / n.key_heads, blocks = up_to(n.queries, ROWS);
+    uint16_t *keys_packed = scratch(size_t(2 * padded * n.width)), *values_packed = keys_packed + padded * n.width;
+#pragma omp parallel num_threads(threads)
+    {
+        const std::unique_ptr<Block> block(new Block);
+        for (long both = 0; both < n.batches * n.key_heads; both++) {
+            const long at = both / n.key_heads, head = both % n.key_heads;
+#pragma omp for
+            for (long first = 0; first < padded; first += WIDE) {
+                pack_keys(k.at + at * k.batch + head * k.head, k.token, first, n.keys, n.width, keys_packed + first * n.width);
+                for (long pair = first; pair < first + WIDE; pair += 2)
+                    pack_values(v.at + at * v.batch + head * v.head, v.token, pair, n.keys, n.width, padded * WIDE, values_packed);
+            }
+#pragma omp for schedule(dynamic)
+            for (long task = 0; task < group * blocks; task++) {  // long rows of a causal pass first
+                const long mine = head * group + task % group, first = (blocks - 1 - task / group) * ROWS;
+                attend(*block, q.at + at * q.batch + mine * q.head + first * q.token, q.token, first, std::min(ROWS, n.queries - first), keys_packed,
+                       values_packed, mask.at ? mask.at + at * mask.batch : nullptr, mask.token, n.keys, n.width, scale, causal,
+                       y + ((at * n.queries + first) * n.heads + mine) * n.width, n.heads * n.width);
+            }
+        }
+    }
+}
+
+}  // namespace attention
+
+// q: (batches, heads, queries, width), k, v: (batches, key_heads, keys, width), width a multiple of 32 up to 256; strides of all but the last. mask:
+// (batches, queries, keys) of bytes, or null; causal: query t sees keys 0 to t. y: (batches, queries, heads, width), dense. A query that sees no key: 0.
+extern "C" void planish_attention_bfloat16(const uint16_t *q, long q_batch, long q_head, long q_token, const uint16_t *k, long k_batch, long k_head,
+                                           long k_token, const uint16_t *v, long v_batch, long v_head, long v_token, const uint8_t *mask,
+                                           long mask_batch, long mask_token, long batches, long heads, long key_heads, long queries, long keys,
+                                           long width, float scale, int causal, uint16_t *y, int threads) {
+    attention::attention({q, q_batch, q_head, q_token}, {k, k_batch, k_head, k_token}, {v, v_batch, v_head, v_token}, {mask, mask_batch, mask_token},
+                         {batches, heads, key_heads, queries, keys, width}, scale, causal, y, threads);
+}
