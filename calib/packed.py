@@ -212,7 +212,7 @@ class GatedMlp(nn.Module):
         assert fmt is not None
         if down.tiled:
             x_TC = on_input(both.chain, x.reshape(-1, self.width))
-            y_TC: Tensor = torch.ops.planish.mlp_amx(x_TC, *both.amx_operands(), *down.amx_operands(), cpu.LEAST)
+            y_TC: Tensor = torch.ops.planish.mlp_tiles(x_TC, *both.tiles_operands(), *down.tiles_operands(), cpu.LEAST)
             return y_TC.view(x.shape)
         if torch.compiler.is_compiling():
             y: Tensor = down(self.act_fn(self.gate_proj(x)) * self.up_proj(x))

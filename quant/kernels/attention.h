@@ -1,14 +1,11 @@
 // Attention of bfloat16 on a CPU with AVX512-BF16: softmax(scale Q K' + mask) V, keys taken 64 at a time, sums and softmax in float32; included by
-// native.cpp. Products by VDPBF16PS, which adds two products of neighbours to each of 16 sums.
+// native.cpp, behind tiles.h. Products by VDPBF16PS, which adds two products of neighbours to each of 16 sums.
 //
 // B of a product (I, 32 columns) lies as [I / 2][32][2]: pairs of rows beside each other. Keys (K, D) are packed for Q K' in pieces of 32 keys, values
 // for P V in pieces of 32 channels, once for all queries of a key-value head. Q is worked on 32 rows at a time, each against all keys it may see.
-#include <immintrin.h>
-
-#include <algorithm>
-#include <memory>
-
 namespace attention {
+
+using tiles::to_bfloat16, tiles::up_to;
 
 constexpr long WIDE = 32, ROWS = 32, KEYS = 64, HEIGHT = 8;  // columns of a packed piece; queries and keys of a block; rows of a product's kernel
 constexpr long PIECE = WIDE * 2;                             // values of one pair of rows in a packed piece
@@ -17,18 +14,6 @@ constexpr long MOST = 256;                                   // channels of a he
 struct Strided { const uint16_t *at; long batch, head, token; };  // (batches, heads, tokens, channels), channels next to each other
 struct Mask { const uint8_t *at; long batch, token; };            // (batches, queries, keys) of 0 and 1, or null
 struct Sizes { long batches, heads, key_heads, queries, keys, width; };
-
-inline long up_to(long size, long unit) { return (size + unit - 1) / unit; }
-inline __m256i narrow16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-
-// Memory for a call, kept for the next.
-inline uint16_t *scratch(size_t values) {
-    struct alignas(64) Line { uint16_t values[32]; };
-    thread_local std::unique_ptr<Line[]> kept;
-    thread_local size_t lines = 0;
-    if (lines * 32 < values) kept.reset(new Line[lines = values / 32 + 1]);
-    return kept[0].values;
-}
 
 // c (R, 32) = or += a (R, 2 pairs) times a packed piece.
 template <int R> inline void product(const uint16_t *a, long a_stride, const uint16_t *b, long pairs, float *c, long c_stride, bool add) {
@@ -133,7 +118,7 @@ inline void soften(Block &b, long r, const __mmask16 *sees, float scale, long wi
         const __m512 apart = _mm512_fmsub_ps(_mm512_loadu_ps(b.scores[r] + 16 * i), factor, largest);
         const __m512 share = _mm512_maskz_mov_ps(sees[i], exponential(apart));
         total = _mm512_add_ps(total, share);
-        _mm256_storeu_si256(reinterpret_cast<__m256i *>(b.shares[r] + 16 * i), narrow16(share));
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(b.shares[r] + 16 * i), to_bfloat16(share));
     }
     const float shrink = before > -INFINITY ? std::exp(before - after) : 0.0f;
     b.most[r] = after, b.total[r] = b.total[r] * shrink + _mm512_reduce_add_ps(total);
@@ -165,13 +150,13 @@ inline void attend(Block &b, const uint16_t *q, long q_stride, long first, long 
     for (long r = 0; r < rows; r++) {
         const __m512 inverse = _mm512_set1_ps(b.total[r] == 0 ? 0.0f : 1.0f / b.total[r]);
         for (long d = 0; d < width; d += 16)
-            _mm256_storeu_si256(reinterpret_cast<__m256i *>(y + r * y_stride + d), narrow16(_mm512_mul_ps(_mm512_load_ps(b.sums[r] + d), inverse)));
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(y + r * y_stride + d), to_bfloat16(_mm512_mul_ps(_mm512_load_ps(b.sums[r] + d), inverse)));
     }
 }
 
 inline void attention(Strided q, Strided k, Strided v, Mask mask, Sizes n, float scale, bool causal, uint16_t *y, int threads) {
     const long padded = up_to(n.keys, KEYS) * KEYS, group = n.heads / n.key_heads, blocks = up_to(n.queries, ROWS);
-    uint16_t *keys_packed = scratch(size_t(2 * padded * n.width)), *values_packed = keys_packed + padded * n.width;
+    uint16_t *keys_packed = reinterpret_cast<uint16_t *>(tiles::scratch(size_t(4 * padded * n.width))), *values_packed = keys_packed + padded * n.width;
 #pragma omp parallel num_threads(threads)
     {
         const std::unique_ptr<Block> block(new Block);

@@ -21,7 +21,7 @@ from ..errors import PlanishError
 from ..formats import ActivationFormat, QuantizedWeight
 from ..linear import Side, StaticGrid, quantize_input
 from ..transforms.factors import Chain, Hadamard, on_input
-from . import amx, cpu
+from . import cpu, tiles
 from .nibbles import pack_nibbles
 
 _FEW = 32  # tokens up to which torch's int4 kernel for few tokens is taken; beyond, dequantizing once costs less
@@ -55,7 +55,7 @@ class PackedLinear(nn.Module):
 
     @property
     def tiled(self) -> bool:
-        """Whether weights lie in AMX's tiles, and quantization and product are one operator."""
+        """Whether weights lie in tiles, and quantization and product are one operator."""
         return self.tiles is not None
 
     @staticmethod
@@ -82,9 +82,9 @@ class PackedLinear(nn.Module):
             and self.dtype == torch.bfloat16
             and activations.granularity == "token"
             and self.low is None
-            and amx.available()
+            and tiles.engine()
         ):
-            self.tiles, self.wide_bias = amx.tiles(codes_OI), None if self.bias is None else self.bias.float()
+            self.tiles, self.wide_bias = tiles.tiles(codes_OI), None if self.bias is None else self.bias.float()
         else:
             self.weight = pack_nibbles(codes_OI) if packed else codes_OI.contiguous() if codes_OI.is_cuda else _cpu_weight(codes_OI)
 
@@ -135,15 +135,15 @@ class PackedLinear(nn.Module):
             y_TO = torch.ops.planish.linear_w4a16(x_TC, self.weight, self.w_scale, self.w_zero, self.bias)
         return y_TO if self.low is None else y_TO + self.low.on_input(x_TC)
 
-    def amx_operands(self) -> tuple[Any, ...]:
-        """Of the operators of `amx`, where `tiled`: the weight, and how its input is quantized."""
+    def tiles_operands(self) -> tuple[Any, ...]:
+        """Of the operators of `tiles`, where `tiled`: the weight, and how its input is quantized."""
         fmt = self.activations
         assert fmt is not None
         return self.tiles, self.w_scale, self.w_sum, self.wide_bias, fmt.bits, fmt.symmetric, fmt.clip
 
     def _codes(self, x_TC: Tensor, fmt: ActivationFormat) -> Tensor:
         if self.tiled:
-            y_TO: Tensor = torch.ops.planish.linear_amx(on_input(self.chain, x_TC), *self.amx_operands(), cpu.LEAST)
+            y_TO: Tensor = torch.ops.planish.linear_tiles(on_input(self.chain, x_TC), *self.tiles_operands(), cpu.LEAST)
             return y_TO
         if torch.compiler.is_compiling() and x_TC.device.type == "cpu" and fmt.granularity == "token":
             return self._traced(on_input(self.chain, x_TC), fmt)

@@ -246,12 +246,11 @@ void dequantize(const uint8_t *packed, const float *scale, const float *zero, lo
 EXPORT(float, float32)
 EXPORT(uint16_t, bfloat16)
 
-#if defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__linux__)
-#include "amx.h"
-#else
-extern "C" int planish_amx() { return 0; }
-#endif
-
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__linux__)
+#include "tiles.h"
+#ifdef __AVX512BF16__
 #include "attention.h"
+#endif
+#else
+extern "C" int planish_engine() { return 0; }
 #endif

@@ -137,7 +137,7 @@ def rms_norm(x_TC: Tensor, weight_C: Tensor, eps: float) -> Tensor | None:
         return None
     y_TC = x_TC.new_empty(x_TC.shape)
     if x_TC.dtype == torch.bfloat16:
-        function = getattr(found().library, "planish_amx_rms_norm", function)
+        function = getattr(found().library, "planish_tiles_rms_norm", function)
     function(_pointer(x_TC), _pointer(weight_C), ctypes.c_float(eps), *_shape(x_TC), _pointer(y_TC), torch.get_num_threads())
     return y_TC
 

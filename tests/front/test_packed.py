@@ -13,7 +13,7 @@ import planish
 from planish.calib import packed
 from planish.calib.packed import GatedMlp, RmsNorm, kernels_used
 from planish.quant.errors import PlanishError
-from planish.quant.kernels import PackedLinear, amx, attention, native
+from planish.quant.kernels import PackedLinear, attention, native, tiles
 from planish.quant.kernels.joined import Part
 from planish.quant.linear import QuantizedLinear
 
@@ -116,7 +116,7 @@ def test_outliers_and_other_processors(tmp_path: Path, monkeypatch: pytest.Monke
     exact = logits(planish.load(tmp_path / "out", dtype=torch.float32, kernels="reference", device="cpu"))
     half = distance(logits(planish.load(tmp_path / "out", kernels="reference", device="cpu")), exact)
     found = [logits(planish.load(tmp_path / "out", kernels="packed", device="cpu"))]
-    monkeypatch.setattr(amx, "available", lambda: False)
+    monkeypatch.setattr(tiles, "engine", lambda: 0)
     found.append(logits(planish.load(tmp_path / "out", kernels="packed", device="cpu")))
     monkeypatch.setattr(native, "found", lambda: native.Found(None, "test"))
     found.append(logits(planish.load(tmp_path / "out", kernels="packed", device="cpu")))

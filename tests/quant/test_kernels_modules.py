@@ -8,7 +8,7 @@ from torch import Tensor
 
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat
-from planish.quant.kernels import PackedLinear, amx, cpu
+from planish.quant.kernels import PackedLinear, cpu, tiles
 from planish.quant.linear import Kept, QuantizedLinear, Side, StaticGrid
 from planish.quant.low_rank import LowRank
 from planish.quant.transforms.factors import Chain, Hadamard, Scale
@@ -49,7 +49,7 @@ def static(fmt: ActivationFormat | None) -> StaticGrid | None:
 @pytest.mark.parametrize("processor", ["this", "without AMX", "unsigned inputs"])
 def test_is_quantized_linear(name: str, dtype: torch.dtype, tokens: int, extras: bool, processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if processor != "this":
-        monkeypatch.setattr(amx, "available", lambda: False)
+        monkeypatch.setattr(tiles, "engine", lambda: 0)
         monkeypatch.setattr(cpu, "_takes_signed", lambda: processor != "unsigned inputs")
     fmt, activations = FORMS[name]
     if tokens == 0 and activations is not None and activations.granularity == "tensor" and activations.dynamic:
@@ -97,7 +97,7 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tiled", [False, True])
 def test_copies_and_moves(tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not tiled:
-        monkeypatch.setattr(amx, "available", lambda: False)
+        monkeypatch.setattr(tiles, "engine", lambda: 0)
     fmt, activations = FORMS["w8a8"]
     layer, x = PackedLinear(weight(fmt), draw(32), activations, dtype=torch.bfloat16), draw(5, 64).bfloat16()
     y = layer(x)

@@ -1,13 +1,22 @@
-"""AMX's operators against float64 and against the operators that they stand for."""
+"""The operators on tiles, by AMX and by VNNI, against float64 and against the operators that they stand for."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from planish.quant.kernels import amx, cpu
+from planish.quant.kernels import cpu, tiles
 
-pytestmark = pytest.mark.skipif(not amx.available(), reason="no AMX")
+pytestmark = pytest.mark.skipif(not tiles.engine(), reason="no compiler, or no AVX512-VNNI")
 OPS = torch.ops.planish
+ENGINE = tiles.engine
+
+
+@pytest.fixture(autouse=True, params=[pytest.param(1, id="VNNI"), pytest.param(2, id="AMX")])
+def multiplied_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights lie alike for both."""
+    if request.param > tiles.engine():
+        pytest.skip("no AMX")
+    monkeypatch.setattr(tiles, "engine", lambda: request.param)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -37,7 +46,7 @@ def test_linear_against_float64(tokens: int, shape: tuple[int, int], grid: tuple
     bias = draw(shape[0], seed=2).float()
     for x in (wide[:, 2:-3], wide[:, 2:-3].contiguous()):
         x[:1] = 0
-        y = OPS.linear_amx(x, amx.tiles(codes), scale, sums, bias, *grid, cpu.LEAST)
+        y = OPS.linear_tiles(x, tiles.tiles(codes), scale, sums, bias, *grid, cpu.LEAST)
         twin = exact(x, codes, scale, grid) + bias.double()
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y.double(), twin, rtol=2**-8, atol=1e-4)
@@ -50,11 +59,11 @@ def test_mlp_is_what_its_parts_make(tokens: int, symmetric: bool, biases: bool) 
     hidden, inner, grid = 40, 48, (8, symmetric, 1.0)
     (both, both_scale, both_sum), (down, down_scale, down_sum) = weight(2 * inner, hidden), weight(hidden, inner, seed=2)
     x, b, c = draw(tokens, hidden), draw(2 * inner, seed=3).float() if biases else None, draw(hidden, seed=4).float() if biases else None
-    operands = (x, amx.tiles(both), both_scale, both_sum, b, *grid, amx.tiles(down), down_scale, down_sum, c, *grid, cpu.LEAST)
-    made = OPS.linear_amx(x, amx.tiles(both), both_scale, both_sum, b, *grid, cpu.LEAST)
+    operands = (x, tiles.tiles(both), both_scale, both_sum, b, *grid, tiles.tiles(down), down_scale, down_sum, c, *grid, cpu.LEAST)
+    made = OPS.linear_tiles(x, tiles.tiles(both), both_scale, both_sum, b, *grid, cpu.LEAST)
     inside = torch.nn.functional.silu(made[:, :inner]) * made[:, inner:]
-    twin = OPS.linear_amx(inside, amx.tiles(down), down_scale, down_sum, c, *grid, cpu.LEAST)
-    y = OPS.mlp_amx(*operands)
+    twin = OPS.linear_tiles(inside, tiles.tiles(down), down_scale, down_sum, c, *grid, cpu.LEAST)
+    y = OPS.mlp_tiles(*operands)
     assert y.shape == twin.shape
     assert float((y.double() - twin.double()).norm()) <= 5e-3 * float(twin.double().norm())  # the last bit of exp moves a code now and then
 
@@ -64,23 +73,22 @@ def test_a_token_that_is_not_finite_spoils_its_own_outputs_only(symmetric: bool)
     codes, scale, sums = weight(16, 64)
     x = draw(20, 64)
     x[3, 5], x[17, 0] = torch.nan, torch.inf
-    y = OPS.linear_amx(x, amx.tiles(codes), scale, sums, None, 8, symmetric, 1.0, cpu.LEAST)
+    y = OPS.linear_tiles(x, tiles.tiles(codes), scale, sums, None, 8, symmetric, 1.0, cpu.LEAST)
     assert y.isnan().any(1).nonzero().flatten().tolist() == [3, 17]
     assert y[[3, 17]].isnan().all()
 
 
 def test_opcheck_and_one_graph() -> None:
     codes, scale, sums = weight(32, 64)
-    one = (draw(5, 64), amx.tiles(codes), scale, sums, None, 8, True, 1.0)
-    torch.library.opcheck(OPS.linear_amx, (*one, cpu.LEAST))
+    one = (draw(5, 64), tiles.tiles(codes), scale, sums, None, 8, True, 1.0)
+    torch.library.opcheck(OPS.linear_tiles, (*one, cpu.LEAST))
     down, down_scale, down_sum = weight(64, 16)
-    torch.library.opcheck(OPS.mlp_amx, (*one, amx.tiles(down), down_scale, down_sum, None, 8, True, 1.0, cpu.LEAST))
+    torch.library.opcheck(OPS.mlp_tiles, (*one, tiles.tiles(down), down_scale, down_sum, None, 8, True, 1.0, cpu.LEAST))
 
 
-def test_a_ceiling_leaves_amx_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
-    amx.available.cache_clear()
-    assert not amx.available()
-    monkeypatch.undo()
-    amx.available.cache_clear()
-    assert amx.available()
+def test_a_ceiling_is_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ENGINE.__wrapped__
+    best = engine()
+    for ceiling, least in (("AVX512_CORE_VNNI", 1), ("avx512_core_bf16", 1), ("AVX512_CORE", 0), ("AVX2", 0)):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", ceiling)
+        assert engine() == min(best, least)

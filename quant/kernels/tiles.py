@@ -1,4 +1,4 @@
-"""Integer linears and gated MLPs by AMX, for bfloat16 on CPUs that have it: quantize, multiply and scale in one operator (amx.h).
+"""Integer linears and gated MLPs for bfloat16 on CPUs with AMX or AVX512-VNNI: quantize, multiply and scale in one operator (tiles.h).
 
 Two more operators in torch's namespace `planish`, for CPUs only. They compute what quantize_per_token, silu_mul_quantize and linear_w8a8 do one after
 the other, rounded where those round, but for the last bit of exp. x: (T, I) bfloat16; tiles: a weight as `tiles` lays it out; w_scale: (O,) float32;
@@ -21,17 +21,18 @@ from .schemas import LIBRARY
 _SIDE, _DEPTH = 16, 64
 _WEIGHT = "Tensor tiles, Tensor w_scale, Tensor w_sum, Tensor? bias, int bits, bool symmetric, float clip"
 _DOWN = "Tensor down_tiles, Tensor down_scale, Tensor down_sum, Tensor? down_bias, int down_bits, bool down_symmetric, float down_clip"
-SCHEMAS = (f"linear_amx(Tensor x, {_WEIGHT}, float least) -> Tensor", f"mlp_amx(Tensor x, {_WEIGHT}, {_DOWN}, float least) -> Tensor")
+SCHEMAS = (f"linear_tiles(Tensor x, {_WEIGHT}, float least) -> Tensor", f"mlp_tiles(Tensor x, {_WEIGHT}, {_DOWN}, float least) -> Tensor")
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 for _schema in SCHEMAS:
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))  # type: ignore[no-untyped-call]
 
 
 @lru_cache(maxsize=1)
-def available() -> bool:
-    """Whether there are a compiler, a processor with AMX, a system that allows it, and no ceiling on instructions (ONEDNN_MAX_CPU_ISA)."""
-    library = found().library
-    return library is not None and "ONEDNN_MAX_CPU_ISA" not in os.environ and bool(library.planish_amx())
+def engine() -> int:
+    """What multiplies: 2 AMX, 1 VNNI, 0 nothing, for want of a compiler or the instructions, or by oneDNN's ceiling on them, ONEDNN_MAX_CPU_ISA."""
+    library, ceiling = found().library, os.environ.get("ONEDNN_MAX_CPU_ISA")
+    best = 0 if library is None else int(library.planish_engine())
+    return best if ceiling is None else min(best, 1 if ceiling.upper().startswith("AVX512_CORE_") else 0)
 
 
 def tiles(codes_OI: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def tiles(codes_OI: Tensor) -> Tensor:
     outputs, inputs = codes_OI.shape
     laid = torch.empty(-(-outputs // _SIDE) * -(-inputs // _DEPTH) * _SIDE * _DEPTH, dtype=torch.int8, device="cpu")
     codes_OI = codes_OI.contiguous()
-    _library().planish_amx_tiles(_pointer(codes_OI), ctypes.c_long(outputs), ctypes.c_long(inputs), _pointer(laid))
+    _library().planish_tiles(_pointer(codes_OI), ctypes.c_long(outputs), ctypes.c_long(inputs), _pointer(laid))
     return laid
 
 
@@ -51,8 +52,8 @@ def linear(
     grid = (bits, int(symmetric), ctypes.c_float(clip), ctypes.c_float(least))
     if len(x):
         sizes = (ctypes.c_long(len(w_scale)), ctypes.c_long(x.shape[1]))
-        _library().planish_amx_linear(
-            *_rows(x), *map(_pointer, (tiles, w_scale, w_sum, bias)), *sizes, *grid, _pointer(y_TO), torch.get_num_threads()
+        _library().planish_tiles_linear(
+            engine(), *_rows(x), *map(_pointer, (tiles, w_scale, w_sum, bias)), *sizes, *grid, _pointer(y_TO), torch.get_num_threads()
         )
     return y_TO
 
@@ -81,7 +82,7 @@ def mlp(
     down = (*map(_pointer, (down_tiles, down_scale, down_sum, down_bias)), ctypes.c_long(len(down_scale)), ctypes.c_long(len(w_scale) // 2))
     grid = (down_bits, int(down_symmetric), ctypes.c_float(down_clip), ctypes.c_float(least))
     if len(x):
-        _library().planish_amx_mlp(*_rows(x), *first, *down, *grid, _pointer(y_TO), torch.get_num_threads())
+        _library().planish_tiles_mlp(engine(), *_rows(x), *first, *down, *grid, _pointer(y_TO), torch.get_num_threads())
     return y_TO
 
 
@@ -123,7 +124,7 @@ def _fake_mlp(
     return x.new_empty((x.shape[0], down_scale.shape[0]))
 
 
-LIBRARY.impl("linear_amx", linear, "CPU")  # type: ignore[no-untyped-call]
-LIBRARY.impl("mlp_amx", mlp, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("planish::linear_amx", _fake_linear, lib=LIBRARY)
-torch.library.register_fake("planish::mlp_amx", _fake_mlp, lib=LIBRARY)
+LIBRARY.impl("linear_tiles", linear, "CPU")  # type: ignore[no-untyped-call]
+LIBRARY.impl("mlp_tiles", mlp, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("planish::linear_tiles", _fake_linear, lib=LIBRARY)
+torch.library.register_fake("planish::mlp_tiles", _fake_mlp, lib=LIBRARY)
