@@ -26,7 +26,7 @@ from torch import Tensor
 from ..cache_folder import cache_folder
 
 SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _SECONDS = 120.0
 
@@ -63,7 +63,7 @@ def _compiled(compiler: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             partial = Path(folder) / path.name
-            command = [compiler, *_FLAGS, str(SOURCE), "-o", str(partial)]
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(partial)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
             partial.replace(path)
     return path
@@ -76,7 +76,7 @@ def _key(compiler: str) -> str:
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=_SECONDS).stdout
-    return hashlib.sha256("\n".join([*sources, *_FLAGS, compiler, version, processor]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join([*sources, *FLAGS, compiler, version, processor]).encode()).hexdigest()[:16]
 
 
 def _function(name: str, *tensors: Tensor) -> Any:

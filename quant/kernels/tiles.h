@@ -305,8 +305,8 @@ template <class E> void linear(const uint16_t *x, long rows, long stride, const 
     }
 }
 
-template <class E> void mlp(const uint16_t *x, long rows, long stride, const Weight &both, Grid grid, const Weight &down, Grid inner_grid, uint16_t *y,
-                int threads) {
+template <class E>
+void mlp(const uint16_t *x, long rows, long stride, const Weight &both, Grid grid, const Weight &down, Grid inner_grid, uint16_t *y, int threads) {
     const long most = std::min(rows, CHUNK), inner = down.inputs;
     const size_t outer_bytes = up_to(long(input_bytes(most, both.inputs)), 64) * 64, inner_bytes = up_to(long(input_bytes(most, inner)), 64) * 64;
     int8_t *memory = scratch(outer_bytes + inner_bytes + size_t(most * inner) * 2);
@@ -350,16 +350,16 @@ extern "C" void planish_tiles(const int8_t *codes, long outputs, long inputs, in
             tiles[(o / 16 * depth + c / 64) * tiles::TILE + c % 64 / 4 * 64 + o % 16 * 4 + c % 4] = codes[o * inputs + c];
 }
 
-extern "C" void planish_tiles_linear(int engine, const uint16_t *x, long rows, long stride, const int8_t *tiles, const float *w_scale, const int32_t *w_sum,
-                                   const float *bias, long outputs, long inputs, int bits, int symmetric, float clip, float least, uint16_t *y,
-                                   int threads) {
+extern "C" void planish_tiles_linear(int engine, const uint16_t *x, long rows, long stride, const int8_t *tiles, const float *w_scale,
+                                     const int32_t *w_sum, const float *bias, long outputs, long inputs, int bits, int symmetric, float clip,
+                                     float least, uint16_t *y, int threads) {
     ON(engine, linear, x, rows, stride, {tiles, w_scale, w_sum, bias, outputs, inputs}, Grid{bits, symmetric, clip, least}, y, threads);
 }
 
-extern "C" void planish_tiles_mlp(int engine, const uint16_t *x, long rows, long stride, const int8_t *tiles, const float *w_scale, const int32_t *w_sum,
-                                const float *bias, long inputs, int bits, int symmetric, float clip, const int8_t *down_tiles,
-                                const float *down_scale, const int32_t *down_sum, const float *down_bias, long outputs, long inner, int down_bits,
-                                int down_symmetric, float down_clip, float least, uint16_t *y, int threads) {
+extern "C" void planish_tiles_mlp(int engine, const uint16_t *x, long rows, long stride, const int8_t *tiles, const float *w_scale,
+                                  const int32_t *w_sum, const float *bias, long inputs, int bits, int symmetric, float clip,
+                                  const int8_t *down_tiles, const float *down_scale, const int32_t *down_sum, const float *down_bias, long outputs,
+                                  long inner, int down_bits, int down_symmetric, float down_clip, float least, uint16_t *y, int threads) {
     ON(engine, mlp, x, rows, stride, {tiles, w_scale, w_sum, bias, 2 * inner, inputs}, Grid{bits, symmetric, clip, least},
-             {down_tiles, down_scale, down_sum, down_bias, outputs, inner}, Grid{down_bits, down_symmetric, down_clip, least}, y, threads);
+       {down_tiles, down_scale, down_sum, down_bias, outputs, inner}, Grid{down_bits, down_symmetric, down_clip, least}, y, threads);
 }

@@ -1,21 +1,37 @@
 """The operators on tiles, by AMX and by VNNI, against float64 and against the operators that they stand for."""
 
+import ctypes
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from planish.quant.kernels import cpu, tiles
+from planish.quant.kernels.native import FLAGS, SOURCE, Found, found
 
 pytestmark = pytest.mark.skipif(not tiles.engine(), reason="no compiler, or no AVX512-VNNI")
 OPS = torch.ops.planish
 ENGINE = tiles.engine
 
 
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The passes with AMX's instructions in software."""
+    made = tmp_path_factory.mktemp("emulated") / "native.so"
+    compiler = found().why.rpartition(" ")[2]
+    shim = Path(__file__).with_name("emulated_amx.h")
+    subprocess.run([compiler, *FLAGS, "-D__AMX_INT8__", "-include", str(shim), str(SOURCE), "-o", str(made)], check=True)
+    return ctypes.CDLL(str(made))
+
+
 @pytest.fixture(autouse=True, params=[pytest.param(1, id="VNNI"), pytest.param(2, id="AMX")])
 def multiplied_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights lie alike for both."""
-    if request.param > tiles.engine():
-        pytest.skip("no AMX")
+    if request.param > ENGINE():
+        library = request.getfixturevalue("emulated")
+        monkeypatch.setattr(tiles, "found", lambda: Found(library, "emulated"))
     monkeypatch.setattr(tiles, "engine", lambda: request.param)
 
 
@@ -87,6 +103,7 @@ def test_opcheck_and_one_graph() -> None:
 
 
 def test_a_ceiling_is_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "found", found)
     engine = ENGINE.__wrapped__
     best = engine()
     for ceiling, least in (("AVX512_CORE_VNNI", 1), ("avx512_core_bf16", 1), ("AVX512_CORE", 0), ("AVX2", 0)):
