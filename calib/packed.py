@@ -9,12 +9,13 @@ Shape suffixes: T tokens, C channels, I a gated MLP's inner ones.
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from ..quant.errors import PlanishError
 from ..quant.kernels import cpu, native
@@ -25,7 +26,7 @@ from ..quant.transforms.factors import on_input
 from .attention_passes import passes, put_passes
 from .families import FAMILIES
 from .quantized import put
-from .sites import Topology
+from .sites import Site, Topology
 from .stored import StoredCheckpoint
 from .topology import topology
 
@@ -115,21 +116,53 @@ def _wins(parts: Parts) -> bool:
     return parts.activations is not None or not on_cpu or few_tokens_group(parts.weight, parts.dtype) is not None
 
 
-def fuse(model: nn.Module, checkpoint: StoredCheckpoint, root: str, dtype: torch.dtype) -> None:
-    """Single passes for the norms, attention modules and gated MLPs of a loaded model on a CPU, where they compute what its own do.
+def fuse(model: nn.Module, config: PretrainedConfig, root: str, dtype: torch.dtype) -> None:
+    """Fewer passes for the gated MLPs and norms of a loaded model, on a CPU for its attention modules too, where they compute what its own do.
 
     root: as in put_linears.
     """
-    if next(model.parameters()).device.type != "cpu" or checkpoint.config.model_type not in FAMILIES or native.found().library is None:
+    device = next(model.parameters()).device
+    if config.model_type not in FAMILIES or (device.type == "cpu" and native.found().library is None):
         return
-    known = topology(checkpoint.config)
-    for path in [*_norms(known), *_mlps(known)]:
-        whole = model.get_submodule(path.removeprefix(root))
-        fused = RmsNorm.of(whole) or GatedMlp.of(whole)
-        if fused is not None and agree(whole, fused, dtype):
-            put(model, path.removeprefix(root), fused)
-    for path in [] if known.attention is None else [f"{known.block_name(index)}.{known.attention.module}" for index in range(known.block_count)]:
-        put_passes(model.get_submodule(path.removeprefix(root)), dtype)
+    known = topology(config)
+    for block in [known.block_name(index).removeprefix(root) for index in range(known.block_count)]:
+        for path in _mlps(known):
+            _replace(model, f"{block}.{path}", GatedMlp.of, dtype, device)
+        for site in known.sites if known.norm_kind == "rms" else ():
+            _join_norm(model.get_submodule(block), site, dtype)
+        if known.attention is not None and device.type == "cpu":
+            put_passes(model.get_submodule(f"{block}.{known.attention.module}"), dtype)
+    for path in _norms(known):
+        _replace(model, path.removeprefix(root), RmsNorm.of, dtype, device)
+
+
+def _replace(model: nn.Module, path: str, make: "Callable[[nn.Module], RmsNorm | GatedMlp | None]", dtype: torch.dtype, device: torch.device) -> None:
+    whole = model.get_submodule(path)
+    if (fused := make(whole)) is not None and agree(whole, fused, fused.width, dtype, device):
+        put(model, path, fused)
+
+
+def _join_norm(block: nn.Module, site: Site, dtype: torch.dtype) -> None:
+    """Where all readers of a norm's output are one product that can, it norms its input and quantizes it in one pass, and the norm lets all pass."""
+    if site.host is None or site.host.kind != "norm":
+        return
+    plain, linear = block.get_submodule(site.host.module), _product([block.get_submodule(path) for path in site.readers])
+    norm = RmsNorm.of(plain)
+    if norm is None or linear is None or not linear.takes_norm:
+        return
+    behind = linear.behind(norm.weight.detach(), norm.eps)
+    if agree(lambda x: linear(plain(x)), behind, norm.width, dtype, norm.weight.device):
+        linear.norm = behind.norm
+        put(block, site.host.module, Passed())
+
+
+def _product(readers: Sequence[nn.Module]) -> PackedLinear | None:
+    """What computes all of these readers, if it is one packed linear."""
+    first = readers[0]
+    if isinstance(first, Part):
+        whole = len(readers) == len(first.joined.sizes) and all(isinstance(reader, Part) and reader.joined is first.joined for reader in readers)
+        return first.joined.linear if whole else None
+    return first if len(readers) == 1 and isinstance(first, PackedLinear) else None
 
 
 def _norms(known: Topology) -> list[str]:
@@ -141,20 +174,25 @@ def _norms(known: Topology) -> list[str]:
 
 
 def _mlps(known: Topology) -> list[str]:
+    """From the block."""
     down = next(site.readers[0] for site in known.sites if site.name == "down").rpartition(".")[0]
-    return [f"{known.block_name(index)}.{down}" for index in range(known.block_count)] if down else []
+    return [down] if down else []
 
 
 @torch.no_grad()
-def agree(module: nn.Module, fused: "RmsNorm | GatedMlp", dtype: torch.dtype) -> bool:
-    """Whether both make the same of random tokens, but for rounding to dtype."""
-    x_TC = torch.randn(_PROBES, fused.width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found, expected = fused(x_TC).float(), module(x_TC).float()
+def agree(plain: Callable[[Tensor], Tensor], fused: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether both make the same of random tokens of so many channels, but for rounding to dtype."""
+    x_TC = torch.randn(_PROBES, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    found, expected = fused(x_TC).float(), plain(x_TC).float()
     return bool((found - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm())
 
 
+class Passed(nn.Identity):
+    """Where a norm was that its readers do now."""
+
+
 class RmsNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps), rounded to x's dtype, times weight (C,), rounded: x (..., C). In one pass on a CPU."""
+    """x / sqrt(mean(x²) + eps), rounded to x's dtype, times weight (C,), rounded: x (..., C). In one pass; on a GPU rounded once."""
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
         super().__init__()
@@ -171,6 +209,8 @@ class RmsNorm(nn.Module):
         """x: (..., C). Returns the same shape."""
         if not torch.compiler.is_compiling() and (y_TC := native.rms_norm(x.reshape(-1, self.width), self.weight, self.eps)) is not None:
             return y_TC.view(x.shape)
+        if x.is_cuda:
+            return nn.functional.rms_norm(x, (self.width,), self.weight, self.eps)
         wide = x.float()
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
@@ -222,13 +262,14 @@ class GatedMlp(nn.Module):
         codes = cpu.gated_codes(both.codes(x_TC), both.weight, both.w_scale, both.w_sum, both.bias, x.dtype, grid)
         if codes is None:
             gate_TI, up_TI = both(x_TC).split(self.inner, -1)
-            codes = torch.ops.planish.silu_mul_quantize(gate_TI, up_TI, fmt.bits, fmt.symmetric, fmt.clip, False)
+            codes = torch.ops.planish.silu_mul_quantize(gate_TI, up_TI, fmt.bits, fmt.symmetric, fmt.clip, down.packed_input)
         return down.product(codes, x.dtype).view(x.shape)
 
 
 def kernels_used(model: nn.Module) -> dict[str, str]:
     """What each quantized linear and each fused module of a loaded model runs on, by its path."""
     kinds = {Part: "packed, one product with its site's other readers", PackedLinear: "packed", QuantizedLinear: "reference", RmsNorm: "one pass"}
+    kinds |= {Passed: "in one pass with its readers' quantization"}
     kinds |= {GatedMlp: "SiLU, product and quantization in one pass"}
     named = {name: kinds[type(module)] for name, module in model.named_modules() if type(module) in kinds}
     named |= {name: said for name, module in model.named_modules() if (said := passes(module))}

@@ -66,7 +66,7 @@ class PlanishQuantizer(HfQuantizer):
         device, dtype = whole.device, whole.dtype
         if pick_kernels("auto", dtype, device):
             put_linears(model, self.checkpoint, self.root, dtype, device)
-            fuse(model, self.checkpoint, self.root, dtype)
+            fuse(model, self.checkpoint.config, self.root, dtype)
         else:
             self.checkpoint.load_quantized(model, self.root, dtype, device)
         if (prefix := self.checkpoint.prefix_cache(dtype, device)) is not None:

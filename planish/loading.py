@@ -33,7 +33,7 @@ def load(
     if isinstance(checkpoint, StoredCheckpoint) and packed:
         put_linears(loaded, checkpoint, "", whole, where)
         Checkpoint.load_module(checkpoint, loaded, "", dtype=whole, device=where)
-        fuse(loaded, checkpoint, "", whole)
+        fuse(loaded, checkpoint.config, "", whole)
     else:
         checkpoint.load_module(loaded, "", dtype=whole, device=where)
     loaded.tie_weights()

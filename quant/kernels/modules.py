@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import PlanishError
 from ..formats import ActivationFormat, QuantizedWeight
 from ..linear import Side, StaticGrid, quantize_input
-from ..transforms.factors import Chain, Hadamard, on_input
+from ..transforms.factors import Blocks, Chain, Hadamard, on_input
 from . import cpu, tiles
 from .nibbles import pack_nibbles
 
@@ -48,6 +48,7 @@ class PackedLinear(nn.Module):
         self.low = None if side is None or side.low is None else side.low.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
         self.tiles: Tensor | None = None
+        self.norm: tuple[Tensor, float] | None = None
         if activations is None:
             self._weight_only(weight, dtype)
         else:
@@ -57,6 +58,19 @@ class PackedLinear(nn.Module):
     def tiled(self) -> bool:
         """Whether weights lie in tiles, and quantization and product are one operator."""
         return self.tiles is not None
+
+    @property
+    def takes_norm(self) -> bool:
+        """Whether an RMSNorm of its input and the input's quantization can be one operator, see `behind`."""
+        fmt = self.activations
+        return fmt is not None and fmt.granularity == "token" and not self.chain and self.low is None and not self.tiled
+
+    def behind(self, weight_C: Tensor, eps: float) -> "PackedLinear":
+        """The same layer, whose input is x / sqrt(mean(x²) + eps) * weight_C, rounded as rms_norm_quantize rounds."""
+        assert self.takes_norm
+        normed = copy.copy(self)
+        normed.norm = weight_C, eps
+        return normed
 
     @staticmethod
     def supports(weight: QuantizedWeight, activations: ActivationFormat | None, side: Side | None = None) -> bool:
@@ -145,7 +159,7 @@ class PackedLinear(nn.Module):
         if self.tiled:
             y_TO: Tensor = torch.ops.planish.linear_tiles(on_input(self.chain, x_TC), *self.tiles_operands(), cpu.LEAST)
             return y_TO
-        if torch.compiler.is_compiling() and x_TC.device.type == "cpu" and fmt.granularity == "token":
+        if torch.compiler.is_compiling() and x_TC.device.type == "cpu" and fmt.granularity == "token" and self.norm is None:
             return self._traced(on_input(self.chain, x_TC), fmt)
         if self.low is None:
             return self.product(self.codes(x_TC), x_TC.dtype)
@@ -156,13 +170,17 @@ class PackedLinear(nn.Module):
         """x_TC as the product wants it: transformed, then quantized; see `schemas`."""
         fmt, last = self.activations, self.chain[-1] if self.chain else None
         assert fmt is not None
-        if fmt.granularity == "token" and isinstance(last, Hadamard):
-            x_TC = on_input(self.chain[:-1], x_TC)
-            found: tuple[Tensor, Tensor, Tensor] = torch.ops.planish.hadamard_quantize(
-                x_TC, last.signs_C, last.block, fmt.bits, fmt.symmetric, fmt.clip, self.packed_input
-            )
-            return found
-        return self._quantize(on_input(self.chain, x_TC), fmt)
+        grid = (fmt.bits, fmt.symmetric, fmt.clip, self.packed_input)
+        found: tuple[Tensor, Tensor, Tensor]
+        if self.norm is not None:
+            found = torch.ops.planish.rms_norm_quantize(x_TC, *self.norm, *grid)
+        elif fmt.granularity == "token" and isinstance(last, Hadamard):
+            found = torch.ops.planish.hadamard_quantize(on_input(self.chain[:-1], x_TC), last.signs_C, last.block, *grid)
+        elif fmt.granularity == "token" and isinstance(last, Blocks):
+            found = torch.ops.planish.blocks_quantize(on_input(self.chain[:-1], x_TC), last.matrix_KBB, *grid)
+        else:
+            found = self._quantize(on_input(self.chain, x_TC), fmt)
+        return found
 
     def product(self, x: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, low_TR: Tensor | None = None, up_OR: Tensor | None = None) -> Tensor:
         """With an input that is quantized already, as an operator gives it: (T, O) in dtype."""

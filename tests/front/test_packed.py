@@ -117,7 +117,9 @@ def test_outliers_and_other_processors(tmp_path: Path, monkeypatch: pytest.Monke
     half = distance(logits(planish.load(tmp_path / "out", kernels="reference", device="cpu")), exact)
     found = [logits(planish.load(tmp_path / "out", kernels="packed", device="cpu"))]
     monkeypatch.setattr(tiles, "engine", lambda: 0)
-    found.append(logits(planish.load(tmp_path / "out", kernels="packed", device="cpu")))
+    without = planish.load(tmp_path / "out", kernels="packed", device="cpu")
+    assert kinds(without, packed.Passed) == ({"input_layernorm", "post_attention_layernorm"} if native.found().library else set())
+    found.append(logits(without))
     monkeypatch.setattr(native, "found", lambda: native.Found(None, "test"))
     found.append(logits(planish.load(tmp_path / "out", kernels="packed", device="cpu")))
     assert all(distance(one, exact) <= 1.5 * half + 1e-3 for one in found)
@@ -177,7 +179,7 @@ def test_a_module_that_only_looks_alike_stays(folders: dict[str, Path]) -> None:
     norm = Shifted()
     alike = RmsNorm.of(norm)
     assert alike is not None
-    assert not packed.agree(norm, alike, torch.float32)
+    assert not packed.agree(norm, alike, 8, torch.float32, torch.device("cpu"))
     norm.weight.data.mul_(0)
     assert RmsNorm.of(nn.Identity()) is None
     assert GatedMlp.of(nn.Sequential()) is None
@@ -189,7 +191,7 @@ def test_a_module_that_only_looks_alike_stays(folders: dict[str, Path]) -> None:
     twin = GatedMlp.of(whole)
     assert twin is not None
     whole.forward = lambda x: mlp.down_proj(torch.relu(mlp.gate_proj(x)) * mlp.up_proj(x))  # type: ignore[method-assign]
-    assert not packed.agree(whole, twin, torch.bfloat16)
+    assert not packed.agree(whole, twin, twin.width, torch.bfloat16, torch.device("cpu"))
 
 
 def test_errors(folders: dict[str, Path]) -> None:
