@@ -1,9 +1,9 @@
 """Prefill and decode of a Llama 3 8B with random weights on a GPU, bfloat16 against the packed schemes, in one run.
 
-python benchmarks/end_to_end.py [--layers 32] [--tokens 2048] [--steps 64] [--schemes w8a8 w4a8 w4a4 w4a16]
+python benchmarks/end_to_end.py [--layers 32] [--tokens 2048] [--steps 64] [--schemes w8a8 w4a8 w4a4 w4a4-rotated w4a16]
 
-Decode runs in a CUDA graph. The quantized models are the bfloat16 one with its blocks' linears replaced: random codes would do, it is speed that is
-measured. Tokens per second, medians.
+Decode runs in a CUDA graph. The quantized models are the bfloat16 one with its blocks' linears, norms and MLPs replaced as planish.load does: random
+codes would do, it is speed that is measured. Tokens per second, medians.
 """
 
 import argparse
@@ -18,13 +18,20 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 
+from planish.calib.packed import fuse, packed_readers
+from planish.calib.quantized import put
+from planish.calib.topology import topology
 from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat
-from planish.quant.kernels import PackedLinear
+from planish.quant.linear import Parts
+from planish.quant.transforms.factors import Chain, Hadamard
+from planish.quant.transforms.hadamard import hadamard_block
 
+ROTATED = "w4a4-rotated"  # a Hadamard rotation of every site's input at run time
 SCHEMES: dict[str, tuple[WeightFormat, ActivationFormat | None]] = {
     "w8a8": (WeightFormat(bits=8), ActivationFormat(bits=8)),
     "w4a8": (WeightFormat(bits=4), ActivationFormat(bits=8, symmetric=False)),
     "w4a4": (WeightFormat(bits=4), ActivationFormat(bits=4, symmetric=False)),
+    ROTATED: (WeightFormat(bits=4), ActivationFormat(bits=4, symmetric=False)),
     "w4a16": (WeightFormat(bits=4, granularity="group", group_size=128), None),
 }
 
@@ -44,18 +51,27 @@ def config(layers: int, hidden: int = 4096, inner: int = 14336, vocabulary: int 
 
 
 def packed(model: PreTrainedModel, scheme: str) -> PreTrainedModel:
-    """The model, its blocks' linears replaced in place by packed ones with random codes."""
-    weights, activations = SCHEMES[scheme]
-    top = 1 << weights.bits - 1
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and ".layers." in path:
-            out, inputs = module.weight.shape
-            codes = torch.randint(-top, top, (out, inputs), dtype=torch.int8, device=module.weight.device)
-            scale = torch.full((out, weights.groups(inputs)), 0.02 / top, device=codes.device).bfloat16().float()
-            parent, _, name = path.rpartition(".")
-            layer = PackedLinear(QuantizedWeight(codes, scale, None, weights), None, activations, dtype=module.weight.dtype)
-            setattr(model.get_submodule(parent), name, layer)
+    """The model, its blocks' linears replaced in place by what planish.load would put there, with random codes."""
+    known = topology(model.config)
+    for index in range(known.block_count):
+        block = model.get_submodule(known.block_name(index))
+        for site in known.sites:
+            readers = [block.get_submodule(path) for path in site.readers]
+            chain = (Hadamard(hadamard_block(readers[0].in_features)),) if scheme == ROTATED else ()
+            for path, layer in zip(site.readers, packed_readers([random_parts(reader, scheme, chain) for reader in readers]), strict=True):
+                put(block, path, layer)
+    fuse(model, model.config, "", torch.bfloat16)
     return model
+
+
+def random_parts(linear: nn.Module, scheme: str, chain: Chain) -> Parts:
+    """Codes and scales for a linear layer of this shape, on its device."""
+    weights, activations = SCHEMES[scheme]
+    assert isinstance(linear, nn.Linear)
+    out, inputs, top = linear.out_features, linear.in_features, 1 << weights.bits - 1
+    codes = torch.randint(-top, top, (out, inputs), dtype=torch.int8, device=linear.weight.device)
+    scale = torch.full((out, weights.groups(inputs)), 0.02 / top, device=codes.device).bfloat16().float()
+    return Parts(QuantizedWeight(codes, scale, None, weights), None, activations, None, chain, linear.weight.dtype, None)
 
 
 def median_s(run: Callable[[], object], rounds: int) -> float:

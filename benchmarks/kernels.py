@@ -127,6 +127,40 @@ def odd_shapes(op: str, seed: int) -> tuple[int, int, int]:
     return (tokens, 16 * (out // 16 + 1), 16 * (half // 8 + 1)) if op == "linear_fp8" else (tokens, out, 2 * half)
 
 
+def quantizers(tokens: int, device: str, seed: int) -> dict[str, tuple[object, ...]]:
+    """Operands of every quantizer, for so many tokens of widths that are none of a tile's; 4 and 8 bits, symmetric or not."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).bfloat16().to(device)
+
+    eight, four = (8, False, 1.0, False), (4, True, 0.9, True)
+    return {
+        "quantize_per_token": (draw(tokens, 1003), *eight),
+        "rms_norm_quantize": (draw(tokens, 1002), draw(1002), 1e-5, *four),
+        "silu_mul_quantize": (draw(tokens, 3000), draw(tokens, 3000), *eight),
+        "hadamard_quantize": (draw(tokens, 1536), draw(1536).sign(), 1536, *four),
+        "blocks_quantize": (draw(tokens, 576), draw(6, 96, 96) / 10, *eight),
+        "quantize_fp8": (draw(tokens, 1003),),
+    }
+
+
+def check_quantizers(device: str, seeds: Sequence[int]) -> list[str]:
+    """What went wrong, a line each: against the CPU's, single codes may be 1 off, for sums have another order."""
+    wrong = []
+    for seed in seeds:
+        tokens = int(torch.randint(1, 3000, (), generator=torch.Generator().manual_seed(seed)))
+        for op, values in quantizers(tokens, device, seed).items():
+            function = getattr(torch.ops.planish, op)
+            expected = function(*(value.cpu() if isinstance(value, Tensor) else value for value in values))
+            poison(expected[0].numel() // 2, device)
+            codes, scale = (made.cpu() for made in function(*values)[:2])
+            share = float((codes.view(torch.int8) != expected[0].view(torch.int8)).float().mean())
+            if share > 0.02 or not torch.allclose(scale, expected[1], rtol=0.01, atol=0):
+                wrong.append(f"{op}, {tokens} tokens: {100 * share:.2g} % of the codes differ")
+    return wrong
+
+
 def check(device: str, seeds: Sequence[int], tolerance: float = 0.01) -> list[str]:
     """What went wrong, a line each."""
     wrong = []
@@ -258,15 +292,21 @@ def peers(tokens: int, out: int, inputs: int) -> dict[str, float]:
 
 
 def quantizers_us(tokens: int, width: int, limits: Ceilings) -> list[Row]:
-    """The quantizers; their floor is 2 bytes read (4 with silu) and 1 written for every value. Beside them, in place of bf16: a copy of the input."""
+    """The quantizers; their floor is 2 bytes read (4 with silu) and 1 written for every value. Beside them, in place of bf16: a copy of the input.
+    The block transform also as torch's product and a quantization of it, whatever the number of tokens."""
+    from planish.quant.kernels import cuda
+
     x = [torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(max(2, ROTATED_BYTES // (2 * tokens * width)))]
     weight, grid, ops = torch.ones(width, device="cuda", dtype=torch.bfloat16), (8, False, 1.0, False), torch.ops.planish
     copy_us = graph_us([lambda v=v: v.clone() for v in x])
+    matrix = torch.randn(width // 128, 128, 128, device="cuda", dtype=torch.bfloat16)
     calls: dict[str, tuple[int, list[Callable[[], object]]]] = {
         "quantize_per_token": (3, [lambda v=v: ops.quantize_per_token(v, *grid) for v in x]),
         "rms_norm_quantize": (3, [lambda v=v: ops.rms_norm_quantize(v, weight, 1e-5, *grid) for v in x]),
         "silu_mul_quantize": (5, [lambda v=v: ops.silu_mul_quantize(v, x[0], *grid) for v in x]),
         "hadamard_quantize": (3, [lambda v=v: ops.hadamard_quantize(v, None, width, *grid) for v in x]),
+        "blocks_quantize": (3, [lambda v=v: cuda.blocks_quantize(v, matrix, *grid, few=0) for v in x]),
+        "blocks, then quantize": (3, [lambda v=v: cuda.blocks_quantize(v, matrix, *grid, few=tokens) for v in x]),
     }
     return [
         Row(name, f"width {width}", tokens, graph_us(run), 1e6 * moved * tokens * width / limits.bytes_s, copy_us)
@@ -310,7 +350,8 @@ def main() -> int:
     until = time.monotonic() + 60 * a.minutes
     limits = ceilings()
     print(json.dumps({"device": torch.cuda.get_device_name(), **asdict(limits)}), flush=True)
-    wrong = check("cuda", range(int(time.time()), int(time.time()) + 4))
+    seeds = range(int(time.time()), int(time.time()) + 4)
+    wrong = check("cuda", seeds) + check_quantizers("cuda", seeds)
     print("\n".join(wrong) or "all operators are right at fresh random shapes", flush=True)
     if a.tune:
         print(tune(until))

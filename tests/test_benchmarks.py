@@ -3,12 +3,13 @@
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from planish.quant.kernels import PackedLinear, tuning
+from planish.calib.packed import kernels_used
+from planish.quant.kernels import PackedLinear, native, tuning
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -28,12 +29,32 @@ kernels, end_to_end, cpu_speed = script("kernels"), script("end_to_end"), script
 
 def test_operators_are_right_at_random_shapes() -> None:
     assert kernels.check("cpu", range(3)) == []
+    assert kernels.check_quantizers("cpu", [0]) == []
 
 
 def test_a_wrong_operator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = kernels.operands
     monkeypatch.setattr(kernels, "operands", lambda *a: (right(*a)[0], right(*a)[1] * 1.1))
     assert len(kernels.check("cpu", [0])) == len(kernels.LINEARS)
+
+
+def test_a_wrong_quantizer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        """Counts its calls: every second one, on the device, is another quantizer's."""
+
+        calls = 0
+
+        def __getattr__(self, name: str) -> object:
+            def call(*values: object) -> tuple[torch.Tensor, ...]:
+                Wrong.calls += 1
+                made = getattr(torch.ops.planish, name)(*values)
+                return made if Wrong.calls % 2 else (made[0].view(torch.int8).flip(0), *made[1:])
+
+            return call
+
+    found = SimpleNamespace(**{**vars(torch), "ops": SimpleNamespace(planish=Wrong())})
+    monkeypatch.setattr(kernels, "torch", found)
+    assert len(kernels.check_quantizers("cpu", [1])) == len(kernels.quantizers(1, "cpu", 0))
 
 
 def test_odd_shapes_are_fresh() -> None:
@@ -67,13 +88,16 @@ def test_copies_fill_more_than_a_cache() -> None:
     assert len(kernels.copies(weight)) * weight.numel() >= kernels.ROTATED_BYTES
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a4", "w4a16"])
+@pytest.mark.parametrize("scheme", list(end_to_end.SCHEMES))
 def test_a_small_llama_of_every_scheme_runs(scheme: str) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(end_to_end.config(1, hidden=128, inner=256, vocabulary=64), dtype=torch.bfloat16).eval()
     packed = end_to_end.packed(model, scheme)
-    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 7
+    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 4  # q, k and v are one, gate and up too
+    assert ("SiLU, product and quantization in one pass" in kernels_used(packed).values()) == (
+        scheme in ("w8a8", "w4a8", "w4a4") and native.found().library is not None
+    )
     with torch.no_grad():
         assert packed(torch.arange(5)[None]).logits.isfinite().all()
 

@@ -18,12 +18,14 @@ from torch import Tensor
 from ..transforms import hadamard as sylvester_paley
 from ..transforms.factors import Blocks
 from .cpu import quantize_fp8 as quantize_fp8
+from .triton_blocks import blocks_kernel
 from .triton_hadamard import hadamard_kernel
 from .triton_linear import integer_kernel, weight_only_kernel
 from .triton_quantize import quantize_kernel
 from .tuning import Config, choose
 
 Codes = tuple[Tensor, Tensor, Tensor]
+_FEW_TOKENS = 2048
 _LARGEST_TILE = 128 * 256  # values of a token that a program holds at once, padded
 
 
@@ -130,9 +132,45 @@ def hadamard_quantize(x: Tensor, signs: Tensor | None, block: int, bits: int, sy
     return codes, scale, zero
 
 
-def blocks_quantize(x: Tensor, matrix: Tensor, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
-    """Codes of x_TC times the block-diagonal matrix_KBB: torch's product, then one kernel."""
-    return quantize_per_token(Blocks(matrix).on_input(x), bits, symmetric, clip, packed)
+def blocks_quantize(x: Tensor, matrix: Tensor, bits: int, symmetric: bool, clip: float, packed: bool, few: int = _FEW_TOKENS) -> Codes:
+    """Codes of x_TC times the block-diagonal matrix_KBB, in one kernel. Up to `few` tokens, which are too few programs, where dtypes differ and where
+    the width is odd: torch's product, then quantize_per_token."""
+    rows, width = x.shape
+    size = matrix.shape[1]
+    if rows <= few or x.dtype != matrix.dtype or width % 2:
+        return quantize_per_token(Blocks(matrix).on_input(x), bits, symmetric, clip, packed)
+    codes, scale, zero = _results(x, symmetric, packed)
+    x, unit, block_m, block_n, block_k = _rows(x), *blocks_tile(width, size)
+    blocks_kernel[(triton.cdiv(rows, block_m),)](
+        x,
+        matrix.contiguous(),
+        codes,
+        scale,
+        zero,
+        rows,
+        x.stride(0),
+        clip,
+        C=width,
+        B=size,
+        UNIT=unit,
+        SHARED=len(matrix) == 1,
+        BITS=bits,
+        SYMMETRIC=symmetric,
+        PACKED=packed,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=8,
+        num_stages=2,
+        enable_fp_fusion=False,
+    )
+    return codes, scale, zero
+
+
+def blocks_tile(width: int, size: int) -> tuple[int, int, int, int]:
+    """Of blocks_kernel, for an even width in blocks of so many channels: UNIT, BLOCK_M, BLOCK_N, BLOCK_K."""
+    unit = math.gcd(width // 2, size)
+    return unit, 32, min(64, max(16, triton.next_power_of_2(unit))), min(64, max(16, triton.next_power_of_2(size)))
 
 
 def _device(x: Tensor) -> str:

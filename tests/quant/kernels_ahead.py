@@ -12,7 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from planish.quant.kernels.cuda import quantize_warps
+from planish.quant.kernels.cuda import blocks_tile, quantize_warps
+from planish.quant.kernels.triton_blocks import blocks_kernel
 from planish.quant.kernels.triton_hadamard import hadamard_kernel
 from planish.quant.kernels.triton_linear import integer_kernel, weight_only_kernel
 from planish.quant.kernels.triton_quantize import quantize_kernel
@@ -128,3 +129,16 @@ def test_hadamard(a: int, b: int, architecture: int, tmp_path: Path) -> None:
     built = build(hadamard_kernel, pointers, constants, architecture, tmp_path, warps)
     print("hadamard", a, b, architecture, built.registers, built.local, round(built.shared), opcodes(built.sass))
     check(built, architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("width", "size"), [(4096, 128), (14336, 112), (4032, 192), (2304, 576)])
+def test_blocks(width: int, size: int, architecture: int, tmp_path: Path) -> None:
+    unit, block_m, block_n, block_k = blocks_tile(width, size)
+    pointers = {"x_ptr": "*bf16", "matrix_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*i32"}
+    constants: dict[str, object] = {"C": width, "B": size, "UNIT": unit, "SHARED": False, "BITS": 4, "SYMMETRIC": False, "PACKED": True}
+    constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    built = build(blocks_kernel, pointers, constants, architecture, tmp_path, 8, 2)
+    print("blocks", width, size, architecture, built.registers, built.local, round(built.shared), opcodes(built.sass))
+    check(built, architecture)
+    assert opcodes(built.sass) & FLOAT[architecture] or "HMMA" in opcodes(built.sass)

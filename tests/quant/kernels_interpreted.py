@@ -80,6 +80,24 @@ def test_hadamard(cuda: ModuleType, width: int, block: int, signs: bool, packed:
     assert torch.equal(got[2], twin[2])
 
 
+@pytest.mark.parametrize(("width", "size", "shared"), [(48, 12, False), (48, 12, True), (96, 96, False), (60, 20, False), (224, 112, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, of infinite inputs
+def test_blocks(cuda: ModuleType, width: int, size: int, shared: bool, dtype: torch.dtype, packed: bool) -> None:
+    """An odd number of blocks too, whose middle one lies in both halves; more tokens than a program takes; one that is not finite."""
+    x, matrix = draw(35, width + 3, dtype=dtype)[:, 1:-2], draw(1 if shared else width // size, size, size, seed=1, dtype=dtype) / 8
+    x[0], x[17, 3] = 0, torch.inf
+    grid = (4 if packed else 8, packed, 0.9, packed)
+    got, twin = cuda.blocks_quantize(x, matrix, *grid, few=0), OPS.blocks_quantize(x, matrix, *grid)
+    fine = torch.arange(35) != 17
+    assert float((got[0] != twin[0])[fine].float().mean()) < 0.01
+    torch.testing.assert_close(got[1], twin[1], rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=0, equal_nan=True)
+    assert got[1].isnan().flatten().tolist() == (~fine).tolist()
+    if not packed:
+        assert int((got[2] - twin[2])[fine].abs().max()) <= (dtype == torch.float16)
+
+
 @pytest.mark.parametrize("name", ["linear_w8a8", "linear_w4a8", "linear_w4a4"])
 @pytest.mark.parametrize(("tokens", "columns", "inputs"), [(1, 9, 34), (17, 40, 130), (0, 8, 32), (33, 33, 64)])
 @pytest.mark.parametrize("extras", [False, True])
