@@ -154,26 +154,43 @@ inline void attend(Block &b, const uint16_t *q, long q_stride, long first, long 
     }
 }
 
+// How many keys there are up to the last that any query sees: what lies beyond is the room of a static cache.
+inline long last_seen(const uint8_t *mask, long stride, long queries, long keys) {
+    long last = 0;
+    for (long t = queries - 1; t >= 0; t--)
+        for (long k = (keys - 1) / KEYS * KEYS; k >= last / KEYS * KEYS && k >= 0; k -= KEYS) {
+            const __mmask64 there = keys - k >= KEYS ? ~__mmask64(0) : (__mmask64(1) << (keys - k)) - 1;
+            const __m512i bytes = _mm512_maskz_loadu_epi8(there, mask + t * stride + k);
+            if (const __mmask64 seen = _mm512_test_epi8_mask(bytes, bytes)) {
+                last = std::max(last, k + KEYS - long(__builtin_clzll(seen)));
+                break;
+            }
+        }
+    return last;
+}
+
 inline void attention(Strided q, Strided k, Strided v, Mask mask, Sizes n, float scale, bool causal, uint16_t *y, int threads) {
-    const long padded = up_to(n.keys, KEYS) * KEYS, group = n.heads / n.key_heads, blocks = up_to(n.queries, ROWS);
-    uint16_t *keys_packed = reinterpret_cast<uint16_t *>(tiles::scratch(size_t(4 * padded * n.width))), *values_packed = keys_packed + padded * n.width;
+    const long room = up_to(n.keys, KEYS) * KEYS, group = n.heads / n.key_heads, blocks = up_to(n.queries, ROWS);
+    uint16_t *keys_packed = reinterpret_cast<uint16_t *>(tiles::scratch(size_t(4 * room * n.width))), *values_packed = keys_packed + room * n.width;
 #pragma omp parallel num_threads(threads)
     {
         const std::unique_ptr<Block> block(new Block);
         for (long both = 0; both < n.batches * n.key_heads; both++) {
             const long at = both / n.key_heads, head = both % n.key_heads;
+            const uint8_t *sees = mask.at ? mask.at + at * mask.batch : nullptr;
+            const long keys = sees ? last_seen(sees, mask.token, n.queries, n.keys) : n.keys, padded = up_to(keys, KEYS) * KEYS;
 #pragma omp for
             for (long first = 0; first < padded; first += WIDE) {
-                pack_keys(k.at + at * k.batch + head * k.head, k.token, first, n.keys, n.width, keys_packed + first * n.width);
+                pack_keys(k.at + at * k.batch + head * k.head, k.token, first, keys, n.width, keys_packed + first * n.width);
                 for (long pair = first; pair < first + WIDE; pair += 2)
-                    pack_values(v.at + at * v.batch + head * v.head, v.token, pair, n.keys, n.width, padded * WIDE, values_packed);
+                    pack_values(v.at + at * v.batch + head * v.head, v.token, pair, keys, n.width, padded * WIDE, values_packed);
             }
 #pragma omp for schedule(dynamic)
             for (long task = 0; task < group * blocks; task++) {  // long rows of a causal pass first
                 const long mine = head * group + task % group, first = (blocks - 1 - task / group) * ROWS;
                 attend(*block, q.at + at * q.batch + mine * q.head + first * q.token, q.token, first, std::min(ROWS, n.queries - first), keys_packed,
-                       values_packed, mask.at ? mask.at + at * mask.batch : nullptr, mask.token, n.keys, n.width, scale, causal,
-                       y + ((at * n.queries + first) * n.heads + mine) * n.width, n.heads * n.width);
+                       values_packed, sees, mask.token, keys, n.width, scale, causal, y + ((at * n.queries + first) * n.heads + mine) * n.width,
+                       n.heads * n.width);
             }
         }
     }

@@ -43,12 +43,20 @@ def test_causal(tokens: int, heads: int, groups: int, width: int) -> None:
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 77), (5, 64), (40, 129), (33, 300)])
-@pytest.mark.parametrize("kind", ["all", "some", "one for all", "window", "none"])
+@pytest.mark.parametrize("kind", ["all", "some", "one for all", "window", "room behind", "none"])
 def test_masks(queries: int, keys: int, kind: str) -> None:
     q, k, v = draw(3, 4, queries, 64, 0), draw(3, 2, keys, 64, 1), draw(3, 2, keys, 64, 2)
     g = torch.Generator().manual_seed(3)
     some = torch.rand(3, queries, keys, generator=g) < 0.3
-    masks = {"all": None, "some": some, "one for all": some[:1], "window": torch.ones(3, queries, keys).triu(-2).tril(9).bool(), "none": some & False}
+    window = torch.ones(3, queries, keys).triu(-2).tril(9).bool()
+    masks = {
+        "all": None,
+        "some": some,
+        "one for all": some[:1],
+        "window": window,
+        "room behind": window & (torch.arange(keys) < keys // 3),
+        "none": some & False,
+    }
     mask = masks[kind]
     y = attention(q, k, v, scale=0.2, mask_BTS=mask)
     assert y is not None
@@ -109,3 +117,12 @@ def test_where_it_does_not_apply() -> None:
     assert attention(q.requires_grad_(), q, q, **given) is None
     with torch.no_grad():
         assert attention(q, q, q, **given) is not None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck_and_one_graph(masked: bool) -> None:
+    q, k, v = draw(2, 4, 9, 64, 0), draw(2, 2, 9, 64, 1), draw(2, 2, 9, 64, 2)
+    mask = torch.ones(1, 9, 9, dtype=torch.bool).tril() if masked else None
+    torch.library.opcheck(torch.ops.planish.attention, (q, k, v, mask, 0.1, not masked))
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, scale=0.1, causal=not masked, mask_BTS=mask), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v), attention(q, k, v, scale=0.1, causal=not masked, mask_BTS=mask))
