@@ -5,29 +5,38 @@ python benchmarks/kernels.py [--minutes 9] [--tune] [--json FILE]
 Ceilings: copy bandwidth and bfloat16 GEMM, measured. Correctness: fresh random odd shapes, results in memory that was full of NaN before. Time: CUDA
 graphs that go through at least 240 MB of weights, so that none comes from the cache; medians of replays. Floor: the time that the operands' bytes or
 the arithmetic take at the ceilings (int8 and float8 at twice the bfloat16 rate). Beside each operator: bfloat16 cuBLAS, torch._int_mm with scaling,
-torch._scaled_mm, and vLLM's and GemLite's kernels where they are installed. --tune tries tile sizes and prints what to put in configs/tuned.json.
+torch._scaled_mm, and vLLM's and GemLite's kernels where they are installed. --tune looks for tile sizes and prints, or writes to FILE, what to put in
+configs/tuned.json. Kernels are compiled side by side, on all cores, before they are measured.
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from planish.quant.kernels import pack_nibbles
+from planish.quant.kernels import pack_nibbles, tuning
+
+Name = TypeVar("Name", bound=Hashable)
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 """(out, in) of the linears of Llama 3 8B, q/k/v and gate/up as one."""
 TOKENS = (1, 16, 64, 512, 4096)
 LINEARS = ("linear_w8a8", "linear_w4a8", "linear_w4a4", "linear_w4a16", "linear_fp8")
 ROTATED_BYTES = 240_000_000
+_WEIGHT_AT = {"linear_w8a8": 3, "linear_w4a8": 3, "linear_w4a4": 3, "linear_w4a16": 1, "linear_fp8": 2}  # among the operands
 _WEIGHT_BYTES = {"bf16": 2.0, "linear_w8a8": 1.0, "linear_fp8": 1.0}
 _INPUT_BYTES = {"bf16": 2.0, "linear_w4a16": 2.0, "linear_w4a4": 0.5}
 
@@ -211,14 +220,18 @@ def copies(weight: Tensor) -> list[Tensor]:
     return [weight.clone() for _ in range(count)]
 
 
+def with_weight(op: str, values: list[object], weight: Tensor) -> list[object]:
+    """The operands with another weight."""
+    at = _WEIGHT_AT[op]
+    return [*values[:at], weight, *values[at + 1 :]]
+
+
 def linear_us(op: str, tokens: int, out: int, inputs: int) -> float:
     """Of one operator."""
     values, _ = random_on_gpu(op, tokens, out, inputs)
-    at = 1 if op == "linear_w4a16" else 2 if op == "linear_fp8" else 3
-    weight = values[at]
+    weight, function = values[_WEIGHT_AT[op]], getattr(torch.ops.planish, op)
     assert isinstance(weight, Tensor)
-    function = getattr(torch.ops.planish, op)
-    return graph_us([lambda w=w: function(*values[:at], w, *values[at + 1 :]) for w in copies(weight)])
+    return graph_us([partial(function, *with_weight(op, values, one)) for one in copies(weight)])
 
 
 def random_on_gpu(op: str, tokens: int, out: int, inputs: int) -> tuple[list[object], None]:
@@ -314,27 +327,81 @@ def quantizers_us(tokens: int, width: int, limits: Ceilings) -> list[Row]:
     ]
 
 
-def tune(until: float) -> str:
-    """The best of tuning.candidates for every operator, shape and number of tokens, as far as time allows."""
-    from planish.quant.kernels import cuda, tuning
+def at_once(calls: dict[Name, Callable[[], object]]) -> dict[Name, Exception]:
+    """All of them in threads, so that what they launch is compiled side by side; those that failed, with why."""
 
+    def attempt(call: Callable[[], object]) -> Exception | None:
+        try:
+            call()
+        except Exception as failed:  # noqa: BLE001, of Triton, LLVM or CUDA: said where the measurement is left out
+            return failed
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(calls, pool.map(attempt, calls.values()), strict=True))
+    return {name: failed for name, failed in found.items() if failed is not None}
+
+
+def launch(op: str, values: list[object], config: tuning.Config | None = None) -> object:
+    """The operator's Triton kernel with that configuration."""
+    from planish.quant.kernels import cuda
+
+    return cuda.linear_w4a16(*values, config=config) if op == "linear_w4a16" else cuda.integer_linear(op, *values, config=config)
+
+
+def best_config(op: str, tokens: int, out: int, inputs: int, rounds: int = 3) -> tuning.Config:
+    """By steps to the best of the neighbours, from the rule of thumb on."""
+    values, _ = random_on_gpu(op, tokens, out, inputs)
+    weights, timed = copies(values[_WEIGHT_AT[op]]), dict[tuning.Config, float]()
+    best = tuning.rule(op, tokens, out)
+    for _ in range(rounds):
+        fresh = [config for config in (best, *tuning.neighbours(best, tokens)) if config not in timed]
+        failed = at_once({config: partial(launch, op, values, config) for config in fresh})
+        torch.cuda.synchronize()
+        for config in fresh:
+            calls = [partial(launch, op, with_weight(op, values, weight), config) for weight in weights]
+            timed[config] = float("inf") if config in failed else graph_us(calls, 5)
+        if best == (best := min(timed, key=timed.__getitem__)):
+            break
+    return best
+
+
+def tune(until: float) -> str:
+    """The best configurations found for every operator, shape and number of tokens, as far as time allows."""
     best: dict[str, tuning.Config] = {}
     for tokens in TOKENS:
         for op in LINEARS[:4]:
             for out, inputs in SHAPES.values():
-                values, _ = random_on_gpu(op, tokens, out, inputs)
-                timed: list[tuple[float, tuning.Config]] = []
-                for config in tuning.candidates(op, tokens):
-                    if time.monotonic() > until:
-                        return tuning.stored(best)
-                    launch = cuda.linear_w4a16 if op == "linear_w4a16" else lambda *v, config, op=op: cuda.integer_linear(op, *v, config=config)
-                    try:
-                        timed.append((graph_us([lambda f=launch, v=values, c=config: f(*v, config=c)] * 8, 5), config))
-                    except RuntimeError as too_large:  # more shared memory than there is
-                        print(f"{op} {config}: {type(too_large).__name__}", file=sys.stderr)
+                if time.monotonic() > until:
+                    return tuning.stored(best)
                 steps = inputs // (1 if op == "linear_w8a8" else 2)
-                best[tuning.key(torch.cuda.get_device_name(), op, tokens, out, steps)] = min(timed, key=lambda pair: pair[0])[1]
+                best[tuning.key(torch.cuda.get_device_name(), op, tokens, out, steps)] = best_config(op, tokens, out, inputs)
     return tuning.stored(best)
+
+
+def compiled(until: float) -> None:
+    """Every Triton kernel that will be measured, so that it is there when its turn comes."""
+    calls = {}
+    for tokens, op, (name, (out, inputs)) in product(TOKENS, LINEARS[:4], SHAPES.items()):
+        if time.monotonic() < until:
+            calls[op, name, tokens] = partial(launch, op, random_on_gpu(op, tokens, out, inputs)[0])
+    for what, failed in at_once(calls).items():
+        print(f"{what}: {type(failed).__name__}: {failed}", file=sys.stderr)
+    torch.cuda.synchronize()
+
+
+def measured(tokens: int, shape: str, limits: Ceilings) -> list[Row]:
+    """All of one shape; what fails is said and left out."""
+    out, inputs = SHAPES[shape]
+    bf16 = bf16_us(tokens, out, inputs)
+    floors = {op: floor_us(op, tokens, out, inputs, limits) for op in ("bf16", *LINEARS)}
+    rows = [Row("bf16", shape, tokens, bf16, floors["bf16"], bf16)]
+    for op in LINEARS:
+        try:
+            rows.append(Row(op, shape, tokens, linear_us(op, tokens, out, inputs), floors[op], bf16))
+        except Exception as failed:  # noqa: BLE001, as in at_once
+            print(f"{op} {shape} {tokens}: {type(failed).__name__}: {failed}", file=sys.stderr)
+    return rows + [Row(name, shape, tokens, us, floors["linear_w8a8"], bf16) for name, us in peers(tokens, out, inputs).items()]
 
 
 def main() -> int:
@@ -354,19 +421,15 @@ def main() -> int:
     wrong = check("cuda", seeds) + check_quantizers("cuda", seeds)
     print("\n".join(wrong) or "all operators are right at fresh random shapes", flush=True)
     if a.tune:
-        print(tune(until))
+        found = tune(until)
+        if a.json:
+            a.json.write_text(found)
+        print(found)
         return bool(wrong)
+    compiled(until)
     rows: list[Row] = []
     for tokens in TOKENS:
-        for shape, (out, inputs) in SHAPES.items():
-            if time.monotonic() > until:
-                break
-            bf16 = bf16_us(tokens, out, inputs)
-            rows.append(Row("bf16", shape, tokens, bf16, floor_us("bf16", tokens, out, inputs, limits), bf16))
-            rows += [Row(op, shape, tokens, linear_us(op, tokens, out, inputs), floor_us(op, tokens, out, inputs, limits), bf16) for op in LINEARS]
-            rows += [
-                Row(n, shape, tokens, us, floor_us("linear_w8a8", tokens, out, inputs, limits), bf16) for n, us in peers(tokens, out, inputs).items()
-            ]
+        rows += [row for shape in SHAPES if time.monotonic() < until for row in measured(tokens, shape, limits)]
         rows += [row for width in (4096, 14336) if time.monotonic() < until for row in quantizers_us(tokens, width, limits)]
     if a.json:
         a.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))

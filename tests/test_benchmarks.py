@@ -1,7 +1,10 @@
 """The kernels' benchmarks as far as they go without a GPU: floors, tables, correctness against float64, and a polite refusal."""
 
 import importlib.util
+import math
 import sys
+from dataclasses import astuple
+from itertools import product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -108,8 +111,41 @@ def test_tuned_configurations_are_found(tmp_path: Path) -> None:
     assert name == "Some GPU|linear_w4a8|4096|2048|16"
     (tmp_path / "tuned.json").write_text(tuning.stored({name: config}))
     assert tuning.tuned(tmp_path / "tuned.json") == {name: config}
-    assert tuning.choose("no such device", "linear_w8a8", 4096, 64, 64) == tuning.rule("linear_w8a8", 4096)
-    assert all(len(set(tuning.candidates(op, tokens))) > 3 for op in kernels.LINEARS[:4] for tokens in kernels.TOKENS)
+    assert tuning.choose("no such device", "linear_w8a8", 4096, 64, 64) == tuning.rule("linear_w8a8", 4096, 64)
+
+
+def test_rules_and_their_neighbours() -> None:
+    """Few tokens: two programs for every multiprocessor where columns allow; neighbours differ in one value and none is too large."""
+    for op, tokens, (out, _) in product(kernels.LINEARS[:4], kernels.TOKENS, kernels.SHAPES.values()):
+        config = tuning.rule(op, tokens, out)
+        assert tokens > 16 or out // config.block_n >= (128 if op == "linear_w4a16" else 256)
+        found = tuning.neighbours(config, tokens)
+        assert len(set(found)) == len(found) > 5
+        assert all(sum(a != b for a, b in zip(astuple(config), astuple(other), strict=True)) == 1 for other in found)
+        assert all(other.block_m < 2 * max(16, tokens) for other in found)
+
+
+def test_a_tuning_run_goes_to_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launches pretended, one that fails among them."""
+    goal = tuning.Config(16, 32, 256, 8, 4)
+
+    def launch(_op: str, _values: object, config: tuning.Config) -> float:
+        if config.stages == 6:
+            raise RuntimeError("out of resource")
+        return sum(abs(math.log2(a / b)) for a, b in zip(astuple(config), astuple(goal), strict=True))
+
+    monkeypatch.setattr(kernels, "launch", launch)
+    monkeypatch.setattr(kernels, "random_on_gpu", lambda *_: ([None] * 3 + [torch.zeros(2)], None))
+    monkeypatch.setattr(kernels, "copies", lambda weight: [weight, weight])
+    monkeypatch.setattr(kernels, "graph_us", lambda calls, _replays: sum(call() for call in calls) / len(calls))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert kernels.best_config("linear_w4a8", 1, 4096, 4096, rounds=6) == goal
+
+
+def test_what_fails_is_said() -> None:
+    failed = kernels.at_once({"good": lambda: 1, "bad": lambda: 1 / 0})
+    assert list(failed) == ["bad"]
+    assert isinstance(failed["bad"], ZeroDivisionError)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and they would run")

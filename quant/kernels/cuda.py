@@ -170,7 +170,8 @@ def blocks_quantize(x: Tensor, matrix: Tensor, bits: int, symmetric: bool, clip:
 def blocks_tile(width: int, size: int) -> tuple[int, int, int, int]:
     """Of blocks_kernel, for an even width in blocks of so many channels: UNIT, BLOCK_M, BLOCK_N, BLOCK_K."""
     unit = math.gcd(width // 2, size)
-    return unit, 32, min(64, max(16, triton.next_power_of_2(unit))), min(64, max(16, triton.next_power_of_2(size)))
+    block_n, block_k = (min(64, max(16, 1 << (n - 1).bit_length())) for n in (unit, size))
+    return unit, 32, block_n, block_k
 
 
 def _device(x: Tensor) -> str:

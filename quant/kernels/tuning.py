@@ -6,11 +6,13 @@ benchmarks/kernels.py
 """
 
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 BUCKETS = (16, 32, 64, 128, 512, 2048, 1 << 30)
+_PROGRAMS = 2 * 132  # two for every multiprocessor of an H200
+_LARGEST = 220 << 10  # bytes of operands in flight, one byte a code
 _FILE = Path(__file__).parent / "configs" / "tuned.json"
 
 
@@ -49,14 +51,18 @@ def stored(configs: dict[str, Config]) -> str:
 @lru_cache(maxsize=4096)
 def choose(device: str, op: str, tokens: int, columns: int, inputs: int) -> Config:
     """The configuration to launch with. device: its name as torch.cuda gives it."""
-    return tuned().get(key(device, op, tokens, columns, inputs)) or rule(op, tokens)
+    return tuned().get(key(device, op, tokens, columns, inputs)) or rule(op, tokens, columns)
 
 
-def rule(op: str, tokens: int) -> Config:
-    """The rule of thumb. Few tokens: narrow tiles, long steps, so that many loads are in flight; many: tiles that fill the tensor cores."""
+def rule(op: str, tokens: int, columns: int) -> Config:
+    """The rule of thumb. Few tokens: tiles so narrow that every multiprocessor has some, with steps so long that the same bytes of the weight are in
+    flight. Many: tiles that fill the tensor cores."""
     packed = op != "linear_w8a8"
     if tokens <= 16:
-        return Config(16, 64 if packed else 32, 128, 4, 4)
+        widest, narrowest = (64 if packed else 32), (32 if op == "linear_w4a16" else 16)
+        block_n = next((size for size in (64, 32) if narrowest < size <= widest and columns >= size * _PROGRAMS), narrowest)
+        longest = {"linear_w4a16": 128, "linear_w4a4": 256}.get(op, 512)  # by groups, and by registers
+        return Config(16, block_n, min(longest, 128 * widest // block_n), 4, 4)
     if tokens <= 64:
         return Config(64 if tokens > 32 else 32, 64, 128, 4, 4)
     if op == "linear_w4a16":
@@ -64,8 +70,9 @@ def rule(op: str, tokens: int) -> Config:
     return Config(128, 128, 64 if packed else 128, 8, 3)
 
 
-def candidates(op: str, tokens: int) -> list[Config]:
-    """What a tuning run tries."""
-    rows = [16] if tokens <= 16 else [32, 64] if tokens <= 64 else [64, 128, 256]
-    columns = [32, 64, 128] if tokens <= 64 else [128, 256] if op != "linear_w4a16" else [64, 128]
-    return [Config(m, n, k, w, s) for m in rows for n in columns for k in (64, 128, 256) for w in (4, 8) for s in (3, 4) if m * n <= 128 * 256]
+def neighbours(config: Config, tokens: int) -> list[Config]:
+    """Configurations that differ in one value, for a tuning run to try."""
+    rows = [size for size in (16, 32, 64, 128, 256) if size < 2 * max(16, tokens)]
+    values = {"block_m": rows, "block_n": (16, 32, 64, 128, 256), "block_k": (64, 128, 256, 512), "warps": (2, 4, 8), "stages": (2, 3, 4, 6)}
+    found = [replace(config, **{name: value}) for name, some in values.items() for value in some if value != getattr(config, name)]
+    return [c for c in found if c.block_m * c.block_n <= 128 * 256 and (c.block_m + c.block_n) * c.block_k * c.stages <= _LARGEST]

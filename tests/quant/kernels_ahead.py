@@ -74,9 +74,9 @@ FLOAT = {80: {"HMMA"}, 89: {"HMMA"}, 90: {"HGMMA"}, 100: {"HMMA", "UTCHMMA"}, 12
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", ["linear_w8a8", "linear_w4a8", "linear_w4a4"])
-@pytest.mark.parametrize("tokens", [1, 4096])
-def test_integer_linear(name: str, tokens: int, architecture: int, tmp_path: Path) -> None:
-    config, packed = rule(name, tokens), name != "linear_w8a8"
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 4096), (1, 28672), (4096, 4096)])
+def test_integer_linear(name: str, tokens: int, columns: int, architecture: int, tmp_path: Path) -> None:
+    config, packed = rule(name, tokens, columns), name != "linear_w8a8"
     constants: dict[str, object] = {"X_PACKED": name == "linear_w4a4", "W_PACKED": packed, "ZERO": True, "BIAS": True, "SIDE": False}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "BLOCK_R": 16, "GROUP": 8}
     constants |= {"steps": 2048 if packed else 4096, "rank": 0}
@@ -88,9 +88,9 @@ def test_integer_linear(name: str, tokens: int, architecture: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("tokens", [1, 4096])
-def test_w4a16(tokens: int, architecture: int, tmp_path: Path) -> None:
-    config = rule("linear_w4a16", tokens)
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 4096), (1, 28672), (4096, 4096)])
+def test_w4a16(tokens: int, columns: int, architecture: int, tmp_path: Path) -> None:
+    config = rule("linear_w4a16", tokens, columns)
     constants: dict[str, object] = {"SIZE": 128, "ZERO": False, "BIAS": False, "UNIFORM": True, "steps": 2048, "GROUP": 8}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     pointers = {"x_ptr": "*bf16", "w_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
