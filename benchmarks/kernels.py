@@ -309,7 +309,8 @@ def quantizers_us(tokens: int, width: int, limits: Ceilings) -> list[Row]:
     The block transform also as torch's product and a quantization of it, whatever the number of tokens."""
     from planish.quant.kernels import cuda
 
-    x = [torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(max(2, ROTATED_BYTES // (2 * tokens * width)))]
+    count = min(256, max(2, ROTATED_BYTES // (2 * tokens * width)))  # of few tokens a cache holds all, which is no help to launches
+    x = [torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
     weight, grid, ops = torch.ones(width, device="cuda", dtype=torch.bfloat16), (8, False, 1.0, False), torch.ops.planish
     copy_us = graph_us([lambda v=v: v.clone() for v in x])
     matrix = torch.randn(width // 128, 128, 128, device="cuda", dtype=torch.bfloat16)
