@@ -5,9 +5,9 @@
 // for P V in pieces of 32 channels, once for all queries of a key-value head. Q is worked on 32 rows at a time, each against all keys it may see.
 namespace attention {
 
-using tiles::to_bfloat16, tiles::up_to;
+using tiles::at_height, tiles::HEIGHT, tiles::to_bfloat16, tiles::up_to;
 
-constexpr long WIDE = 32, ROWS = 32, KEYS = 64, HEIGHT = 8;  // columns of a packed piece; queries and keys of a block; rows of a product's kernel
+constexpr long WIDE = 32, ROWS = 32, KEYS = 64;  // columns of a packed piece; queries and keys of a block
 constexpr long PIECE = WIDE * 2;                             // values of one pair of rows in a packed piece
 constexpr long MOST = 256;                                   // channels of a head
 
@@ -39,17 +39,10 @@ template <int R> inline void product(const uint16_t *a, long a_stride, const uin
 }
 
 inline void product(long rows, const uint16_t *a, long a_stride, const uint16_t *b, long pairs, float *c, long c_stride, bool add) {
-    for (long r = 0; r < rows; r += HEIGHT, a += HEIGHT * a_stride, c += HEIGHT * c_stride)
-        switch (std::min(HEIGHT, rows - r)) {
-            case 8: product<8>(a, a_stride, b, pairs, c, c_stride, add); break;
-            case 7: product<7>(a, a_stride, b, pairs, c, c_stride, add); break;
-            case 6: product<6>(a, a_stride, b, pairs, c, c_stride, add); break;
-            case 5: product<5>(a, a_stride, b, pairs, c, c_stride, add); break;
-            case 4: product<4>(a, a_stride, b, pairs, c, c_stride, add); break;
-            case 3: product<3>(a, a_stride, b, pairs, c, c_stride, add); break;
-            case 2: product<2>(a, a_stride, b, pairs, c, c_stride, add); break;
-            default: product<1>(a, a_stride, b, pairs, c, c_stride, add);
-        }
+    for (long r = 0; r < rows; r += HEIGHT)
+        at_height(rows - r, [&](auto height) {
+            product<decltype(height)::value>(a + r * a_stride, a_stride, b, pairs, c + r * c_stride, c_stride, add);
+        });
 }
 
 // 32 keys from `first` on as a piece of (D, 32 keys); zeros beyond the last.

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 
 namespace tiles {
 
@@ -54,6 +55,22 @@ inline __m256i to_bfloat16(__m512 x) {
 }
 #endif
 inline __m512 from_bfloat16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+constexpr long HEIGHT = 8;  // rows whose sums stay in registers
+
+// Calls work with so many rows, at most HEIGHT, as a type's constant.
+template <class Work> inline void at_height(long rows, Work work) {
+    switch (std::min(HEIGHT, rows)) {
+        case 8: return work(std::integral_constant<int, 8>());
+        case 7: return work(std::integral_constant<int, 7>());
+        case 6: return work(std::integral_constant<int, 6>());
+        case 5: return work(std::integral_constant<int, 5>());
+        case 4: return work(std::integral_constant<int, 4>());
+        case 3: return work(std::integral_constant<int, 3>());
+        case 2: return work(std::integral_constant<int, 2>());
+        default: return work(std::integral_constant<int, 1>());
+    }
+}
 
 #ifdef __AMX_INT8__
 // Products of tiles.
@@ -101,7 +118,7 @@ struct Amx {
 // Products of rows, 8 at a time, with 2 x 16 outputs in vectors.
 struct Vnni {
     static constexpr bool HIGHER = true;
-    static constexpr long STEP = DEPTH, HEIGHT = 8;
+    static constexpr long STEP = DEPTH;
     static int8_t *row(int8_t *codes, long t, long depth) { return codes + t * depth * DEPTH; }
 
     template <int R> static void some(const int8_t *a, const int8_t *b0, const int8_t *b1, long depth, int32_t *left, int32_t *right) {
@@ -127,16 +144,7 @@ struct Vnni {
         for (long r = 0; r < rows; r += HEIGHT) {
             int32_t *left = sums[r / SIDE * 2] + r % SIDE * SIDE, *right = sums[r / SIDE * 2 + 1] + r % SIDE * SIDE;
             const int8_t *from = a + r * depth * DEPTH;
-            switch (std::min(HEIGHT, rows - r)) {
-                case 8: some<8>(from, b0, b1, depth, left, right); break;
-                case 7: some<7>(from, b0, b1, depth, left, right); break;
-                case 6: some<6>(from, b0, b1, depth, left, right); break;
-                case 5: some<5>(from, b0, b1, depth, left, right); break;
-                case 4: some<4>(from, b0, b1, depth, left, right); break;
-                case 3: some<3>(from, b0, b1, depth, left, right); break;
-                case 2: some<2>(from, b0, b1, depth, left, right); break;
-                default: some<1>(from, b0, b1, depth, left, right);
-            }
+            at_height(rows - r, [&](auto height) { some<decltype(height)::value>(from, b0, b1, depth, left, right); });
         }
     }
 };
