@@ -43,7 +43,7 @@ class Found:
 
 @lru_cache(maxsize=1)
 def found() -> Found:
-    """The compiled passes. The first call compiles them, in a second or two, unless they lie in the user's cache already."""
+    """The compiled passes. The first call compiles them, in two or three seconds, unless they lie in the user's cache already."""
     named = os.environ.get("PLANISH_COMPILER")
     compiler = shutil.which(named) if named else None if named == "" else shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
