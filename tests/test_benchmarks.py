@@ -27,18 +27,19 @@ def script(name: str) -> ModuleType:
     return module
 
 
-kernels, end_to_end, cpu_speed = script("kernels"), script("end_to_end"), script("cpu_speed")
+sys.path.append(str(FOLDER))  # of a script, where it looks for its parts
+right, kernels, end_to_end, cpu_speed = (script(name) for name in ("kernels_right", "kernels", "end_to_end", "cpu_speed"))
 
 
 def test_operators_are_right_at_random_shapes() -> None:
-    assert kernels.check("cpu", range(3)) == []
-    assert kernels.check_quantizers("cpu", [0]) == []
+    assert right.check("cpu", range(3)) == []
+    assert right.check_quantizers("cpu", [0]) == []
 
 
 def test_a_wrong_operator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = kernels.operands
-    monkeypatch.setattr(kernels, "operands", lambda *a: (right(*a)[0], right(*a)[1] * 1.1))
-    assert len(kernels.check("cpu", [0])) == len(kernels.LINEARS)
+    operands = right.operands
+    monkeypatch.setattr(right, "operands", lambda *a: (operands(*a)[0], operands(*a)[1] * 1.1))
+    assert len(right.check("cpu", [0])) == len(right.LINEARS)
 
 
 def test_a_wrong_quantizer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,12 +57,12 @@ def test_a_wrong_quantizer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             return call
 
     found = SimpleNamespace(**{**vars(torch), "ops": SimpleNamespace(planish=Wrong())})
-    monkeypatch.setattr(kernels, "torch", found)
-    assert len(kernels.check_quantizers("cpu", [1])) == len(kernels.quantizers(1, "cpu", 0))
+    monkeypatch.setattr(right, "torch", found)
+    assert len(right.check_quantizers("cpu", [1])) == len(right.quantizers(1, "cpu", 0))
 
 
 def test_odd_shapes_are_fresh() -> None:
-    shapes = {kernels.odd_shapes(op, seed) for op in kernels.LINEARS for seed in range(20)}
+    shapes = {right.odd_shapes(op, seed) for op in right.LINEARS for seed in range(20)}
     assert len(shapes) > 30
     assert all(tokens > 0 and out > 0 and inputs > 0 and inputs % 2 == 0 for tokens, out, inputs in shapes)
 
