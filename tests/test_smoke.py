@@ -15,7 +15,8 @@ MODULES = sorted({module.name for module in pkgutil.walk_packages(planish.__path
 
 EXTRAS = {
     **dict.fromkeys(("planish.eval.harness", "planish.eval.served_lm", "planish.lm_eval"), "lm_eval"),
-    **dict.fromkeys((f"planish.quant.kernels.{name}" for name in ("cuda", "triton_hadamard", "triton_linear", "triton_quantize")), "triton"),
+    **dict.fromkeys((name for name in MODULES if name.startswith("planish.quant.kernels.triton_")), "triton"),
+    "planish.quant.kernels.cuda": "triton",
 }
 """Modules that others import late, and what they need besides."""
 
