@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -279,7 +279,9 @@ def tune(until: float) -> str:
                 if time.monotonic() > until:
                     return tuning.stored(best)
                 steps = inputs // (1 if op == "linear_w8a8" else 2)
-                best[tuning.key(torch.cuda.get_device_name(), op, tokens, out, steps)] = best_config(op, tokens, out, inputs)
+                name = tuning.key(torch.cuda.get_device_name(), op, tokens, out, steps)
+                best[name] = best_config(op, tokens, out, inputs)
+                print(json.dumps({name: astuple(best[name])}), flush=True)  # so that a run that ends early has told what it found
     return tuning.stored(best)
 
 

@@ -1,8 +1,8 @@
 """A stored model on packed kernels: what users run. Verification and the walk run the reference, QuantizedLinear, whose arithmetic is exact.
 
-Linears become PackedLinear, the readers of one site one product; RMS norms, rotary embeddings and gated MLPs of the standard form become single
-passes over memory, each after it was held against the model's own on random tokens. What no kernel expresses stays as it is, layer by layer;
-`kernels_used` says what runs on what.
+Linears become PackedLinear, the readers of one site one product; RMS norms, attention's parts and gated MLPs of the standard form become single
+passes over memory, those but attention itself after they were held against the model's own on random tokens. What no kernel expresses stays as it
+is, layer by layer; `kernels_used` says what runs on what.
 
 Shape suffixes: T tokens, C channels, I a gated MLP's inner ones.
 """

@@ -87,5 +87,5 @@ def there() -> bool:
 
 
 def wins() -> bool:
-    """Whether it is quicker than torch's attention, which is the quicker one with AMX. A ceiling on instructions (ONEDNN_MAX_CPU_ISA) is kept to."""
+    """Whether it was measured to be quicker than torch's attention: not with AMX, which that one uses. ONEDNN_MAX_CPU_ISA is kept to."""
     return there() and not torch.cpu.get_capabilities().get("amx_bf16", False) and "ONEDNN_MAX_CPU_ISA" not in os.environ

@@ -3,8 +3,8 @@
 Drop-in: the same arguments, the same result but for rounding (it rounds once, where `QuantizedLinear` of bfloat16 rounds the integer
 product, too). Weights lie as the device's kernels want them, so build it on the device where it runs.
 
-On a CPU codes are kept one a byte as oneDNN wants them, those of 4 bits included; under torch.compile the quantization there is left to the compiler,
-which fuses it with what comes before and after. Weight-only layers as torch's own int4
+On a CPU codes are kept one a byte, in tiles or as oneDNN wants them, those of 4 bits included; under torch.compile the quantization there is left to
+the compiler, which fuses it with what comes before and after, unless it is one operator with the product. Weight-only layers as torch's own int4
 kernel for few tokens wants them, where their group has a size that it knows and their scales are exact in bfloat16, and packed besides.
 
 Shape suffixes: T tokens, C = I in channels, O out channels, G groups.
