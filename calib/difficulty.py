@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..quant.errors import PlanishError
+from ..quant.pieces import pieces
 from .diagnosis import Figures
 
 BINS = 256
-_PIECE_VALUES = 1 << 18
 
 
 def binned(values_C: Tensor, bins: int = BINS) -> tuple[float, ...]:
@@ -95,10 +95,9 @@ class Difficulty:
         Raises PlanishError, with nothing taken in, if a value is not finite or its fourth power is too large for float32.
         """
         seen, sinks = Tally(x_TC.shape[1], x_TC.device), Tally(x_TC.shape[1], x_TC.device)
-        rows = max(1, _PIECE_VALUES // max(1, x_TC.shape[1]))
-        for start in range(0, len(x_TC), rows):
-            piece_TC = x_TC[start : start + rows]
-            if keep_T is None or bool((keep := keep_T[start : start + rows]).all()):
+        for rows in pieces(x_TC):
+            piece_TC = x_TC[rows]
+            if keep_T is None or bool((keep := keep_T[rows]).all()):
                 seen.add(piece_TC)
             else:
                 seen.add(piece_TC[keep])

@@ -10,7 +10,7 @@ def working_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     if stored is not torch.bfloat16:
         return torch.float32
     if device.type == "cpu":
-        native = torch.cpu._is_amx_tile_supported()
+        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     else:
         asked = getattr(torch.get_device_module(device), "is_bf16_supported", None)
         native = asked is not None and asked(including_emulation=False)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..quant.errors import PlanishError
+from ..quant.pieces import pieces
 from .sketch import QuantileSketch
 
 STRIDE = 7  # every seventh token kept enters the channels' sketch; prime to window lengths, so that every position has its turn
-_PIECE_VALUES = 1 << 18
 _FOLD = 32
 _MOST_CUTS = 8  # sink tokens of a batch up to which it is taken in around them
 
@@ -162,12 +162,11 @@ class ChannelStatistics(Ranges):
 
 
 def _pieces(x_TC: Tensor, keep_T: Tensor | None) -> Iterator[Tensor]:
-    """The tokens kept, in pieces of about 2^18 values: views, and copies where a piece holds a token that is left out."""
-    rows = max(1, _PIECE_VALUES // max(1, x_TC.shape[1]))
-    for start in range(0, len(x_TC), rows):
-        piece_TC = x_TC[start : start + rows]
+    """The tokens kept, in pieces: views, and copies where a piece holds a token that is left out."""
+    for rows in pieces(x_TC):
+        piece_TC = x_TC[rows]
         if keep_T is not None:
-            keep = keep_T[start : start + rows]
+            keep = keep_T[rows]
             piece_TC = piece_TC if bool(keep.all()) else piece_TC[keep]
         if len(piece_TC):
             yield piece_TC

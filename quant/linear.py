@@ -8,7 +8,7 @@ Shape suffixes: T tokens, C = I in channels, O out channels, G groups, R channel
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from .formats import ActivationFormat, QuantizedWeight, activation_grid, by_group, to_codes
 from .low_rank import LowRank
+from .pieces import pieces
 from .transforms.factors import Chain, on_input, restore, store
-
-_PIECE_VALUES = 1 << 18  # float32 values that are worked on at a time: what stays in the processor's cache is done several times faster
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,17 +55,11 @@ def quantize_input(x_TC: Tensor, fmt: ActivationFormat, static: StaticGrid | Non
     """x_TC as codes: with its own dynamic grid, or the given static one."""
     scale, zero = activation_grid(x_TC, fmt) if static is None else (static.scale, static.zero)
     codes_TC = torch.empty(x_TC.shape, dtype=torch.int8, device=x_TC.device)
-    for rows in _pieces(*x_TC.shape):
+    for rows in pieces(x_TC):
         grid = rows if scale.shape[0] > 1 else slice(None)
         zero_TG1 = None if zero is None else zero[grid, :, None]
         codes_TC[rows] = to_codes(by_group(x_TC[rows], scale.shape[1]), scale[grid, :, None], zero_TG1, fmt.bits).flatten(1)
     return QuantizedInput(codes_TC, scale, zero)
-
-
-def _pieces(rows: int, width: int) -> Iterator[slice]:
-    """All rows, in slices of about _PIECE_VALUES values."""
-    size = max(1, _PIECE_VALUES // max(1, width))
-    return (slice(start, start + size) for start in range(0, rows, size))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,7 +192,7 @@ class QuantizedLinear(nn.Module):
         if self.factor is None:
             return nn.functional.linear(left_TI, self.matrix, self.bias)
         y_TO = left_TI @ self.matrix.T
-        for rows in _pieces(*y_TO.shape):
+        for rows in pieces(y_TO):
             exact_TO = y_TO[rows] * (x.scale[rows] if len(x.scale) > 1 else x.scale)
             exact_TO *= self.factor  # two small factors, one after the other: three times faster than their outer product
             if self.bias is not None:

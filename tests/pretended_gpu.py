@@ -24,14 +24,8 @@ NAME = "pretended"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ATEN = torch.ops.aten
 # Operators that take a CPU's tensors beside a GPU's: copies, and places that are looked up.
-MIXING = {
-    ATEN.copy_.default,
-    ATEN._to_copy.default,
-    ATEN.index.Tensor,
-    ATEN.index_put.default,
-    ATEN.index_put_.default,
-    ATEN._index_put_impl_.default,
-}
+LOOKUPS = {ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default, ATEN._index_put_impl_.default}
+MIXING = {ATEN.copy_.default, ATEN._to_copy.default, *LOOKUPS}
 PRODUCTS = {ATEN.mm, ATEN.bmm, ATEN.addmm, ATEN.baddbmm, ATEN.mv, ATEN.dot, ATEN.addmv}  # of floats only, on a GPU
 CROSSINGS: list[str] = []  # every operator that took values from the CPU or gave it some: a GPU waits for it, and no CUDA graph can hold it
 
@@ -81,7 +75,8 @@ class Pretended(Tensor):
         flat, spec = tree_flatten((args, kwargs))
         ours = [x for x in flat if isinstance(x, Pretended)]
         strange = [tuple(x.shape) for x in flat if isinstance(x, Tensor) and not isinstance(x, Pretended) and x.dim()]
-        if strange and func not in MIXING:
+        looked_up = func in LOOKUPS and not isinstance(args[0], Pretended)  # a CPU's tensor at a GPU's places
+        if strange and (func not in MIXING or looked_up):
             raise RuntimeError(f"{func}: Expected all tensors to be on the same device, but found {NAME}:0 and cpu: {strange}")
         if any(isinstance(x, torch.Generator) for x in flat):
             raise RuntimeError(f"{func}: Expected a '{NAME}' device type for generator but found 'cpu'")
@@ -91,7 +86,7 @@ class Pretended(Tensor):
             raise NotImplementedError(f"{func} is of the CPU, or takes other shapes on CUDA")
         held_args, held_kwargs = tree_unflatten([x.held if isinstance(x, Pretended) else x for x in flat], spec)
         where = held_kwargs.get("device")
-        from_here = func is ATEN.copy_.default and not isinstance(args[1], Pretended)
+        from_here = (func in LOOKUPS and bool(strange)) or (func is ATEN.copy_.default and not isinstance(args[1], Pretended))
         if func is ATEN._local_scalar_dense.default or from_here or (where is not None and torch.device(where).type == "cpu"):
             CROSSINGS.append(str(func))
         if where is not None:

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config  # pyright: ignore[reportMissingImports]
 from vllm.distributed import get_tensor_model_parallel_world_size  # pyright: ignore[reportMissingImports]
+from vllm.forward_context import get_forward_context  # pyright: ignore[reportMissingImports]
 from vllm.logger import init_logger  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.attention import Attention  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.models.utils import WeightsMapper  # pyright: ignore[reportMissingImports]
+from vllm.utils.torch_utils import direct_register_custom_op  # pyright: ignore[reportMissingImports]
 
 from ..calib.packed import packed_readers, pick_kernels
 from ..calib.packing import PLAIN
@@ -25,7 +28,11 @@ from . import VLLM_FAMILIES
 from .vllm_plugin import METHOD
 from .vllm_prefix import store_prefix
 
-_LAYERS: dict[str, list[nn.Module]] = {}
+try:  # a name that torch.compile keeps out of what it compiles, so that all layers share it
+    from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name  # pyright: ignore[reportMissingImports]
+except ImportError:
+    LayerNameType = _encode_layer_name = _resolve_layer_name = str
+_LIBRARY = torch.library.Library("planish_vllm", "FRAGMENT")  # type: ignore[no-untyped-call, unused-ignore]
 
 
 class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
@@ -82,6 +89,11 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
         self.folder = model_name
         if self.checkpoint.extension.held is not None:
             raise PlanishError(f"{model_name}: keys and values are held in codes, which vLLM's cache does not do for planish. Use planish.load.")
+        acts = [how.scheme.activations for how in self.checkpoint.packed.values()]
+        if any(act is not None and act.dynamic and act.granularity == "tensor" for act in acts):
+            raise PlanishError(
+                f"{model_name}: dynamic activations per tensor depend on what else is in vLLM's batch. Use granularity token, or planish.load."
+            )
 
     @property
     def checkpoint(self) -> StoredCheckpoint:
@@ -105,6 +117,8 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
         names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(child, [child])]
         ours = [name in self.checkpoint.packed for name in names]
         if not any(ours):
+            if missing := [name for name in names if f"{name}.weight" not in self.checkpoint.tensors]:
+                raise PlanishError(f"{prefix}: no layer of the checkpoint ({missing[0]}.weight). planish serves no speculative models.")
             return UnquantizedLinearMethod()
         if not all(ours):
             raise PlanishError(f"{prefix}: vLLM computes {', '.join(names)} at once, but only some of them are quantized. Quantize all or none.")
@@ -131,6 +145,7 @@ class PlanishLinearMethod(LinearMethodBase):  # type: ignore[misc, unused-ignore
     ) -> None:
         """None: planish reads them itself."""
         self.dtype, self.output_size, self.device = params_dtype, output_size, torch.empty(0).device
+        get_current_vllm_config().compilation_config.static_forward_context[self.prefix] = layer  # where _linear finds it, as vLLM's own operators do
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Read the layer's linears, for the kernels that planish.load would take."""
@@ -141,11 +156,11 @@ class PlanishLinearMethod(LinearMethodBase):  # type: ignore[misc, unused-ignore
             parts = [part._replace(bias=None) for part in parts]
         packed = pick_kernels("auto", self.dtype, self.device)
         _say(f"linears of {self.config.folder} run on {'packed kernels' if packed else 'the reference'}, in {self.dtype}")
-        _LAYERS[self.prefix] = _packed(parts) if packed else _reference(parts)
+        layer.planish = nn.ModuleList(_packed(parts) if packed else _reference(parts))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output, with the checkpoint's own bias."""
-        y: Tensor = torch.ops.planish_vllm.linear(x, self.prefix, self.output_size)
+        y: Tensor = torch.ops.planish_vllm.linear(x, _encode_layer_name(self.prefix), self.output_size)
         return y
 
 
@@ -167,16 +182,17 @@ def _reference(parts: Sequence[Parts]) -> list[nn.Module]:
     return list(linears)
 
 
-@torch.library.custom_op("planish_vllm::linear", mutates_args=())
-def _linear(x: Tensor, layer: str, width: int) -> Tensor:
+def _linear(x: Tensor, layer: LayerNameType, width: int) -> Tensor:  # pyright: ignore[reportInvalidTypeForm]
     """One operator to torch.compile, which leaves it alone: what happens inside depends on the number of tokens."""
-    parts = [linear(x) for linear in _LAYERS[layer]]
+    parts = [linear(x) for linear in get_forward_context().no_compile_layers[_resolve_layer_name(layer)].planish]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-@_linear.register_fake
-def _(x: Tensor, layer: str, width: int) -> Tensor:
+def _fake(x: Tensor, layer: LayerNameType, width: int) -> Tensor:  # pyright: ignore[reportInvalidTypeForm]
     return x.new_empty((*x.shape[:-1], width))
+
+
+direct_register_custom_op("linear", _linear, fake_impl=_fake, target_lib=_LIBRARY)
 
 
 @lru_cache(maxsize=4)

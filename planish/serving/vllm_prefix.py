@@ -58,6 +58,10 @@ def _check_room(request: Any, length: int, longest: int) -> None:
     """VLLMValidationError, which the server answers with status 400."""
     if request.prompt_token_ids is None or request.prompt_embeds is not None or request.resumable:
         raise VLLMValidationError("This checkpoint has a prefix, and takes prompts of tokens only: no embeddings, no streamed input.")
+    if getattr(request.sampling_params, "prompt_logprob_token_ids", None) is not None:
+        raise VLLMValidationError(
+            "prompt_logprob_token_ids counts rows of a prompt that has no prefix, and this checkpoint has one. Ask for prompt_logprobs."
+        )
     if length + len(request.prompt_token_ids) >= longest:
         raise VLLMValidationError(
             f"The prompt has {len(request.prompt_token_ids)} tokens, the checkpoint's own prefix {length}, and the model takes {longest} "
@@ -82,39 +86,76 @@ def without(rows: Any, length: int) -> Any:
 def store_prefix(layer: nn.Module, name: str, checkpoint: StoredCheckpoint) -> None:
     """Let an attention layer's cache hold the checkpoint's keys and values of the prefix. PlanishError: a kind of attention that cannot."""
     length = len(checkpoint.extension.prefix)
-    if not length:
+    impl: Any = layer.impl
+    if not length or hasattr(impl, "planish_prefix"):  # vLLM asks again when all is loaded, then on the CPU
         return
     block = name.rpartition(".self_attn")[0]
-    impl: Any = layer.impl
     if not all(tensor in checkpoint.tensors for tensor in tensor_names(block)):
         raise PlanishError(f"{name}: the checkpoint has no prefix for this attention layer. Use planish.load.")
-    if layer.attn_backend.forward_includes_kv_cache_update or not hasattr(impl, "do_kv_cache_update"):  # type: ignore[union-attr]
+    backend: Any = layer.attn_backend
+    if backend.forward_includes_kv_cache_update or not hasattr(impl, "do_kv_cache_update"):
         raise PlanishError(
             f"{type(impl).__name__} writes its cache itself: the prefix has no way in. Choose another --attention-backend, or use planish.load."
         )
+    _keep_places(backend.get_builder_cls())
     device, dtype = torch.empty(0).device, torch.get_default_dtype()
     stored = [tensor[0].transpose(0, 1).to(device, dtype).contiguous() for tensor in checkpoint.read(tensor_names(block)).values()]
     update = impl.do_kv_cache_update
 
     def do_kv_cache_update(owner: nn.Module, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
         metadata = get_forward_context().attn_metadata
+        metadata = metadata[0] if isinstance(metadata, list) else metadata
         metadata = metadata[name] if isinstance(metadata, dict) else metadata
+        capturing = key.is_cuda and torch.cuda.is_current_stream_capturing()
         if metadata is not None:
-            key, value = with_prefix((key, value), stored, metadata.query_start_loc, metadata.seq_lens)
+            key, value = with_prefix((key, value), stored, *_rows(metadata, len(key), length, capturing))
+        elif capturing:
+            raise PlanishError(
+                "vLLM records the cache's update without its requests, and the prefix would be lost: leave use_inductor_graph_partition and "
+                "VLLM_USE_BREAKABLE_CUDAGRAPH out, or give --enforce-eager."
+            )
         update(owner, key, value, cache, slots)
 
-    impl.do_kv_cache_update = do_kv_cache_update
+    impl.do_kv_cache_update, impl.planish_prefix = do_kv_cache_update, length
 
 
-def with_prefix(step: tuple[Tensor, Tensor], stored: list[Tensor], starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of a step (T, H, E), those at the first P positions of a text replaced by `stored` (P, H, E).
+def _keep_places(builder: Any) -> None:
+    """Let all metadata of attention say where in the step each request's tokens are: not every backend's has that."""
+    if "planish_places" in vars(builder):
+        return
+    build = builder.build
 
-    starts: (R + 1,), where each request's tokens begin in the step; lengths: (R,), of each text with them. Without a wait for the device.
+    @wraps(build)
+    def built(self: Any, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        made = build(self, common_prefix_len, common_attn_metadata, *args, **kwargs)
+        made.planish_places, made.planish_rows = (common_attn_metadata.query_start_loc, common_attn_metadata.seq_lens), {}
+        return made
+
+    builder.build, builder.planish_places = built, True
+
+
+def _rows(metadata: Any, tokens: int, length: int, capturing: bool) -> tuple[Tensor, Tensor]:
+    """rows_of, once for all layers of a step; what a CUDA graph records is computed in it."""
+    found: dict[tuple[int, bool], tuple[Tensor, Tensor]] = metadata.planish_rows
+    if (tokens, capturing) not in found:
+        starts, lengths = metadata.planish_places
+        found[tokens, capturing] = rows_of(starts, lengths, tokens, length)
+    return found[tokens, capturing]
+
+
+def rows_of(starts: Tensor, lengths: Tensor, tokens: int, length: int) -> tuple[Tensor, Tensor]:
+    """Which of a step's tokens are at the first `length` positions of their text (T, 1, 1), and at which (T,). Without a wait for the device.
+
+    starts: (R + 1,), where each request's tokens begin in the step; lengths: (R,), of each text with them.
     """
-    token_T, requests, length = torch.arange(len(step[0]), device=starts.device), len(lengths), len(stored[0])
+    token_T, requests = torch.arange(tokens, device=starts.device), len(lengths)
     request_T = torch.searchsorted(starts[1 : requests + 1].contiguous(), token_T.to(starts.dtype), right=True).clamp(max=requests - 1)
     position_T = lengths[request_T] - starts[request_T + 1] + token_T
     inside_T11 = ((position_T >= 0) & (position_T < length))[:, None, None]
-    row_T = position_T.clamp(0, length - 1)
+    return inside_T11, position_T.clamp(0, length - 1)
+
+
+def with_prefix(step: tuple[Tensor, Tensor], stored: list[Tensor], inside_T11: Tensor, row_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of a step (T, H, E), those of its tokens inside the prefix replaced by their rows of `stored` (P, H, E)."""
     key, value = (torch.where(inside_T11, ours[row_T], theirs) for ours, theirs in zip(stored, step, strict=True))
     return key, value

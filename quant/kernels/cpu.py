@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..formats import LEAST_SCALE, by_group, code_range
+from ..pieces import pieces
 from ..transforms.factors import Blocks, Hadamard
 from . import native
 from .nibbles import pack_nibbles, unpack_nibbles
@@ -21,7 +22,6 @@ from .schemas import LIBRARY
 Codes = tuple[Tensor, Tensor, Tensor]
 _FP8_MAX = 448.0
 _LEAST_PRODUCT = 512  # results; for fewer oneDNN takes its reference implementation, a hundred times slower
-_PIECE_VALUES = 1 << 18  # float32 values that are worked on at a time, in the processor's cache
 LEAST = min(torch.finfo(torch.float32).tiny, LEAST_SCALE)
 
 
@@ -34,12 +34,10 @@ def quantize_per_token(x: Tensor, bits: int, symmetric: bool, clip: float, packe
     """Codes of x_TC; see `schemas`."""
     if (found := native.quantize(x, grid(bits, symmetric, clip))) is not None:
         return _nibbles(found, packed)
-    rows, width = x.shape
-    size = max(1, _PIECE_VALUES // max(1, width))
-    if rows <= size or torch.compiler.is_compiling():
+    if not len(x) or torch.compiler.is_compiling():
         return _quantize(x, bits, symmetric, clip, packed)
-    pieces = [_quantize(piece, bits, symmetric, clip, packed) for piece in (x[start : start + size] for start in range(0, rows, size))]
-    codes, scale, zero = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    parts = [_quantize(x[rows], bits, symmetric, clip, packed) for rows in pieces(x)]
+    codes, scale, zero = (torch.cat(part) for part in zip(*parts, strict=True))
     return codes, scale, zero
 
 

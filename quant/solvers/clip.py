@@ -14,11 +14,10 @@ from torch import Tensor
 
 from ..errors import PlanishError
 from ..formats import WeightFormat, code_range, scale_and_zero, weight_range
+from ..pieces import pieces
 
 Grid = tuple[Tensor, Tensor | None]
 
-CHUNK = 1 << 17
-"""Weights searched at a time: the working set stays in the cache, and memory does not grow with the layer."""
 EXTREMES = 16
 """One weight in so many, the largest, bounds the loss of a candidate."""
 
@@ -52,8 +51,7 @@ def fit_grid(w_OI: Tensor, fmt: WeightFormat, clip: Clip | None, scale_dtype: to
     groups = fmt.groups(w_OI.shape[1])
     shape = (1, 1) if fmt.granularity == "tensor" else (w_OI.shape[0], groups)
     w_RK = w_OI.reshape(shape[0] * shape[1], -1)
-    rows = max(1, CHUNK // max(1, w_RK.shape[1]))
-    chunks = [_search(w_RK[first : first + rows], fmt, clip, scale_dtype) for first in range(0, w_RK.shape[0], rows)]
+    chunks = [_search(w_RK[rows], fmt, clip, scale_dtype) for rows in pieces(w_RK)]
     scale = torch.cat([scale_R for scale_R, _ in chunks]).reshape(shape)
     zeros = [zero_R for _, zero_R in chunks if zero_R is not None]
     return scale, torch.cat(zeros).reshape(shape) if zeros else None

@@ -16,11 +16,10 @@ from torch import Tensor
 from ..errors import PlanishError
 from ..formats import ActivationFormat
 from ..linear import quantize_input
+from ..pieces import pieces
 
 RATIOS = tuple(1 - i / 40 for i in range(13))
 """1 down to 0.7, in steps of 0.025."""
-PIECE = 1 << 18
-"""Values whose error is worked on at a time."""
 
 
 @torch.no_grad()
@@ -51,8 +50,7 @@ def _error(x_TC: Tensor, readers_CC: Tensor, fmt: ActivationFormat) -> Tensor:
     """tr(E' E Σ_w), a scalar in float64; E is computed as the layer will."""
     quantized_TC = quantize_input(x_TC, fmt).dequantize()
     total = torch.zeros((), dtype=torch.float64, device=x_TC.device)
-    rows = max(1, PIECE // x_TC.shape[1])
-    for start in range(0, len(x_TC), rows):
-        e_TC = quantized_TC[start : start + rows].to(readers_CC.dtype) - x_TC[start : start + rows].to(readers_CC.dtype)
+    for rows in pieces(x_TC):
+        e_TC = quantized_TC[rows].to(readers_CC.dtype) - x_TC[rows].to(readers_CC.dtype)
         total += (e_TC @ readers_CC).mul_(e_TC).sum(dtype=torch.float64)
     return total

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from planish.calib import difficulty
 from planish.calib.diagnosis import Figures
 from planish.calib.difficulty import Difficulty, binned
+from planish.quant import pieces
 from planish.quant.errors import PlanishError
 
 
@@ -76,7 +76,7 @@ def test_batches_pieces_and_ranks_change_nothing(cuts: list[int], piece: int, bi
     x_TC[~keep_T] *= 300
     edges = list(pairwise([0, *sorted(cuts), 90]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(difficulty, "_PIECE_VALUES", piece)
+        patch.setattr(pieces, "CACHED", piece)
         seen, other = Difficulty(5), Difficulty(5)
         for index, (a, b) in enumerate(edges):
             (other if index >= merge else seen).update(x_TC[a:b], keep_T[a:b])

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from planish.calib import statistics
 from planish.calib.statistics import STRIDE, ChannelStatistics
+from planish.quant import pieces
 from planish.quant.errors import PlanishError
 
 
@@ -64,7 +64,7 @@ def test_batches_and_pieces_change_nothing(cuts: list[int], piece: int) -> None:
     x_TC = sample(90, 5)
     edges = [0, *sorted(cuts), 90]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "_PIECE_VALUES", piece)
+        patch.setattr(pieces, "CACHED", piece)
         assert_like_numpy(gathered(*(x_TC[a:b] for a, b in pairwise(edges))), x_TC)
 
 
@@ -74,7 +74,7 @@ def test_tokens_left_out_leave_no_trace(bits: int, piece: int) -> None:
     keep_T = torch.tensor([bool(bits >> i & 1) for i in range(40)])
     x_TC[~keep_T, 1] = torch.nan
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "_PIECE_VALUES", piece)
+        patch.setattr(pieces, "CACHED", piece)
         seen = gathered(x_TC[:13], x_TC[13:], keep=[keep_T[:13], keep_T[13:]])
     if keep_T.any():
         assert_like_numpy(seen, x_TC[keep_T])

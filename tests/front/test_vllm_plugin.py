@@ -133,3 +133,9 @@ def test_alone_it_refuses_by_name(tmp_path: Path) -> None:
     ran = subprocess.run(command, env=environment(""), capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path)
     assert ran.returncode != 0
     assert "Unknown quantization method: planish" in ran.stdout + ran.stderr
+
+
+def test_what_it_does_with_attention(tmp_path: Path) -> None:
+    command = [str(server_python("vllm")), str(Path(__file__).with_name("vllm_cases.py"))]
+    ran = subprocess.run(command, env=environment("planish"), capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
+    assert ran.stdout.count(" passed") == 2, ran.stdout + ran.stderr

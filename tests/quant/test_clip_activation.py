@@ -9,10 +9,10 @@ import torch
 from helpers_solvers import inputs, weights
 from torch import Tensor
 
+from planish.quant import pieces
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat
 from planish.quant.linear import QuantizedInput, quantize_input
-from planish.quant.solvers import clip_activation
 from planish.quant.solvers.clip_activation import RATIOS, best_clip, clip_errors
 
 FORMATS = [{}, {"symmetric": False}, {"granularity": "group", "group_size": 4}, {"symmetric": False, "granularity": "tensor"}]
@@ -50,7 +50,7 @@ def test_equals_the_outputs_of_the_layer(fields: dict[str, Any], bits: int) -> N
 def test_the_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x_TC, w_OC, fmt = inputs(30, 12).float(), weights(9, 12), ActivationFormat(bits=4)
     whole = clip_errors(x_TC, w_OC.T @ w_OC, fmt)
-    monkeypatch.setattr(clip_activation, "PIECE", 84)
+    monkeypatch.setattr(pieces, "CACHED", 84)
     torch.testing.assert_close(clip_errors(x_TC, w_OC.T @ w_OC, fmt), whole, rtol=1e-6, atol=0)
 
 

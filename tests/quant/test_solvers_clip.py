@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers_solvers import FORMATS, clip_losses, format_name, loss, plain_grid, weights
 
+from planish.quant import pieces
 from planish.quant.errors import PlanishError
 from planish.quant.formats import WeightFormat
 from planish.quant.solvers import Clip, Rtn
-from planish.quant.solvers import clip as clip_file
 from planish.quant.solvers.clip import fit_grid
 
 
@@ -48,7 +48,7 @@ def test_float32_search_is_as_good_as_float64(fmt):
 def test_chunks_do_not_change_the_result(fmt, monkeypatch):
     w_OI = weights(11, 36).float()
     whole = fit_grid(w_OI, fmt, Clip(), torch.float32)
-    monkeypatch.setattr(clip_file, "CHUNK", 40)
+    monkeypatch.setattr(pieces, "CACHED", 40)
     parts = fit_grid(w_OI, fmt, Clip(), torch.float32)
     torch.testing.assert_close(parts, whole)
 

@@ -1,0 +1,75 @@
+"""What the plugin does with vLLM's attention, without a server: run by vLLM's own interpreter, see test_vllm_plugin.py."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from planish.calib.prefix import tensor_names
+from planish.serving import vllm_prefix
+from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
+
+BLOCK = "model.layers.0"
+NAME = f"{BLOCK}.self_attn.attn"
+PREFIX, HEADS, SIZE = 3, 2, 4
+
+
+class Builder:
+    """Of metadata that do not say where requests begin, as FlashInfer's."""
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any) -> Any:
+        return SimpleNamespace()
+
+
+def attention(stored: dict[str, torch.Tensor], written: list[tuple[torch.Tensor, ...]]) -> tuple[Any, Any]:
+    """A layer, and a checkpoint with a prefix for it."""
+    backend = SimpleNamespace(forward_includes_kv_cache_update=False, get_builder_cls=lambda: Builder)
+    impl = SimpleNamespace(do_kv_cache_update=lambda _owner, key, value, _cache, _slots: written.append((key, value)))
+    checkpoint = SimpleNamespace(extension=SimpleNamespace(prefix=tuple(range(PREFIX))), tensors=stored, read=lambda names: {n: stored[n] for n in names})
+    return SimpleNamespace(impl=impl, attn_backend=backend), checkpoint
+
+
+def test_keys_of_the_prefix_are_stored_once() -> None:
+    """Requests: a text from its start, one inside its prefix, one beyond it; three padded tokens. vLLM asks twice, the second time on another device."""
+    stored = {name: torch.randn(1, HEADS, PREFIX, SIZE) for name in tensor_names(BLOCK)}
+    written: list[tuple[torch.Tensor, ...]] = []
+    layer, checkpoint = attention(stored, written)
+    vllm_prefix.store_prefix(layer, NAME, checkpoint)
+    update = layer.impl.do_kv_cache_update
+    with torch.device("meta"):
+        vllm_prefix.store_prefix(layer, NAME, checkpoint)
+    assert layer.impl.do_kv_cache_update is update
+
+    counts, lengths = [5, 1, 2], [5, 3, 9]  # tokens of the step, and of each text with them
+    places = SimpleNamespace(query_start_loc=torch.tensor([0, 5, 6, 8], dtype=torch.int32), seq_lens=torch.tensor(lengths, dtype=torch.int32))
+    made = Builder().build(0, places)
+    vllm_prefix.get_forward_context = lambda: SimpleNamespace(attn_metadata={NAME: made})
+    step = [torch.randn(11, HEADS, SIZE) for _ in stored]
+    update(None, *step, None, None)
+    for ours, theirs, got in zip(stored.values(), step, written[0], strict=True):
+        row = 0
+        for count, length in zip(counts, lengths, strict=True):
+            for position in range(length - count, length):
+                torch.testing.assert_close(got[row], ours[0, :, position] if position < PREFIX else theirs[row], rtol=0, atol=0)
+                row += 1
+    places.query_start_loc, places.seq_lens = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([7], dtype=torch.int32)
+    made = Builder().build(0, places)  # the next step's places are its own
+    update(None, *step, None, None)
+    torch.testing.assert_close(written[1][0][:1], step[0][:1], rtol=0, atol=0)
+
+
+def test_scores_of_given_tokens_are_refused() -> None:
+    request = SimpleNamespace(prompt_token_ids=[1, 2], prompt_embeds=None, resumable=False, sampling_params=SimpleNamespace(prompt_logprob_token_ids=[[1]]))
+    try:
+        vllm_prefix._check_room(request, PREFIX, 100)
+    except VLLMValidationError as refused:
+        assert "prompt_logprob_token_ids" in str(refused)
+    else:
+        raise AssertionError("not refused")
+    request.sampling_params.prompt_logprob_token_ids = None
+    vllm_prefix._check_room(request, PREFIX, 100)
+
+
+if __name__ == "__main__":
+    for case in (test_keys_of_the_prefix_are_stored_once, test_scores_of_given_tokens_are_refused):
+        case()
+        print(f"{case.__name__} passed", flush=True)
