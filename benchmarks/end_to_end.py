@@ -1,6 +1,6 @@
 """Prefill and decode of a Llama 3 8B with random weights on a GPU, bfloat16 against the packed schemes, in one run.
 
-python benchmarks/end_to_end.py [--layers 32] [--tokens 2048] [--steps 64] [--schemes w8a8 w4a8 w4a4 w4a4-rotated w4a16]
+python benchmarks/end_to_end.py [--layers 32] [--tokens 8192] [--steps 64] [--schemes w8a8 w4a8 w4a4 w4a4-rotated w4a16]
 
 Decode runs in a CUDA graph. The quantized models are the bfloat16 one with its blocks' linears, norms and MLPs replaced as planish.load does: random
 codes would do, it is speed that is measured. Tokens per second, medians.
@@ -115,7 +115,7 @@ def main() -> int:
     """Measure and print; 2 without a GPU."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--layers", type=int, default=32)
-    p.add_argument("--tokens", type=int, default=2048)
+    p.add_argument("--tokens", type=int, default=8192)
     p.add_argument("--steps", type=int, default=64)
     p.add_argument("--schemes", nargs="+", choices=sorted(SCHEMES), default=list(SCHEMES))
     a = p.parse_args()

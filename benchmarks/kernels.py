@@ -3,10 +3,11 @@
 python benchmarks/kernels.py [--minutes 9] [--tune] [--json FILE]
 
 Ceilings: copy bandwidth and bfloat16 GEMM, measured. Correctness: fresh random odd shapes, results in memory that was full of NaN before. Time: CUDA
-graphs that go through at least 240 MB of weights, so that none comes from the cache; medians of replays. Floor: the time that the operands' bytes or
-the arithmetic take at the ceilings (int8 and float8 at twice the bfloat16 rate). Beside each operator: bfloat16 cuBLAS, torch._int_mm with scaling,
-torch._scaled_mm, and vLLM's and GemLite's kernels where they are installed. --tune looks for tile sizes and prints, or writes to FILE, what to put in
-configs/tuned.json. Kernels are compiled side by side, on all cores, before they are measured.
+graphs that go through at least 240 MB of weights, so that none comes from the cache, several replays in a row; medians. Floor: the time that the
+operands' bytes or the arithmetic take at the ceilings (int8 and float8 at twice the bfloat16 rate). Beside each operator: bfloat16 cuBLAS,
+torch._int_mm with scaling, torch._scaled_mm, and vLLM's and GemLite's kernels where they are installed. --tune looks for tile sizes that compute the
+same and prints, or writes to FILE, what to put in configs/tuned.json; what is there or in FILE already is not looked for again. Kernels are compiled
+side by side, on all cores, before they are measured. What is found is told, and FILE written, as it is found: a run that ends early has told much.
 """
 
 import argparse
@@ -35,6 +36,8 @@ Name = TypeVar("Name", bound=Hashable)
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 """(out, in) of the linears of Llama 3 8B, q/k/v and gate/up as one."""
 TOKENS = (1, 16, 64, 512, 4096)
+TUNED = (1, 4096, 512, 64)  # one of a bucket, those that matter first
+IN_A_ROW = 5  # replays, so that the GPU waits for a launch before the first only
 ROTATED_BYTES = 240_000_000
 _WEIGHT_AT = {"linear_w8a8": 3, "linear_w4a8": 3, "linear_w4a4": 3, "linear_w4a16": 1, "linear_fp8": 2}  # among the operands
 _WEIGHT_BYTES = {"bf16": 2.0, "linear_w8a8": 1.0, "linear_fp8": 1.0}
@@ -85,8 +88,8 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def graph_us(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
-    """Microseconds a call: all of them, each with weights of its own, in one CUDA graph; the median of its replays."""
+def graph_us(calls: Sequence[Callable[[], object]], rounds: int = 7) -> float:
+    """Microseconds a call: all of them, each with weights of its own, in one CUDA graph; the median of rounds of replays."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -97,13 +100,14 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
         for call in calls:
             call()
     times = []
-    for _ in range(replays):
+    for _ in range(rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        graph.replay()
+        for _ in range(IN_A_ROW):
+            graph.replay()
         end.record()
         end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(calls))
+        times.append(1e3 * start.elapsed_time(end) / IN_A_ROW / len(calls))
     return statistics.median(times)
 
 
@@ -176,22 +180,22 @@ def bf16_us(tokens: int, out: int, inputs: int) -> float:
     return graph_us([lambda w=w: torch.nn.functional.linear(x, w) for w in weights])
 
 
-def peers(tokens: int, out: int, inputs: int) -> dict[str, float]:
-    """Other people's kernels for the same product, as far as they are here and take the shape."""
+def peers(tokens: int, out: int, inputs: int) -> dict[str, Callable[[], float]]:
+    """Other people's kernels for the same product, as far as they are here and take the shape: what measures each."""
     x, w = (torch.randint(-100, 100, (n, inputs), dtype=torch.int8, device="cuda") for n in (tokens, out))
     a, b = torch.rand(tokens, 1, device="cuda"), torch.rand(out, 1, device="cuda")
-    found: dict[str, float] = {}
+    found: dict[str, Callable[[], float]] = {}
     if tokens > 16:
-        found["torch._int_mm + scales"] = graph_us([lambda w=w: (torch._int_mm(x, w.T) * a * b.T).bfloat16() for w in copies(w)])
+        found["torch._int_mm + scales"] = lambda: graph_us([lambda w=w: (torch._int_mm(x, w.T) * a * b.T).bfloat16() for w in copies(w)])
     if torch.cuda.get_device_capability() >= (8, 9):
         fx, fw = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
-        found["torch._scaled_mm"] = graph_us(
+        found["torch._scaled_mm"] = lambda: graph_us(
             [lambda w=w: torch._scaled_mm(fx, w.T, scale_a=a, scale_b=b.T, out_dtype=torch.bfloat16) for w in copies(fw)]
         )
     if importlib.util.find_spec("vllm"):
         from vllm import _custom_ops as vllm_ops
 
-        found["vLLM cutlass int8"] = graph_us([lambda w=w: vllm_ops.cutlass_scaled_mm(x, w.T, a, b, torch.bfloat16) for w in copies(w)])
+        found["vLLM cutlass int8"] = lambda: graph_us([lambda w=w: vllm_ops.cutlass_scaled_mm(x, w.T, a, b, torch.bfloat16) for w in copies(w)])
     if importlib.util.find_spec("gemlite"):
         from gemlite.helper import A16W4_INT
 
@@ -203,11 +207,11 @@ def peers(tokens: int, out: int, inputs: int) -> dict[str, float]:
             128,
         )
         wide = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
-        found["GemLite A16W4 (one weight)"] = graph_us([lambda: layer(wide)])
+        found["GemLite A16W4 (one weight)"] = lambda: graph_us([lambda: layer(wide)])
     return found
 
 
-def quantizers_us(tokens: int, width: int, limits: Ceilings) -> list[Row]:
+def quantizers_us(tokens: int, width: int, limits: Ceilings) -> list["Row | None"]:
     """The quantizers; their floor is 2 bytes read (4 with silu) and 1 written for every value. Beside them, in place of bf16: a copy of the input.
     The block transform also as torch's product and a quantization of it, whatever the number of tokens."""
     from planish.quant.kernels import cuda
@@ -220,15 +224,24 @@ def quantizers_us(tokens: int, width: int, limits: Ceilings) -> list[Row]:
     calls: dict[str, tuple[int, list[Callable[[], object]]]] = {
         "quantize_per_token": (3, [lambda v=v: ops.quantize_per_token(v, *grid) for v in x]),
         "rms_norm_quantize": (3, [lambda v=v: ops.rms_norm_quantize(v, weight, 1e-5, *grid) for v in x]),
-        "silu_mul_quantize": (5, [lambda v=v: ops.silu_mul_quantize(v, x[0], *grid) for v in x]),
+        "silu_mul_quantize": (5, [lambda v=v, i=i: ops.silu_mul_quantize(v, x[i - 1], *grid) for i, v in enumerate(x)]),
         "hadamard_quantize": (3, [lambda v=v: ops.hadamard_quantize(v, None, width, *grid) for v in x]),
         "blocks_quantize": (3, [lambda v=v: cuda.blocks_quantize(v, matrix, *grid, few=0) for v in x]),
         "blocks, then quantize": (3, [lambda v=v: cuda.blocks_quantize(v, matrix, *grid, few=tokens) for v in x]),
     }
-    return [
-        Row(name, f"width {width}", tokens, graph_us(run), 1e6 * moved * tokens * width / limits.bytes_s, copy_us)
-        for name, (moved, run) in calls.items()
-    ]
+    floors = {name: 1e6 * moved * tokens * width / limits.bytes_s for name, (moved, _) in calls.items()}
+    return [attempted(name, f"width {width}", tokens, partial(graph_us, run), floors[name], copy_us) for name, (_, run) in calls.items()]
+
+
+def attempted(op: str, shape: str, tokens: int, measure: Callable[[], float], floor: float, bf16: float) -> Row | None:
+    """The row, told at once; what fails is said and left out."""
+    try:
+        row = Row(op, shape, tokens, measure(), floor, bf16)
+    except Exception as failed:  # noqa: BLE001, as in at_once
+        print(f"{op} {shape} {tokens}: {type(failed).__name__}: {failed}", file=sys.stderr)
+        return None
+    print(json.dumps(asdict(row)), flush=True)
+    return row
 
 
 def at_once(calls: dict[Name, Callable[[], object]]) -> dict[Name, Exception]:
@@ -241,7 +254,7 @@ def at_once(calls: dict[Name, Callable[[], object]]) -> dict[Name, Exception]:
             return failed
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = dict(zip(calls, pool.map(attempt, calls.values()), strict=True))
     return {name: failed for name, failed in found.items() if failed is not None}
 
@@ -253,35 +266,48 @@ def launch(op: str, values: list[object], config: tuning.Config | None = None) -
     return cuda.linear_w4a16(*values, config=config) if op == "linear_w4a16" else cuda.integer_linear(op, *values, config=config)
 
 
+def compared(op: str, values: list[object], config: tuning.Config, expected: object) -> None:
+    """Launch once. ValueError: what comes out is something else than expected."""
+    y = launch(op, values, config)
+    assert isinstance(y, Tensor)
+    assert isinstance(expected, Tensor)
+    if not bool((y.float() - expected.float()).abs().max() <= 0.01 * expected.float().abs().max()):
+        raise ValueError("another result than the rule of thumb's")
+
+
 def best_config(op: str, tokens: int, out: int, inputs: int, rounds: int = 3) -> tuning.Config:
     """By steps to the best of the neighbours, from the rule of thumb on."""
     values, _ = random_on_gpu(op, tokens, out, inputs)
     weights, timed = copies(values[_WEIGHT_AT[op]]), dict[tuning.Config, float]()
     best = tuning.rule(op, tokens, out)
+    expected = launch(op, values, best)
     for _ in range(rounds):
         fresh = [config for config in (best, *tuning.neighbours(best, tokens)) if config not in timed]
-        failed = at_once({config: partial(launch, op, values, config) for config in fresh})
+        failed = at_once({config: partial(compared, op, values, config, expected) for config in fresh})
         torch.cuda.synchronize()
         for config in fresh:
             calls = [partial(launch, op, with_weight(op, values, weight), config) for weight in weights]
-            timed[config] = float("inf") if config in failed else graph_us(calls, 5)
+            timed[config] = float("inf") if config in failed else graph_us(calls, 3)
         if best == (best := min(timed, key=timed.__getitem__)):
             break
     return best
 
 
-def tune(until: float) -> str:
-    """The best configurations found for every operator, shape and number of tokens, as far as time allows."""
-    best: dict[str, tuning.Config] = {}
-    for tokens in TOKENS:
-        for op in LINEARS[:4]:
-            for out, inputs in SHAPES.values():
-                if time.monotonic() > until:
-                    return tuning.stored(best)
-                steps = inputs // (1 if op == "linear_w8a8" else 2)
-                name = tuning.key(torch.cuda.get_device_name(), op, tokens, out, steps)
-                best[name] = best_config(op, tokens, out, inputs)
-                print(json.dumps({name: astuple(best[name])}), flush=True)  # so that a run that ends early has told what it found
+def tune(until: float, file: Path | None) -> str:
+    """The best configurations found for every operator, shape and number of tokens, as far as time allows, beside those of the file."""
+    best = tuning.tuned(file) if file is not None and file.exists() else {}
+    for tokens, op, (out, inputs) in product(TUNED, LINEARS[:4], SHAPES.values()):
+        name = tuning.key(torch.cuda.get_device_name(), op, tokens, out, inputs // (1 if op == "linear_w8a8" else 2))
+        if time.monotonic() > until or name in best or name in tuning.tuned():
+            continue
+        try:
+            best[name] = best_config(op, tokens, out, inputs)
+        except Exception as failed:  # noqa: BLE001, as in at_once
+            print(f"{name}: {type(failed).__name__}: {failed}", file=sys.stderr)
+            continue
+        print(json.dumps({name: astuple(best[name])}), flush=True)
+        if file is not None:
+            file.write_text(tuning.stored(best))
     return tuning.stored(best)
 
 
@@ -296,18 +322,26 @@ def compiled(until: float) -> None:
     torch.cuda.synchronize()
 
 
-def measured(tokens: int, shape: str, limits: Ceilings) -> list[Row]:
-    """All of one shape; what fails is said and left out."""
+def measured(tokens: int, shape: str, limits: Ceilings) -> list[Row | None]:
+    """All of one shape."""
     out, inputs = SHAPES[shape]
     bf16 = bf16_us(tokens, out, inputs)
     floors = {op: floor_us(op, tokens, out, inputs, limits) for op in ("bf16", *LINEARS)}
-    rows = [Row("bf16", shape, tokens, bf16, floors["bf16"], bf16)]
-    for op in LINEARS:
-        try:
-            rows.append(Row(op, shape, tokens, linear_us(op, tokens, out, inputs), floors[op], bf16))
-        except Exception as failed:  # noqa: BLE001, as in at_once
-            print(f"{op} {shape} {tokens}: {type(failed).__name__}: {failed}", file=sys.stderr)
-    return rows + [Row(name, shape, tokens, us, floors["linear_w8a8"], bf16) for name, us in peers(tokens, out, inputs).items()]
+    others = [attempted(name, shape, tokens, run, floors["linear_w8a8"], bf16) for name, run in peers(tokens, out, inputs).items()]
+    ours = [attempted(op, shape, tokens, partial(linear_us, op, tokens, out, inputs), floors[op], bf16) for op in LINEARS]
+    return [Row("bf16", shape, tokens, bf16, floors["bf16"], bf16), *ours, *others]
+
+
+def all_rows(limits: Ceilings, until: float, file: Path | None) -> list[Row]:
+    """As far as time allows."""
+    rows: list[Row] = []
+    for tokens in TOKENS:
+        jobs: list[Callable[[], list[Row | None]]] = [partial(measured, tokens, shape, limits) for shape in SHAPES]
+        for job in [*jobs, *(partial(quantizers_us, tokens, width, limits) for width in (4096, 14336))]:
+            rows += [row for row in (job() if time.monotonic() < until else []) if row is not None]
+            if file is not None:
+                file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    return rows
 
 
 def main() -> int:
@@ -327,19 +361,10 @@ def main() -> int:
     wrong = check("cuda", seeds) + check_quantizers("cuda", seeds)
     print("\n".join(wrong) or "all operators are right at fresh random shapes", flush=True)
     if a.tune:
-        found = tune(until)
-        if a.json:
-            a.json.write_text(found)
-        print(found)
+        print(tune(until, a.json))
         return bool(wrong)
     compiled(until)
-    rows: list[Row] = []
-    for tokens in TOKENS:
-        rows += [row for shape in SHAPES if time.monotonic() < until for row in measured(tokens, shape, limits)]
-        rows += [row for width in (4096, 14336) if time.monotonic() < until for row in quantizers_us(tokens, width, limits)]
-    if a.json:
-        a.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    print(table(rows))
+    print(table(all_rows(limits, until, a.json)))
     return bool(wrong)
 
 

@@ -25,7 +25,7 @@ def operands(op: str, tokens: int, out: int, inputs: int, device: str, seed: int
         values: list[object] = [*x, w[0], w[1].flatten(), None, torch.bfloat16]
     elif op == "linear_w4a16":
         x_TC, w_OI = torch.randn(tokens, inputs, generator=g).bfloat16(), torch.randint(-8, 8, (out, inputs), generator=g).to(torch.int8)
-        groups = inputs // 128 if inputs % 128 == 0 else 1
+        groups = inputs // 32 if inputs % 32 == 0 else inputs // 6 if inputs % 6 == 0 else 1
         scale = torch.rand(out, groups, generator=g) * 0.01
         twin = x_TC.double() @ (w_OI.reshape(out, groups, -1) * scale[:, :, None]).bfloat16().flatten(1).double().T
         values = [x_TC, pack_nibbles(w_OI), scale, None, None]
@@ -64,34 +64,39 @@ def odd_shapes(op: str, seed: int) -> tuple[int, int, int]:
     return (tokens, 16 * (out // 16 + 1), 16 * (half // 8 + 1)) if op == "linear_fp8" else (tokens, out, 2 * half)
 
 
-def quantizers(tokens: int, device: str, seed: int) -> dict[str, tuple[object, ...]]:
-    """Operands of every quantizer, for so many tokens of widths that are none of a tile's; 4 and 8 bits, symmetric or not."""
+def quantizers(tokens: int, device: str, seed: int) -> list[tuple[str, tuple[object, ...]]]:
+    """Every quantizer and operands, for so many tokens of widths that are none of a tile's, and those of models; 4 and 8 bits, symmetric or not."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g).bfloat16().to(device)
 
     eight, four = (8, False, 1.0, False), (4, True, 0.9, True)
-    return {
-        "quantize_per_token": (draw(tokens, 1003), *eight),
-        "rms_norm_quantize": (draw(tokens, 1002), draw(1002), 1e-5, *four),
-        "silu_mul_quantize": (draw(tokens, 3000), draw(tokens, 3000), *eight),
-        "hadamard_quantize": (draw(tokens, 1536), draw(1536).sign(), 1536, *four),
-        "blocks_quantize": (draw(tokens, 576), draw(6, 96, 96) / 10, *eight),
-        "quantize_fp8": (draw(tokens, 1003),),
-    }
+    return [
+        ("quantize_per_token", (draw(tokens, 1003), *eight)),
+        ("rms_norm_quantize", (draw(tokens, 1002), draw(1002), 1e-5, *four)),
+        ("silu_mul_quantize", (draw(tokens, 3000), draw(tokens, 3000), *eight)),
+        *(("hadamard_quantize", (draw(tokens, width), draw(width).sign(), width, *four)) for width in (1536, 4096, 14336)),
+        ("blocks_quantize", (draw(tokens, 576), draw(6, 96, 96) / 10, *eight)),
+        ("quantize_fp8", (draw(tokens, 1003),)),
+    ]
 
 
 def check_quantizers(device: str, seeds: Sequence[int]) -> list[str]:
-    """What went wrong, a line each: against the CPU's, single codes may be 1 off, for sums have another order."""
+    """What went wrong, a line each: against the CPU's, single codes may be 1 off, for sums have another order. The first seed's tokens are many."""
     wrong = []
-    for seed in seeds:
-        tokens = int(torch.randint(1, 3000, (), generator=torch.Generator().manual_seed(seed)))
-        for op, values in quantizers(tokens, device, seed).items():
+    for index, seed in enumerate(seeds):
+        g = torch.Generator().manual_seed(seed)
+        tokens = int(torch.randint(1, 300, (), generator=g)) if index else int(torch.randint(2049, 2500, (), generator=g))
+        for op, values in quantizers(tokens, device, seed):
             function = getattr(torch.ops.planish, op)
             expected = function(*(value.cpu() if isinstance(value, Tensor) else value for value in values))
             poison(expected[0].numel() // 2, device)
-            codes, scale = (made.cpu() for made in function(*values)[:2])
+            try:
+                codes, scale = (made.cpu() for made in function(*values)[:2])
+            except Exception as failed:  # noqa: BLE001, of Triton, its compiler or CUDA
+                wrong.append(f"{op}, {tokens} tokens: {type(failed).__name__}: {failed}")
+                continue
             share = float((codes.view(torch.int8) != expected[0].view(torch.int8)).float().mean())
             if share > 0.02 or not torch.allclose(scale, expected[1], rtol=0.01, atol=0):
                 wrong.append(f"{op}, {tokens} tokens: {100 * share:.2g} % of the codes differ")
@@ -104,7 +109,11 @@ def check(device: str, seeds: Sequence[int], tolerance: float = 0.01) -> list[st
     for op in LINEARS:
         for seed in seeds:
             shape = odd_shapes(op, seed)
-            error = relative_error(op, *shape, device, seed)
+            try:
+                error = relative_error(op, *shape, device, seed)
+            except Exception as failed:  # noqa: BLE001, of Triton, its compiler or CUDA
+                wrong.append(f"{op} {shape}: {type(failed).__name__}: {failed}")
+                continue
             if not error <= tolerance:
                 wrong.append(f"{op} {shape}: relative error {error:.3g}")
     return wrong

@@ -10,6 +10,7 @@ Shape suffixes: T tokens, C channels, I a gated MLP's inner ones.
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
@@ -22,7 +23,7 @@ from ..quant.kernels import cpu, native
 from ..quant.kernels.joined import JoinedLinear, Part, join, joinable
 from ..quant.kernels.modules import PackedLinear, few_tokens_group
 from ..quant.linear import Parts, QuantizedLinear, share_input
-from ..quant.transforms.factors import on_input
+from ..quant.transforms.factors import Blocks, on_input
 from .attention_passes import passes, put_passes
 from .families import FAMILIES
 from .quantized import put
@@ -33,6 +34,8 @@ from .topology import topology
 Kernels = Literal["auto", "packed", "reference"]
 ENVIRONMENT = "PLANISH_KERNELS"  # what auto means, for programs that do not ask
 _PROBES = 4  # random tokens
+_COUNTS = (1, 24, 64, 65)  # of tokens: each takes another tile
+_MANY = 2049  # from so many on block transforms have a kernel of their own
 _TESTED = ("cpu",)  # devices whose kernels the tests run; on others each layer is held against the reference first
 _CLOSE = 0.1  # of the output's norm: single 4-bit codes may go another way, but a wrong layout is off by its whole length
 
@@ -96,16 +99,42 @@ def _trusted(packed: PackedLinear, parts: Parts) -> bool:
     device = parts.weight.codes.device
     if device.type in _TESTED:
         return True
-    x_TI = torch.randn(65, packed.in_features, generator=torch.Generator().manual_seed(0)).to(device, parts.dtype)
-    expected = QuantizedLinear(*parts)(x_TI).float()
-    worst = max(float((packed(x_TI[:count]).float() - expected[:count]).norm() / expected[:count].norm()) for count in (1, len(x_TI)))
+    counts = (*_COUNTS, _MANY) if parts.chain and isinstance(parts.chain[-1], Blocks) else _COUNTS
+    reference, shape = QuantizedLinear(*parts), f"{packed.out_features} x {packed.in_features}"
+    worst = 0.0
+    for count in counts:
+        x_TI = _random(count, packed.in_features, device, parts.dtype)
+        expected, found = reference(x_TI).float(), _attempt(partial(packed, x_TI), f"A packed layer of {shape}", device)
+        if found is None:
+            return False
+        error = float((found.float() - expected).norm() / expected.norm())
+        worst = error if not error <= worst else worst
     if not worst <= _CLOSE:
-        shape = f"{packed.out_features} x {packed.in_features}"
         warnings.warn(
             f"A packed layer of {shape} is off by {worst:.3g} of its output on this {device.type}: the reference runs instead. Please report it.",
             stacklevel=2,
         )
     return worst <= _CLOSE
+
+
+def _random(tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The same tokens on every device, whatever torch's default is."""
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(0), device="cpu").to(device, dtype)
+
+
+def _attempt(layer: Callable[[], Tensor], what: str, device: torch.device) -> Tensor | None:
+    """Its output; None, and a warning, where it does not run on a device whose kernels the tests do not run. PlanishError as it is: something
+    is missing that can be installed."""
+    try:
+        return layer()
+    except PlanishError:
+        raise
+    except Exception as failed:
+        if device.type in _TESTED:
+            raise
+        reason = f"{type(failed).__name__}: {failed}"  # of Triton, its compiler or CUDA: too little shared memory, no C compiler
+        warnings.warn(f"{what} fails on this {device.type} ({reason}): the reference runs instead. Please report it.", stacklevel=2)
+        return None
 
 
 def _wins(parts: Parts) -> bool:
@@ -182,9 +211,9 @@ def _mlps(known: Topology) -> list[str]:
 @torch.no_grad()
 def agree(plain: Callable[[Tensor], Tensor], fused: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether both make the same of random tokens of so many channels, but for rounding to dtype."""
-    x_TC = torch.randn(_PROBES, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    found, expected = fused(x_TC).float(), plain(x_TC).float()
-    return bool((found - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm())
+    x_TC = _random(_PROBES, width, device, dtype)
+    found, expected = _attempt(lambda: fused(x_TC), "A fused pass", device), plain(x_TC).float()
+    return found is not None and bool((found.float() - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm())
 
 
 class Passed(nn.Identity):
@@ -254,14 +283,15 @@ class GatedMlp(nn.Module):
             x_TC = on_input(both.chain, x.reshape(-1, self.width))
             y_TC: Tensor = torch.ops.planish.mlp_tiles(x_TC, *both.tiles_operands(), *down.tiles_operands(), cpu.LEAST)
             return y_TC.view(x.shape)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and x.device.type == "cpu":
             y: Tensor = down(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
             return y
         x_TC = x.reshape(-1, self.width)
         grid = cpu.grid(fmt.bits, fmt.symmetric, fmt.clip)
-        codes = cpu.gated_codes(both.codes(x_TC), both.weight, both.w_scale, both.w_sum, both.bias, x.dtype, grid)
+        read = both.codes(x_TC)
+        codes = cpu.gated_codes(read, both.weight, both.w_scale, both.w_sum, both.bias, x.dtype, grid)
         if codes is None:
-            gate_TI, up_TI = both(x_TC).split(self.inner, -1)
+            gate_TI, up_TI = both.product(read, x.dtype).chunk(2, -1)
             codes = torch.ops.planish.silu_mul_quantize(gate_TI, up_TI, fmt.bits, fmt.symmetric, fmt.clip, down.packed_input)
         return down.product(codes, x.dtype).view(x.shape)
 

@@ -103,6 +103,10 @@ class Parts(NamedTuple):
     side: Side | None
 
 
+def _of_codes(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
 class QuantizedLinear(nn.Module):
     """y = Q(x T) Ŵᵀ + b, with x of any leading shape (..., I), result (..., O) in x's dtype.
 
@@ -125,7 +129,9 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = weight.codes.shape[1], weight.codes.shape[0]
         self.grouped = weight.scale.shape[1] > 1 or (activations is not None and activations.granularity == "group")
         self.factor = None if self.grouped or activations is None else weight.scale.reshape(1, -1)
-        self.matrix = (weight.dequantize() if self.factor is None else weight.integers()).to(dtype)
+        # Sums of integer codes are beyond float16's range: their products are those of bfloat16, which holds codes exactly.
+        self.matrix = weight.dequantize().to(dtype) if self.factor is None else weight.integers().to(_of_codes(dtype))
+        self.dtype = dtype
         self.bias = None if bias is None else bias.to(dtype)
         self.low = None if side is None or side.low is None else side.low.to(dtype)
         kept = None if side is None else side.kept
@@ -149,7 +155,7 @@ class QuantizedLinear(nn.Module):
 
     def prepares_like(self, other: "QuantizedLinear") -> bool:
         """Whether another reader of the same site, with the same chain, can take what this one prepares."""
-        how = [(layer.activations, layer.kept, layer.factor is None, layer.matrix.dtype) for layer in (self, other)]
+        how = [(layer.activations, layer.kept, layer.factor is None, layer.dtype) for layer in (self, other)]
         grids = [[] if layer.static is None else [layer.static.scale, layer.static.zero] for layer in (self, other)]
         same = all(torch.equal(a, b) if a is not None and b is not None else a is b for a, b in zip(*grids, strict=False))
         return how[0] == how[1] and len(grids[0]) == len(grids[1]) and same
@@ -173,7 +179,7 @@ class QuantizedLinear(nn.Module):
         self.low = None if self.low is None else LowRank(self.low.down_RC.to(device), self.low.up_OR.to(device))
         if self.channels is not None:
             self.channels = _moved(self.channels, device)
-            self.high = _high(self.channels, self.matrix.dtype)
+            self.high = _high(self.channels, self.dtype)
 
     def beside(self, x_TC: Tensor, y_TO: Tensor) -> Tensor:
         """y_TO and what the side path makes of the transformed input x_TC: (T, O)."""
@@ -184,16 +190,17 @@ class QuantizedLinear(nn.Module):
         return y_TO
 
     def left(self, x: QuantizedInput) -> Tensor:
-        """The left factor of the product: (T, I) in the layer's dtype. Readers of one input can share it."""
+        """The left factor of the product: (T, I) in the matrix's dtype. Readers of one input can share it."""
         return x.dequantize().to(self.matrix.dtype) if self.factor is None else x.integers(self.matrix.dtype)
 
     def multiply(self, x: QuantizedInput, left_TI: Tensor) -> Tensor:
         """The product with an input that is already quantized, left_TI = left(x): (T, O) in the layer's dtype."""
         if self.factor is None:
             return nn.functional.linear(left_TI, self.matrix, self.bias)
-        y_TO = left_TI @ self.matrix.T
-        for rows in pieces(y_TO):
-            exact_TO = y_TO[rows] * (x.scale[rows] if len(x.scale) > 1 else x.scale)
+        sums_TO = left_TI @ self.matrix.T
+        y_TO = sums_TO if sums_TO.dtype == self.dtype else torch.empty_like(sums_TO, dtype=self.dtype)
+        for rows in pieces(sums_TO):
+            exact_TO = sums_TO[rows] * (x.scale[rows] if len(x.scale) > 1 else x.scale)
             exact_TO *= self.factor  # two small factors, one after the other: three times faster than their outer product
             if self.bias is not None:
                 exact_TO += self.bias

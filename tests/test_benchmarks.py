@@ -136,11 +136,46 @@ def test_a_tuning_run_goes_to_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
         return sum(abs(math.log2(a / b)) for a, b in zip(astuple(config), astuple(goal), strict=True))
 
     monkeypatch.setattr(kernels, "launch", launch)
+    monkeypatch.setattr(kernels, "compared", lambda op, values, config, _expected: launch(op, values, config))
     monkeypatch.setattr(kernels, "random_on_gpu", lambda *_: ([None] * 3 + [torch.zeros(2)], None))
     monkeypatch.setattr(kernels, "copies", lambda weight: [weight, weight])
-    monkeypatch.setattr(kernels, "graph_us", lambda calls, _replays: sum(call() for call in calls) / len(calls))
+    monkeypatch.setattr(kernels, "graph_us", lambda calls, _rounds: sum(call() for call in calls) / len(calls))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert kernels.best_config("linear_w4a8", 1, 4096, 4096, rounds=6) == goal
+
+
+def test_another_result_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, expected = tuning.Config(16, 32, 256, 8, 4), torch.ones(3)
+    monkeypatch.setattr(kernels, "launch", lambda *_: found)
+    found = torch.ones(3).bfloat16()
+    kernels.compared("linear_w4a8", [], config, expected)
+    for wrong in (1.1, torch.nan):
+        found = torch.tensor([1.0, wrong, 1.0])
+        with pytest.raises(ValueError, match="another result"):
+            kernels.compared("linear_w4a8", [], config, expected)
+
+
+def test_tuning_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One point fails, one is known; the file is written as points are found."""
+    seen: list[tuple[object, ...]] = []
+
+    def best_config(*point: object) -> tuning.Config:
+        seen.append(point)
+        if len(seen) == 2:
+            raise RuntimeError("out of resource")
+        return tuning.Config(16, 32, 256, 8, 4)
+
+    monkeypatch.setattr(kernels, "best_config", best_config)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    file, points = tmp_path / "tuned.json", len(kernels.TUNED) * 4 * len(kernels.SHAPES)
+    kernels.tune(math.inf, file)
+    assert len(seen) == points
+    tuning.tuned.cache_clear()
+    assert len(tuning.tuned(file)) == points - 1
+    kernels.tune(math.inf, file)
+    assert seen[points:] == seen[1:2]
+    tuning.tuned.cache_clear()
+    assert {tuning.bucket(tokens) for tokens in kernels.TUNED} == {tuning.bucket(tokens) for tokens in kernels.TOKENS}
 
 
 def test_what_fails_is_said() -> None:

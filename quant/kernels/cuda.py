@@ -26,7 +26,8 @@ from .tuning import Config, choose
 
 Codes = tuple[Tensor, Tensor, Tensor]
 _FEW_TOKENS = 2048
-_LARGEST_TILE = 128 * 256  # values of a token that a program holds at once, padded
+_LARGEST_TILE = 128 * 256  # values of a token that a program holds at once, padded, where it has 227 KiB of shared memory
+_SMALL_TILE = 128 * 128  # elsewhere
 
 
 def _results(x_TC: Tensor, symmetric: bool, packed: bool) -> Codes:
@@ -41,7 +42,7 @@ def _rows(x_TC: Tensor) -> Tensor:
 
 def quantize_warps(block: int) -> int:
     """For so many values in half a token: as few threads as hold them in registers without spilling."""
-    return min(8, max(1, block // 256))
+    return min(8, max(1, block // 256)) if block <= 8192 else 32
 
 
 def _quantize(x: Tensor, other: Tensor | None, eps: float, producer: int, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
@@ -95,12 +96,19 @@ def _factors(width: int, block: int, dtype: torch.dtype, device: torch.device) -
     return left_AA.T.contiguous().to(device, dtype), right_BB.contiguous().to(device, dtype)
 
 
+@lru_cache(maxsize=16)
+def largest_tile(device: torch.device) -> int:
+    """Of hadamard_kernel: compiled ahead for every architecture, larger ones do not fit on Ampere, Ada and consumer Blackwell, or spill."""
+    roomy = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return _LARGEST_TILE if roomy else _SMALL_TILE
+
+
 def hadamard_quantize(x: Tensor, signs: Tensor | None, block: int, bits: int, symmetric: bool, clip: float, packed: bool) -> Codes:
     """Codes of (x_TC * signs_C) H. Widths whose Kronecker factors make too large a tile, or an odd number of its rows, are rotated by torch."""
     left_AA, right_BB = _factors(x.shape[1], block, torch.float32 if x.dtype == torch.float32 else torch.bfloat16, x.device)
     a, b = len(left_AA), len(right_BB)
     block_a, block_h, block_b = (max(16, triton.next_power_of_2(n)) for n in (a, a // 2, b))
-    if a % 2 or block_a * block_b > _LARGEST_TILE:
+    if a % 2 or block_a * block_b > largest_tile(x.device):
         return quantize_per_token(sylvester_paley.rotate(x if signs is None else x * signs.to(x.dtype), block), bits, symmetric, clip, packed)
     codes, scale, zero = _results(x, symmetric, packed)
     x = _rows(x)
@@ -174,8 +182,9 @@ def blocks_tile(width: int, size: int) -> tuple[int, int, int, int]:
     return unit, 32, block_n, block_k
 
 
-def _device(x: Tensor) -> str:
-    return torch.cuda.get_device_name(x.device) if x.is_cuda else "none"
+@lru_cache(maxsize=16)
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
 
 
 def integer_linear(
@@ -198,7 +207,7 @@ def integer_linear(
     y_TO = x.new_empty((rows, columns), dtype=dtype)
     if not rows or not columns:
         return y_TO
-    c = config or choose(_device(x), name, rows, columns, weight.shape[1])
+    c = config or choose(_name(x.device), name, rows, columns, weight.shape[1])
     side = low is not None and up is not None
     x_scale = w_scale.new_ones((1, 1)) if x_scale is None else x_scale
     integer_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
@@ -242,8 +251,9 @@ def linear_w4a16(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, 
     y_TO = x.new_empty((rows, columns))
     if not rows or not columns:
         return y_TO
-    c = config or choose(_device(x), "linear_w4a16", rows, columns, steps)
+    c = config or choose(_name(x.device), "linear_w4a16", rows, columns, steps)
     size = 2 * steps // scale.shape[1]
+    block_k, stages, uniform = weight_only_steps(c, steps, size)
     weight_only_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
         x,
         weight,
@@ -259,15 +269,26 @@ def linear_w4a16(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, 
         SIZE=size,
         ZERO=zero is not None,
         BIAS=bias is not None,
-        UNIFORM=size % c.block_k == 0 and steps % c.block_k == 0,
+        UNIFORM=uniform,
         BLOCK_M=c.block_m,
         BLOCK_N=c.block_n,
-        BLOCK_K=c.block_k,
+        BLOCK_K=block_k,
         GROUP=8,
         num_warps=c.warps,
-        num_stages=c.stages,
+        num_stages=stages,
     )
     return y_TO
+
+
+def weight_only_steps(config: Config, steps: int, size: int) -> tuple[int, int, bool]:
+    """BLOCK_K, stages and UNIFORM of weight_only_kernel, for rows of so many bytes in groups of so many codes. A step is no longer than lies in one
+    group in both halves of the row: then a column has one scale there. Groups that no step of 16 fits have a scale for every weight, too many to have
+    several stages of in flight."""
+    unit = math.gcd(steps, size)
+    unit &= -unit  # the largest power of two in it
+    if size == 2 * steps:
+        return config.block_k, config.stages, True
+    return (min(config.block_k, unit), config.stages, True) if unit >= 16 else (min(config.block_k, 64), 1, False)
 
 
 def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,7 @@ def _piece(x_rows, matrix_ptr, there, n, column, B: tl.constexpr, END: tl.conste
     return y.to(x_rows.dtype.element_ty).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def blocks_kernel(
     x_ptr,
     matrix_ptr,

@@ -52,7 +52,7 @@ def _beside(y, m, n, rows, columns, low_ptr, up_ptr, rank: tl.constexpr, BLOCK_R
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def integer_kernel(
     x_ptr,
     x_scale_ptr,
@@ -120,14 +120,13 @@ def nibble_value(nibble):
 
 
 @triton.jit
-def _dequantized(nibble, scale_ptr, zero_ptr, n, k, columns, end, groups, SIZE: tl.constexpr, ZERO: tl.constexpr, UNIFORM: tl.constexpr):
-    """(code - zero) * scale, float32. UNIFORM: all of k lie in one group."""
+def _dequantized(nibble, scale_ptr, zero_ptr, n, first, k, columns, end, groups, SIZE: tl.constexpr, ZERO: tl.constexpr, UNIFORM: tl.constexpr):
+    """(code - zero) * scale, float32. UNIFORM: all of k, from `first` on, lie in one group."""
     value = nibble_value(nibble)
     if UNIFORM:
-        at = n * groups + tl.min(k, 0) // SIZE
-        scale = tl.load(scale_ptr + at, mask=n < columns, other=0.0)[:, None]
+        scale = tl.load(scale_ptr + first // SIZE + n * groups, mask=n < columns, other=0.0)[:, None]
         if ZERO:
-            value -= tl.load(zero_ptr + at, mask=n < columns, other=0.0)[:, None]
+            value -= tl.load(zero_ptr + first // SIZE + n * groups, mask=n < columns, other=0.0)[:, None]
     else:
         grid = n[:, None] * groups + (k // SIZE)[None, :]
         inside = (n < columns)[:, None] & (k < end)[None, :]
@@ -137,7 +136,7 @@ def _dequantized(nibble, scale_ptr, zero_ptr, n, k, columns, end, groups, SIZE: 
     return value * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def weight_only_kernel(
     x_ptr,
     w_ptr,
@@ -170,9 +169,9 @@ def weight_only_kernel(
         w = _load(w_ptr, n, k, columns, steps, steps).to(tl.int16)
         inside = (m < rows)[:, None] & (k < steps)[None, :]
         x_at = x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :]
-        low = _dequantized(w, scale_ptr, zero_ptr, n, k, columns, steps, groups, SIZE, ZERO, UNIFORM).to(dtype)
+        low = _dequantized(w, scale_ptr, zero_ptr, n, start, k, columns, steps, groups, SIZE, ZERO, UNIFORM).to(dtype)
         sums = tl.dot(low, tl.trans(tl.load(x_at, mask=inside, other=0.0)), sums, input_precision="ieee")
-        high = _dequantized(w >> 4, scale_ptr, zero_ptr, n, steps + k, columns, 2 * steps, groups, SIZE, ZERO, UNIFORM).to(dtype)
+        high = _dequantized(w >> 4, scale_ptr, zero_ptr, n, steps + start, steps + k, columns, 2 * steps, groups, SIZE, ZERO, UNIFORM).to(dtype)
         sums = tl.dot(high, tl.trans(tl.load(x_at + steps, mask=inside, other=0.0)), sums, input_precision="ieee")
     y = tl.trans(sums)
     if BIAS:

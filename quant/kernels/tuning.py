@@ -64,7 +64,7 @@ def rule(op: str, tokens: int, columns: int) -> Config:
         longest = {"linear_w4a16": 128, "linear_w4a4": 256}.get(op, 512)  # by groups, and by registers
         return Config(16, block_n, min(longest, 128 * widest // block_n), 4, 4)
     if tokens <= 64:
-        return Config(64 if tokens > 32 else 32, 64, 128, 4, 4)
+        return Config(64 if tokens > 32 else 32, 64, 64 if op == "linear_w4a16" else 128, 4, 4)
     if op == "linear_w4a16":
         return Config(64, 128, 64, 8, 3)
     return Config(128, 128, 64 if packed else 128, 8, 3)

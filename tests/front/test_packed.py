@@ -13,7 +13,7 @@ import planish
 from planish.calib import packed
 from planish.calib.packed import GatedMlp, RmsNorm, kernels_used
 from planish.quant.errors import PlanishError
-from planish.quant.kernels import PackedLinear, attention, native, tiles
+from planish.quant.kernels import PackedLinear, attention, cpu, native, tiles
 from planish.quant.kernels.joined import Part
 from planish.quant.linear import QuantizedLinear
 
@@ -125,6 +125,21 @@ def test_outliers_and_other_processors(tmp_path: Path, monkeypatch: pytest.Monke
     assert all(distance(one, exact) <= 1.5 * half + 1e-3 for one in found)
 
 
+def test_a_gated_mlp_quantizes_its_input_once(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no pass of the CPU's does it, as on a GPU."""
+    monkeypatch.setattr(tiles, "engine", lambda: 0)
+    mlp = planish.load(folders["w8a8"], device="cpu", kernels="packed", dtype=torch.bfloat16).model.layers[0].mlp
+    assert isinstance(mlp, GatedMlp)
+    x = torch.randn(3, mlp.width).bfloat16()
+    expected = mlp(x)
+    asked: list[torch.Size] = []
+    codes = PackedLinear.codes
+    monkeypatch.setattr(PackedLinear, "codes", lambda self, x: (asked.append(x.shape), codes(self, x))[1])
+    monkeypatch.setattr(cpu, "gated_codes", lambda *_: None)
+    assert distance(mlp(x).float(), expected.float()) < 0.02
+    assert asked == [x.shape]
+
+
 @pytest.mark.parametrize("load", [planish.load, AutoModelForCausalLM.from_pretrained])
 def test_keys_and_values_in_codes(load: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLANISH_KERNELS", "packed")
@@ -144,10 +159,28 @@ def test_untested_devices_are_held_against_the_reference(name: str, folders: dic
     assert not kinds(model, QuantizedLinear)
     right = PackedLinear.forward
     monkeypatch.setattr(PackedLinear, "forward", lambda self, x: right(self, x) * (1.2 if len(x) > 1 else 1.0))
-    with pytest.warns(UserWarning, match="is off by 0.2 of its output on this cpu: the reference runs instead"):
+    with pytest.warns(UserWarning, match=r"is off by 0\.20?\d? of its output on this cpu: the reference runs instead"):
         model = planish.load(folders[name], device="cpu", dtype=torch.bfloat16, kernels="packed")
     assert not kinds(model, PackedLinear)
     assert not kinds(model, Part)
+
+
+def test_kernels_that_fail_on_untested_devices_leave_the_reference(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a tile finds too little memory, or Triton no C compiler; a package that can be installed is asked for."""
+    monkeypatch.setattr(packed, "_TESTED", ())
+    failure: Exception = MemoryError("out of resource: shared memory")
+
+    def fails(self: PackedLinear, x: Tensor) -> Tensor:
+        raise failure
+
+    monkeypatch.setattr(PackedLinear, "forward", fails)
+    with pytest.warns(UserWarning, match=r"A packed layer of \d+ x \d+ fails on this cpu \(MemoryError: out of resource"):
+        model = planish.load(folders["w8a8"], device="cpu", dtype=torch.bfloat16, kernels="packed")
+    assert not kinds(model, PackedLinear)
+    assert not kinds(model, Part)
+    failure = PlanishError("install it")
+    with pytest.raises(PlanishError, match="install it"):
+        planish.load(folders["w8a8"], device="cpu", dtype=torch.bfloat16, kernels="packed")
 
 
 def test_what_auto_means(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,8 @@ def served(folder: Path, log: Path, dtype: torch.dtype) -> Iterator[str]:
         "--port",
         str(port),
     ]
-    options = ["--dtype", str(dtype).removeprefix("torch."), "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "4"]
+    options = ["--dtype", str(dtype).removeprefix("torch."), "--max-model-len", "512", "--max-num-seqs", "4"]
+    options += ["--enforce-eager"] if dtype == WIDE else []  # in bfloat16 through torch.compile
     with log.open("w") as out:
         process = subprocess.Popen([*command, *options], stdout=out, stderr=subprocess.STDOUT, env=environment("planish"), cwd=log.parent)
         try:

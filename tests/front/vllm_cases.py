@@ -4,9 +4,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
+
 from planish.calib.prefix import tensor_names
 from planish.serving import vllm_prefix
-from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
 
 BLOCK = "model.layers.0"
 NAME = f"{BLOCK}.self_attn.attn"
@@ -24,12 +25,14 @@ def attention(stored: dict[str, torch.Tensor], written: list[tuple[torch.Tensor,
     """A layer, and a checkpoint with a prefix for it."""
     backend = SimpleNamespace(forward_includes_kv_cache_update=False, get_builder_cls=lambda: Builder)
     impl = SimpleNamespace(do_kv_cache_update=lambda _owner, key, value, _cache, _slots: written.append((key, value)))
-    checkpoint = SimpleNamespace(extension=SimpleNamespace(prefix=tuple(range(PREFIX))), tensors=stored, read=lambda names: {n: stored[n] for n in names})
+    checkpoint = SimpleNamespace(
+        extension=SimpleNamespace(prefix=tuple(range(PREFIX))), tensors=stored, read=lambda names: {n: stored[n] for n in names}
+    )
     return SimpleNamespace(impl=impl, attn_backend=backend), checkpoint
 
 
 def test_keys_of_the_prefix_are_stored_once() -> None:
-    """Requests: a text from its start, one inside its prefix, one beyond it; three padded tokens. vLLM asks twice, the second time on another device."""
+    """Requests: a text from its start, one inside its prefix, one beyond it; three padded tokens. vLLM asks twice, then on another device."""
     stored = {name: torch.randn(1, HEADS, PREFIX, SIZE) for name in tensor_names(BLOCK)}
     written: list[tuple[torch.Tensor, ...]] = []
     layer, checkpoint = attention(stored, written)
@@ -58,14 +61,15 @@ def test_keys_of_the_prefix_are_stored_once() -> None:
 
 
 def test_scores_of_given_tokens_are_refused() -> None:
-    request = SimpleNamespace(prompt_token_ids=[1, 2], prompt_embeds=None, resumable=False, sampling_params=SimpleNamespace(prompt_logprob_token_ids=[[1]]))
+    params = SimpleNamespace(prompt_logprob_token_ids=[[1]])
+    request = SimpleNamespace(prompt_token_ids=[1, 2], prompt_embeds=None, resumable=False, sampling_params=params)
+    refused = ""
     try:
         vllm_prefix._check_room(request, PREFIX, 100)
-    except VLLMValidationError as refused:
-        assert "prompt_logprob_token_ids" in str(refused)
-    else:
-        raise AssertionError("not refused")
-    request.sampling_params.prompt_logprob_token_ids = None
+    except VLLMValidationError as error:
+        refused = str(error)
+    assert "prompt_logprob_token_ids" in refused
+    params.prompt_logprob_token_ids = None
     vllm_prefix._check_room(request, PREFIX, 100)
 
 

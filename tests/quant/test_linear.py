@@ -79,6 +79,14 @@ def test_equals_fake_quantization(fmt: WeightFormat, act: ActivationFormat | Non
         assert float((half.double() - same_input).norm() / same_input.norm()) < 0.01
 
 
+@pytest.mark.parametrize("act", [None, ActivationFormat(bits=8), ActivationFormat(bits=8, symmetric=False)], ids=activation_name)
+def test_sums_of_codes_are_beyond_float16(act: ActivationFormat | None) -> None:
+    weight, x = rounded(64, 4096, WeightFormat(bits=8)), inputs(9, 4096).half()
+    found, expected = QuantizedLinear(weight, None, act, dtype=torch.float16)(x), float64_output(x.float(), weight, None, act, None)
+    assert found.dtype is torch.float16
+    assert float((found.double() - expected).norm() / expected.norm()) < 0.005
+
+
 @pytest.mark.parametrize("act", [a for a in ACTIVATIONS if a is not None], ids=activation_name)
 def test_readers_share_the_quantized_input(act: ActivationFormat) -> None:
     x = inputs(15, 24).float()
