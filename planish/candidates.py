@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from .calib.packing import Packed
-from .preflight import layout_for, runs_in_transformers, runs_in_vllm
+from .preflight import layout_for
 from .quant.errors import PlanishError
 from .quant.formats import Scheme, WeightFormat
 from .recipe import Recipe
+from .servers import runs_in_transformers, vllm_devices
 
 Target: TypeAlias = Literal["vllm", "transformers", "planish"]
 TARGETS: tuple[Target, ...] = ("vllm", "transformers", "planish")
@@ -67,4 +68,4 @@ def at_site(names: Sequence[str], how: Packed, width: int, target: Target, recip
 def _runs(packed: Packed, target: Target) -> bool:
     if target == "planish":
         return True
-    return runs_in_vllm(packed) if target == "vllm" else runs_in_transformers(packed)
+    return bool(vllm_devices(packed)) if target == "vllm" else runs_in_transformers(packed)

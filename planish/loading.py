@@ -26,8 +26,12 @@ def load(
     reference. kernels_used(model) says what runs on what.
     The whole model is in memory; it does not train, and is saved by copying the folder. Raises PlanishError.
     """
-    checkpoint = open_any(model)
     where = pick_device(device)
+    with torch.device("cpu"):  # whatever torch's default is: what is read and prepared lies there
+        return _loaded(open_any(model), dtype, where, kernels)
+
+
+def _loaded(checkpoint: Checkpoint, dtype: torch.dtype | None, where: torch.device, kernels: Kernels) -> PreTrainedModel:
     loaded, whole = checkpoint.skeleton(dtype), dtype or checkpoint.dtype
     packed = pick_kernels(kernels, whole, where)
     if isinstance(checkpoint, StoredCheckpoint) and packed:

@@ -48,5 +48,15 @@ def _use(plan: Plan) -> str:
     line, call = "import planish", "planish.load"
     if "transformers" in plan.servers:
         line, call = "from transformers import AutoModelForCausalLM", "AutoModelForCausalLM.from_pretrained"
-    server = "\n\nor `vllm serve THIS_FOLDER`." if "vLLM" in plan.servers else ""
-    return f'```python\n{line}\n\nmodel = {call}("THIS_FOLDER")\n```{server}'
+    return f'```python\n{line}\n\nmodel = {call}("THIS_FOLDER")\n```{_vllm(plan)}'
+
+
+def _vllm(plan: Plan) -> str:
+    """What serves it, if anything does."""
+    device = next((name.removeprefix("vLLM").strip(" ()") for name in plan.servers if name.startswith("vLLM")), None)
+    if device is None:
+        return ""
+    elsewhere = (
+        "; elsewhere add `--quantization planish`, with planish in its environment" if plan.checkpoint.config.model_type in VLLM_FAMILIES else ""
+    )
+    return "\n\nor `vllm serve THIS_FOLDER`" + (f" on a {device}{elsewhere}." if device else ".")

@@ -34,12 +34,12 @@ from .quant.formats import Scheme
 from .quant.transforms import Prefix
 from .raising_check import check_raising
 from .recipe import Recipe, load_recipe
-from .resolve import SERVED_GROUPS, Address, Resolved, resolve
+from .resolve import Address, Resolved, resolve
+from .servers import PLAIN_LINEARS, servers
 from .units import size
 
 AVAILABLE_SHARE = 0.6  # of the memory that is free, what a run may take before its streams move to disk
 PROOF_TOKENS = 8  # evenly from the whole vocabulary
-PLAIN_LINEARS = ("gpt2",)  # families whose linear layers are transposed Conv1D modules, which servers and transformers refuse quantized
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +129,7 @@ def make_plan(
         ids=ids,
         prefix=_prefix(recipe, checkpoint),
         notes=resolved.notes + notes + raising + _warnings(packed, topology, recipe.extended),
-        servers=("planish",) if recipe.extended else servers(packed, topology),
+        servers=("planish",) if recipe.extended else servers(packed.values(), topology.family),
         quantized=sizes.quantized,
         bits_per_weight=sizes.bits,
         offload=offload,
@@ -269,30 +269,6 @@ def check_room(needs: Mapping[Path, int]) -> None:
             raise PlanishError(f"{parent}: {size(free)} free, but the run needs {size(needed_on[disk])} there. Free some, or write elsewhere.")
 
 
-def servers(packed: dict[Address, Packed | None], topology: Topology) -> tuple[str, ...]:
-    """Who runs such a checkpoint as it was measured. planish.load always does."""
-    schemes = {how for how in packed.values() if how is not None}
-    others = {"transformers": runs_in_transformers, "vLLM": runs_in_vllm}
-    return ("planish", *(name for name, runs in others.items() if topology.family not in PLAIN_LINEARS and all(map(runs, schemes))))
-
-
-def runs_in_transformers(how: Packed) -> bool:
-    """Whether transformers runs linears that are stored like this."""
-    fmt = how.scheme.weights
-    assert fmt is not None
-    return how.layout == "int-quantized" or fmt.symmetric or fmt.granularity == "tensor"  # it has no room for packed zero points (5.23)
-
-
-def runs_in_vllm(how: Packed) -> bool:
-    """Whether vLLM runs linears that are stored like this."""
-    fmt, act = how.scheme.weights, how.scheme.activations
-    assert fmt is not None
-    if act is not None:
-        return act.bits == 8 and fmt.symmetric and fmt.granularity in ("tensor", "channel") and fmt.bits in (4, 8) and how.layout == "int-quantized"
-    served = fmt.granularity == "channel" or fmt.group_size in SERVED_GROUPS
-    return fmt.bits in (4, 8) and how.layout == "pack-quantized" and served
-
-
 def _warnings(packed: dict[Address, Packed | None], topology: Topology, extended: bool) -> tuple[str, ...]:
     if extended:
         return (
@@ -301,6 +277,11 @@ def _warnings(packed: dict[Address, Packed | None], topology: Topology, extended
         )
     if topology.family in PLAIN_LINEARS:
         return (f"{topology.family}: its linear layers are Conv1D modules; transformers runs the checkpoint only with planish, vLLM refuses it.",)
-    if any(how and how.scheme.activations is not None and how.scheme.activations.bits != 8 for how in packed.values()):
+    quantized = [(how.layout, how.scheme.activations) for how in packed.values() if how and how.scheme.activations is not None]
+    if any(layout == "pack-quantized" for layout, _ in quantized):
+        return (
+            "export.layout pack-quantized: vLLM and SGLang load it and leave activations as they are, without a word. layout auto prevents that.",
+        )
+    if any(act.bits != 8 for _, act in quantized):
         return ("activations of other than 8 bits: transformers simulates them, vLLM refuses the checkpoint.",)
     return ()

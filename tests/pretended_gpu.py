@@ -67,6 +67,7 @@ class Pretended(Tensor):
         self.held = value.held
 
     def tolist(self) -> Any:
+        CROSSINGS.append("tolist")
         return self.held.tolist()
 
     @classmethod
@@ -86,8 +87,14 @@ class Pretended(Tensor):
             raise NotImplementedError(f"{func} is of the CPU, or takes other shapes on CUDA")
         held_args, held_kwargs = tree_unflatten([x.held if isinstance(x, Pretended) else x for x in flat], spec)
         where = held_kwargs.get("device")
+        counted = func in LOOKUPS and any(isinstance(x, Tensor) and x.dtype == torch.bool for x in args[1])  # how many, the CPU must know
         from_here = (func in LOOKUPS and bool(strange)) or (func is ATEN.copy_.default and not isinstance(args[1], Pretended))
-        if func is ATEN._local_scalar_dense.default or from_here or (where is not None and torch.device(where).type == "cpu"):
+        if (
+            func in (ATEN._local_scalar_dense.default, ATEN.nonzero.default)
+            or counted
+            or from_here
+            or (where is not None and torch.device(where).type == "cpu")
+        ):
             CROSSINGS.append(str(func))
         if where is not None:
             held_kwargs["device"] = torch.device("cpu")

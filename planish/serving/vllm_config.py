@@ -68,12 +68,15 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> str | None:
-        """Also compressed-tensors with activations of fewer than 8 bits in plain layout, which vLLM itself refuses."""
+        """Also compressed-tensors in plain layout with activations where they or the weights have fewer than 8 bits: vLLM itself refuses such
+        activations, and W4A8 on GPUs. All of compressed-tensors where the user asks for planish."""
         if not isinstance(hf_quant_cfg, dict) or hf_quant_cfg.get("quant_method") != PLAIN or user_quant not in (None, METHOD):
             return None
+        if user_quant == METHOD:
+            return METHOD
         groups = [group for group in (hf_quant_cfg.get("config_groups") or {}).values() if isinstance(group, dict)]
-        inputs = [group.get("input_activations") or {} for group in groups]
-        narrow = any(act.get("type") == "int" and act.get("num_bits", 8) < 8 for act in inputs)
+        pairs = [(group.get("weights") or {}, group.get("input_activations")) for group in groups]
+        narrow = any(act and act.get("type") == "int" and min(act.get("num_bits", 8), fmt.get("num_bits", 8)) < 8 for fmt, act in pairs)
         return METHOD if narrow and all(group.get("format") == "int-quantized" for group in groups) else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:

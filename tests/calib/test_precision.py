@@ -10,10 +10,12 @@ from planish.calib.precision import bfloat16_products, working_dtype
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_working_dtype(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
-    assert working_dtype(torch.bfloat16, CPU) is (torch.bfloat16 if native else torch.float32)
+@pytest.mark.parametrize("avx512", [True, False])
+@pytest.mark.parametrize("amx", [True, False])
+def test_working_dtype(amx: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert working_dtype(torch.bfloat16, CPU) is (torch.bfloat16 if amx or avx512 else torch.float32)
     assert working_dtype(torch.float16, CPU) is torch.float32
     assert working_dtype(torch.float32, CPU) is torch.float32
 

@@ -111,6 +111,16 @@ def test_loaded(name: str, kernels: Kernels, model: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kernels", ["reference", "packed"])
+def test_loaded_where_the_gpu_is_torch_s_default(kernels: Kernels, model: Path, tmp_path: Path) -> None:
+    planish.compress(quick("w4a4-fast"), model, tmp_path / "out", device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        expected = planish.load(tmp_path / "out", device="cpu", kernels="reference")(ids()).logits
+        with torch.device(GPU):
+            there = planish.load(tmp_path / "out", device=GPU, kernels=kernels)
+        assert distance(there(ids().to(GPU)).logits.cpu(), expected) <= CLOSE
+
+
+@pytest.mark.parametrize("kernels", ["reference", "packed"])
 @pytest.mark.parametrize("name", ["w8a8", "w4a4-best", "w4a16-g128", "paper-resq"])
 def test_nothing_waits(name: str, kernels: Kernels, model: Path, tmp_path: Path) -> None:
     """A step of generation crosses no border between CPU and GPU once the first is done, so that a CUDA graph holds it; with a prefix and without."""

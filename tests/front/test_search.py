@@ -142,7 +142,10 @@ def test_candidates() -> None:
     assert names_for("vllm", ["4", "8", "4"]) == ("4", "8")
     recipe = load_recipe("w8a8")
     how = Packed(recipe.scheme, "int-quantized")
-    assert list(at_site(names_for("vllm", None), how, 96, "vllm", recipe, "llama")) == ["4", "8", "keep"]
+    assert list(at_site(names_for("vllm", None), how, 96, "vllm", recipe, "llama")) == ["8", "keep"]  # W4A8 of vLLM has each token's own range
+    asymmetric = load_recipe("w4a8")
+    how = Packed(asymmetric.scheme, "int-quantized")
+    assert list(at_site(names_for("vllm", None), how, 96, "vllm", asymmetric, "llama")) == ["4", "8", "keep"]
     weight_only = load_recipe("w4a16-channel")
     how = Packed(weight_only.scheme, "pack-quantized")
     assert list(at_site(names_for("vllm", None), how, 96, "vllm", weight_only, "llama")) == ["4", "4-asym", "4-g32", "8", "keep"]

@@ -139,4 +139,4 @@ def test_alone_it_refuses_by_name(tmp_path: Path) -> None:
 def test_what_it_does_with_attention(tmp_path: Path) -> None:
     command = [str(server_python("vllm")), str(Path(__file__).with_name("vllm_cases.py"))]
     ran = subprocess.run(command, env=environment("planish"), capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
-    assert ran.stdout.count(" passed") == 2, ran.stdout + ran.stderr
+    assert ran.stdout.count(" passed") == 3, ran.stdout + ran.stderr

@@ -8,6 +8,7 @@ from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissing
 
 from planish.calib.prefix import tensor_names
 from planish.serving import vllm_prefix
+from planish.serving.vllm_config import PlanishConfig
 
 BLOCK = "model.layers.0"
 NAME = f"{BLOCK}.self_attn.attn"
@@ -73,7 +74,27 @@ def test_scores_of_given_tokens_are_refused() -> None:
     vllm_prefix._check_room(request, PREFIX, 100)
 
 
+def test_what_planish_takes_over() -> None:
+    """W4A8 and narrower activations of compressed-tensors, and whatever the user asks for."""
+    for weights, activations, layout, asked, taken in (
+        (8, 8, "int-quantized", None, False),
+        (8, 8, "int-quantized", "planish", True),
+        (8, 8, "int-quantized", "compressed-tensors", False),
+        (4, 8, "int-quantized", None, True),
+        (4, 8, "pack-quantized", None, False),
+        (4, 4, "int-quantized", None, True),
+        (4, None, "pack-quantized", None, False),
+        (4, None, "pack-quantized", "planish", True),
+    ):
+        inputs = None if activations is None else {"type": "int", "num_bits": activations}
+        group = {"format": layout, "weights": {"type": "int", "num_bits": weights}, "input_activations": inputs}
+        config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+        found = PlanishConfig.override_quantization_method(config, asked)
+        assert found == ("planish" if taken else None), (weights, activations, layout, asked)
+    assert PlanishConfig.override_quantization_method({"quant_method": "gptq"}, None) is None
+
+
 if __name__ == "__main__":
-    for case in (test_keys_of_the_prefix_are_stored_once, test_scores_of_given_tokens_are_refused):
+    for case in (test_keys_of_the_prefix_are_stored_once, test_scores_of_given_tokens_are_refused, test_what_planish_takes_over):
         case()
         print(f"{case.__name__} passed", flush=True)

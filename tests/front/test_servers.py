@@ -1,0 +1,59 @@
+"""Who is said to run a checkpoint, by format: what vLLM 0.32 has kernels for, scheme by scheme."""
+
+import pytest
+
+from planish.calib.packing import Layout, Packed
+from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
+from planish.servers import servers
+
+EIGHT, FOUR = WeightFormat(bits=8), WeightFormat(bits=4)
+TOKEN, OWN_RANGE = ActivationFormat(bits=8), ActivationFormat(bits=8, symmetric=False)
+STATIC = ActivationFormat(bits=8, symmetric=False, granularity="tensor", dynamic=False)
+PLAIN: Layout = "int-quantized"
+CASES: dict[str, tuple[WeightFormat, ActivationFormat | None, Layout, str | None]] = {
+    "w8a8": (EIGHT, TOKEN, PLAIN, "vLLM"),
+    "w8a8, asymmetric": (EIGHT, OWN_RANGE, PLAIN, "vLLM"),
+    "w8a8, weights per tensor": (WeightFormat(bits=8, granularity="tensor"), TOKEN, PLAIN, "vLLM"),
+    "w8a8, static": (EIGHT, STATIC, PLAIN, "vLLM"),
+    "w8a8, static and symmetric": (EIGHT, ActivationFormat(bits=8, granularity="tensor", dynamic=False), PLAIN, "vLLM (GPU)"),
+    "w8a8, dynamic per tensor": (EIGHT, ActivationFormat(bits=8, granularity="tensor"), PLAIN, None),
+    "w8a8, activations in groups": (EIGHT, ActivationFormat(bits=8, granularity="group", group_size=32), PLAIN, None),
+    "w8a8, weights in groups": (WeightFormat(bits=8, granularity="group", group_size=32), TOKEN, PLAIN, None),
+    "w8a8, asymmetric weights": (WeightFormat(bits=8, symmetric=False), TOKEN, PLAIN, None),
+    "w8a8, packed": (EIGHT, TOKEN, "pack-quantized", None),
+    "w4a8": (FOUR, OWN_RANGE, PLAIN, "vLLM (CPU)"),
+    "w4a8, symmetric activations": (FOUR, TOKEN, PLAIN, None),
+    "w4a8, static": (FOUR, STATIC, PLAIN, None),
+    "w4a8, weights per tensor": (WeightFormat(bits=4, granularity="tensor"), OWN_RANGE, PLAIN, None),
+    "w4a4": (FOUR, ActivationFormat(bits=4), PLAIN, None),
+    "w4a16": (FOUR, None, "pack-quantized", "vLLM"),
+    "w4a16, asymmetric": (WeightFormat(bits=4, symmetric=False), None, "pack-quantized", "vLLM"),
+    "w4a16, groups of 64": (WeightFormat(bits=4, granularity="group", group_size=64), None, "pack-quantized", "vLLM"),
+    "w4a16, groups of 48": (WeightFormat(bits=4, granularity="group", group_size=48), None, "pack-quantized", None),
+    "w4a16, not packed": (FOUR, None, PLAIN, None),
+    "w8a16": (EIGHT, None, "pack-quantized", "vLLM (GPU)"),
+    "w8a16, asymmetric": (WeightFormat(bits=8, symmetric=False), None, "pack-quantized", None),
+    "w3a16": (WeightFormat(bits=3), None, "pack-quantized", None),
+}
+
+
+def packed(name: str) -> Packed:
+    weights, activations, layout, _ = CASES[name]
+    return Packed(Scheme(weights=weights, activations=activations), layout)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_of_one_format(name: str) -> None:
+    found = [server for server in servers([packed(name), None], "llama") if server.startswith("vLLM")]
+    assert found == ([] if CASES[name][3] is None else [CASES[name][3]])
+
+
+def test_of_several() -> None:
+    assert servers([packed("w8a8"), packed("w4a16")], "llama") == ("planish", "transformers", "vLLM")
+    assert servers([packed("w8a8"), packed("w4a8")], "llama")[-1] == "vLLM (CPU)"
+    assert servers([packed("w4a8"), packed("w8a16")], "llama") == ("planish", "transformers")
+    assert servers([packed("w8a8"), packed("w4a4")], "llama") == ("planish", "transformers")
+    assert servers([packed("w4a16, asymmetric")], "llama") == ("planish", "vLLM")  # transformers has no room for packed zero points
+    assert servers([packed("w8a8")], "gpt2") == ("planish",)
+    assert servers([packed("w8a8")], "gpt_neox")[-1] == "vLLM"
+    assert servers([packed("w8a8"), packed("w4a16")], "gpt_neox")[-1] == "transformers"
