@@ -7,7 +7,7 @@ Shape suffixes: N rows of a piece, D width of the stream, C channels of a site, 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,7 @@ def map_stream(block: nn.Module, topology: Topology, change: StreamMap) -> None:
 def write_through(writer: nn.Module, change: StreamMap) -> None:
     """What the layer or the table of embeddings puts out becomes change(that)."""
     weight_ND = writer.weight if isinstance(writer, nn.Embedding) else reader_weight(writer).T
+    change = replace(change, rotation=placed(change.rotation, weight_ND.device))  # once, not with every piece
     rowwise(weight_ND, change)
     bias_D = None if isinstance(writer, nn.Embedding) else reader_bias(writer)
     if bias_D is not None:

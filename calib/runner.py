@@ -10,11 +10,13 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.integrations import sdpa_attention
 
 from ..quant.errors import PlanishError
 from .checkpoint import Checkpoint
@@ -70,11 +72,28 @@ class _Injector(nn.Module):
         return self.hidden
 
 
+def _keep_float32_fused() -> None:
+    """Let transformers repeat keys and values of float32 for their groups of queries on CUDA: no fused kernel there takes them as they are, and the
+    one that does instead holds all scores, heads x length²."""
+    before = sdpa_attention.use_gqa_in_sdpa
+    if hasattr(before, "planish"):
+        return
+
+    @wraps(before)
+    def use_gqa_in_sdpa(mask: Tensor | None, key: Tensor, *rest: Tensor) -> bool:
+        return bool(before(mask, key, *rest)) and not (key.is_cuda and key.dtype == torch.float32)
+
+    use_gqa_in_sdpa.planish = True  # type: ignore[attr-defined]
+    sdpa_attention.use_gqa_in_sdpa = use_gqa_in_sdpa
+
+
 class BlockRunner:
     """One model, block by block, in `dtype` on `device`."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        if device.type != "cpu":
+            _keep_float32_fused()
         self.topology: Topology = topology(checkpoint.config)
         self.prefix: PrefixCache | None = checkpoint.prefix_cache(dtype, device)
         self.model = checkpoint.skeleton(dtype)

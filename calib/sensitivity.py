@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .precision import ordered_attention
 from .runner import BlockRunner, Call, Head
 from .sites import Site
 
@@ -61,7 +62,7 @@ def sensitivities(runner: BlockRunner, batches: Sequence[Tensor], sites: Sequenc
     for index in reversed(range(len(runner.blocks))):
         block = runner.load_block(index)
         found: list[dict[str, Felt]] = []
-        with torch.enable_grad(), _watched(block, sites) as seen:
+        with torch.enable_grad(), ordered_attention(runner.device), _watched(block, sites) as seen:
             for batch, hidden in enumerate(entering.pop()):
                 leaf = hidden.detach().requires_grad_()
                 grads[batch], felt = _backward(calls[batch].run(block, index, leaf), grads[batch], leaf, seen)

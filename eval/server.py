@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..calib.checkpoint import Checkpoint
+from ..calib.device import give_back
 from ..quant.errors import PlanishError, nearest
 from .check import Check, Figure
 from .score import Report, score
@@ -86,6 +87,7 @@ def check_server(checkpoint: Checkpoint, ids_NL: Tensor, python: Path, *, device
     """vLLM's mean log-likelihood per token against planish's own, both in bfloat16. ids_NL: windows; cut so that the server can add one token."""
     longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", ids_NL.shape[1] + 1)
     ids_NL = ids_NL[:, : longest - 1]
+    give_back(device)  # vLLM asks for nearly all of a GPU
     try:
         served = serve(python, checkpoint.path, ids_NL)
     except ServerFailed as failure:

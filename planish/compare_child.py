@@ -33,7 +33,7 @@ from .quant.errors import PlanishError
 from .recipe import Recipe
 from .report import peak_bytes
 from .schemas import plain
-from .terminal import INTERRUPTED, hush, system_message
+from .terminal import INTERRUPTED, hush, memory_message, system_message
 
 IDS = "ids"  # the tensor in a file of calibration tokens
 
@@ -170,8 +170,11 @@ def main() -> None:
             channel.send("done", work(task, channel))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except (PlanishError, OSError, SafetensorError) as error:
-        message = str(error) if isinstance(error, PlanishError) else system_message(error)
+    except (PlanishError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
+        if isinstance(error, PlanishError):
+            message: str | None = str(error)
+        else:
+            message = memory_message(error) if isinstance(error, (RuntimeError, MemoryError)) else system_message(error)
         if message is None:
             raise
         channel.send("error", message)

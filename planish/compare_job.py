@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .calib.device import free_bytes
+from .calib.device import free_bytes, give_back
 from .calib.heap import trim
 from .calib.workers import threads
 from .compare_child import IDS, Task
@@ -172,7 +172,8 @@ class CompareJob:
 
         start, over = time.monotonic(), list[str]()
         needs = {name: plan.memory(name) for name in pending}
-        room = int(free_bytes(next(iter(plan.plans.values())).device) * AVAILABLE_SHARE)
+        give_back(device := next(iter(plan.plans.values())).device)  # what planning took
+        room = int(free_bytes(device) * AVAILABLE_SHARE)
         steps = 2 * next(iter(plan.plans.values())).topology.block_count + 1
         lanes = side_by_side(measure, pending, jobs=self.jobs, needs=needs, room=room, steps=steps, progress=progress)
         with closing(lanes) as results:
@@ -200,8 +201,7 @@ class CompareJob:
 
         make_reference(plan.checkpoint, plan.ids, device=device, report=step).save(self.folder.reference)
         trim()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the recipes' processes need it
+        give_back(device)  # the recipes' processes need it
 
     def _measure(self, plan: ComparisonPlan, name: str, task: Task, progress: Progress, started: Started) -> Done:
         """One recipe, in its own process; its result is kept before its checkpoint goes where it belongs."""

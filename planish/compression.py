@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .beside import located
 from .block import BlockCompressor, Streams
+from .calib.device import device_name
 from .calib.heap import separate_large, trim
 from .calib.outlier_tokens import search_prefix, start_token
 from .calib.packing import Packed, clipped, made_dynamic
@@ -104,7 +105,7 @@ def carry_out(plan: Plan, out: Path, progress: Progress, looks: Path | None = No
         plan, runner, steps = begun(plan, progress, journal.folder)
         plan, needs = _raised(plan, steps, folder_of_streams, progress, journal.folder)
         streams = streams_of(plan, runner, folder_of_streams)
-        shared = None if looks is None else Looks(looks, f"{plan.dtype} {plan.device.type} {torch.get_num_threads()} {plan.prefix}")
+        shared = None if looks is None else Looks(looks, f"{plan.dtype} {device_name(plan.device)} {torch.get_num_threads()} {plan.prefix}")
         compressor = BlockCompressor(runner, plan.recipe.solver, steps, plan.packed, streams, shared)
         progress.stage("blocks", plan.topology.block_count)
         for index in range(plan.topology.block_count):
@@ -178,7 +179,7 @@ def fingerprint(plan: Plan) -> str:
         digest(plan.recipe),
         plan.checkpoint.fingerprint(),
         *(f"{name} {version(name)}" for name in ("planish", "torch", "transformers", "compressed-tensors")),
-        f"{plan.dtype} {plan.device.type} {torch.get_num_threads()}",
+        f"{plan.dtype} {device_name(plan.device)} {torch.get_num_threads()}",
         "" if plan.ids is None else hashlib.sha256(plan.ids.numpy().tobytes()).hexdigest(),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -16,7 +16,7 @@ from .calib.runner import HEAD_TOKENS, BlockRunner
 from .calib.sites import reader_weight
 from .calib.workers import workers_for
 from .polishing import JUDGEMENTS
-from .quant.solvers.gptq import PIECE
+from .quant.solvers.gptq import piece
 from .quant.transforms import Auto, Flat, Keeping, Polish, SideStep
 from .recipe import Recipe
 from .resolve import Address, matches
@@ -93,7 +93,8 @@ class Sizes:
         embedding = runner.model.get_input_embeddings()
         self.embedding = sum(p.numel() for p in embedding.parameters())
         self.longest: int = min(LENGTH, getattr(config, "max_position_embeddings", LENGTH))
-        self.heads: int = config.num_attention_heads if config._attn_implementation == "eager" else 0
+        self.all_heads: int = config.num_attention_heads
+        self.heads = self.all_heads if config._attn_implementation == "eager" else 0
         self.sites = []
         for site in runner.topology.sites:
             readers = [reader_weight(block.get_submodule(path)) for path in site.readers]
@@ -147,7 +148,8 @@ class Sizes:
     def _behind(self) -> int:
         """What a batch leaves in a block for the way back."""
         widths = sum(site.width for site in self.sites) + 4 * self.width
-        return self.batch * self.length * (KEPT * widths + 2 * self.heads * self.length * self.dtype.itemsize)
+        heads = self.heads if self.runner.device.type == "cpu" else self.all_heads  # ordered_attention
+        return self.batch * self.length * (KEPT * widths + 2 * heads * self.length * self.dtype.itemsize)
 
     def _together(self, program: int, streams: int) -> Memory:
         """A block whose transforms are learned together: its weights as they are, moved, and in what each rounding leaves for the way back."""
@@ -198,7 +200,7 @@ class Sizes:
         beside = any(isinstance(step, SideStep) and step.needs_moments for step in self.recipe.steps)
         wide = 8 * (DOUBLES * site.width**2 + 3 * site.weights) if beside else 0
         learning = max((step.held_bytes(site.width, site.weights, self.tokens) for step in self._learning), default=0)
-        return max(learning, wide + 4 * matrices * site.width**2 + 4 * COPIES * min(site.weights, PIECE) + site.weights)
+        return max(learning, wide + 4 * matrices * site.width**2 + 4 * COPIES * min(site.weights, piece(self.runner.device)) + site.weights)
 
     @property
     def _learning(self) -> list[Flat]:
@@ -246,10 +248,11 @@ class Sizes:
 
 def products_per_second(dtype: torch.dtype, device: torch.device) -> float:
     """Multiplications, each with its addition, that a matrix product makes in a second here: measured now, in a few milliseconds."""
-    a = torch.ones(512, 512, dtype=dtype, device=device)
+    size = 512 if device.type == "cpu" else 4096  # of smaller ones a GPU is not filled
+    a = torch.ones(size, size, dtype=dtype, device=device)
     (a @ a).sum().item()  # once before the clock runs
     start = time.perf_counter()
     for _ in range(3):
         a = (a @ a) * 1e-3
     a.sum().item()
-    return 3 * 512**3 / (time.perf_counter() - start)
+    return 3 * size**3 / (time.perf_counter() - start)

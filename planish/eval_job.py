@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .calib.checkpoint import Checkpoint, check_language
-from .calib.device import pick_device
+from .calib.device import device_name, pick_device
 from .calib.heap import trim
 from .calib.stored import StoredCheckpoint, open_any
 from .callbacks import Callback, Progress, Told
@@ -365,7 +365,7 @@ def _staged(progress: Progress, name: str) -> Report:
 def _facts(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """What else decides last bits."""
     facts = {"dtype": _name(dtype), "device": device.type, "threads": torch.get_num_threads(), "machine": platform.machine(), **_versions(False)}
-    return facts | {"gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
+    return facts | {"gpu": device_name(device) if device.type == "cuda" else None}
 
 
 def _versions(tasks: bool) -> dict[str, str]:

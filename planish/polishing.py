@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .calib.packing import clipped
+from .calib.precision import ordered_attention
 from .calib.runner import Call
 from .calib.stream import Stream
 from .calib.walk import replaced
@@ -121,7 +122,7 @@ class _Descent:
         return int(torch.randperm(self.learned, generator=generator)[i % self.learned])
 
     def _slopes(self, batch: int) -> Sequence[Tensor]:
-        with torch.enable_grad():
+        with torch.enable_grad(), ordered_attention(self.numbers[0].device):
             off, size = self._squares(batch)
             slopes = torch.autograd.grad(off / size, self.numbers)
         self._forget()

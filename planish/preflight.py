@@ -16,7 +16,7 @@ from .attention import check_attention
 from .beside import check_beside
 from .calib.checkpoint import Checkpoint, check_language, open_checkpoint
 from .calib.data import Calibration
-from .calib.device import free_bytes, pick_device
+from .calib.device import free_bytes, own_memory, pick_device
 from .calib.heap import separate_large, trim
 from .calib.key_values import check_key_values
 from .calib.own_text import SOURCE, own_text
@@ -182,7 +182,16 @@ def _saving(sizes: Sizes, program: int, asked: bool) -> tuple[bool, bool]:
     """Whether the streams go to disk, asked for or not, and whether blocks are run anew for each site."""
     room = program + int(free_bytes(sizes.runner.device) * AVAILABLE_SHARE)
     offload = asked or sizes.compressing(program, offload=False, replay=True).total > room
-    return offload, offload or sizes.compressing(program, offload=False, replay=False).total > room
+    replay = offload or sizes.compressing(program, offload=False, replay=False).total > room
+    device = sizes.runner.device
+    memory = sizes.compressing(program, offload, replay)
+    needed = memory.total - memory.program
+    if own_memory(device) is not None and needed > free_bytes(device):
+        raise PlanishError(
+            f"{device}: {size(free_bytes(device))} free, but the run needs about {size(needed)} there, with activations on disk. Use a larger GPU, "
+            "--device cpu, or another solver: gptq takes less than gptaq, rtn least."
+        )
+    return offload, replay
 
 
 def layout_for(recipe: Recipe, scheme: Scheme, family: str) -> Layout:

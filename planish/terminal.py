@@ -98,7 +98,8 @@ def system_message(error: OSError | SafetensorError) -> str | None:
 def memory_message(error: RuntimeError | MemoryError) -> str | None:
     """What did not fit, and what to do about it; None for what is no want of memory. (torch has a class for a GPU's, and none for the CPU's.)"""
     what = str(error).strip().split(". GPU ")[0].split("\n")[0]
-    if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in what:
+    said = any(mark in what for mark in ("can't allocate memory", "STATUS_ALLOC_FAILED"))
+    if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and not said:
         return None
     what = what.partition("DefaultCPUAllocator: ")[2] or what or "out of memory"
     return (

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .calib.precision import bfloat16_products
+from .calib.precision import bfloat16_products, ordered_attention
 from .calib.walk import replaced, site_inputs
 from .flatten import SAMPLE_TOKENS, Known, Part
 from .polishing import Flow
@@ -179,7 +179,7 @@ class _Descent:
         return int(torch.randperm(self.learned, generator=generator)[i % self.learned])
 
     def _slopes(self, batch: int, numbers: Sequence[Tensor]) -> Sequence[Tensor]:
-        with torch.enable_grad(), bfloat16_products(True):
+        with torch.enable_grad(), bfloat16_products(True), ordered_attention(numbers[0].device):
             off, size = self._squares(batch)
             return torch.autograd.grad(off / size, numbers, materialize_grads=True)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 CACHED = 1 << 18  # float32 values that stay in a processor's cache, where passes over them are several times faster
-LAUNCHED = 1 << 26  # on a GPU every pass over a piece is a launch: few pieces, of 256 MB at most
+LAUNCHED = 1 << 24  # on a GPU every pass over a piece is a launch: few pieces, of 64 MB
 
 
 def pieces(x_RC: Tensor) -> Iterator[slice]:

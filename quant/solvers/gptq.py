@@ -46,6 +46,12 @@ Setting: TypeAlias = float | tuple[float, ...]
 
 HELD_OUT = 0.25  # of the calibration batches, where settings are chosen by them; they are in nothing else that a solver is told
 PIECE = 1 << 21  # weights rounded at a time, whole rows: what is held besides does not grow with the layer
+PIECE_LAUNCHED = 1 << 27  # on a GPU, where every column of a piece is a dozen launches, however few its rows
+
+
+def piece(device: torch.device) -> int:
+    """Weights rounded at a time there."""
+    return PIECE if device.type == "cpu" else PIECE_LAUNCHED
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,7 +149,7 @@ class Gptq:
         """
         moments = require_moments(type(self).__name__.lower(), moments, w_OI.shape[1])
         plan = self.plan(moments, w_OI.dtype)
-        rows = len(w_OI) if fmt.granularity == "tensor" else max(1, PIECE // w_OI.shape[1])
+        rows = len(w_OI) if fmt.granularity == "tensor" else max(1, piece(w_OI.device) // w_OI.shape[1])
         pieces = (plan.alive(w_OI[start : start + rows]) for start in range(0, len(w_OI), rows))
         parts = [self.round(piece_OI, plan.target(piece_OI), fmt, plan, scale_dtype) for piece_OI in pieces]
         return Solution(weight=assembled(parts, fmt), damping=plan.damping, repairs=plan.repairs)

@@ -15,8 +15,10 @@ def test_devices() -> None:
     assert pick_device(CPU) == CPU
     assert pick_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("cuda:99", "warp", "mps:0"):
-        with pytest.raises(PlanishError, match=f"device '{name}' is not available. Here: cpu"):
+        with pytest.raises(PlanishError, match=f"device '{name}' is not available, or has no float64, which planish needs. Here: cpu"):
             pick_device(name)
+    with pytest.raises(PlanishError, match="holds no numbers"):
+        pick_device("meta")
 
 
 def test_memory_of_a_cpu_is_the_machine_s() -> None:

@@ -16,10 +16,12 @@ from helpers_front import invoke
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, StaticCache
+from transformers.integrations import sdpa_attention
 
 import planish
 from planish.calib.packed import ENVIRONMENT, Kernels, kernels_used
 from planish.preflight import make_plan
+from planish.quant.errors import PlanishError
 from planish.shipped import shipped
 
 REAL = "PLANISH_TEST_GPU" in os.environ
@@ -216,7 +218,18 @@ def test_resumed(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pretended
 def test_room_is_the_gpu_s(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretended_gpu.BACKEND, "free", 1)
+    plan = make_plan(quick("w8a8"), model, device=GPU)
+    assert not plan.offload
+    monkeypatch.setattr(pretended_gpu.BACKEND, "free", plan.memory.total - plan.memory.program)
     assert make_plan(quick("w8a8"), model, device=GPU).offload
-    monkeypatch.setattr(pretended_gpu.BACKEND, "free", 1 << 40)
-    assert not make_plan(quick("w8a8"), model, device=GPU).offload
+    monkeypatch.setattr(pretended_gpu.BACKEND, "free", 1000)
+    with pytest.raises(PlanishError, match=r"1\.0 kB free, but the run needs about .* there, with activations on disk"):
+        make_plan(quick("w8a8"), model, device=GPU)
+
+
+@pretended
+def test_keys_of_float32_are_repeated_for_their_queries(model: Path) -> None:
+    """No fused attention of CUDA takes them as they are."""
+    make_plan(quick("w8a8"), model, device=GPU)
+    wide = torch.zeros(1, 1, 4, 8).to(GPU)
+    assert [sdpa_attention.use_gqa_in_sdpa(None, keys, keys) for keys in (wide, wide.half(), wide.cpu())] == [False, True, True]
