@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any
 
 import torch
@@ -79,9 +78,8 @@ def _keep_float32_fused() -> None:
     if hasattr(before, "planish"):
         return
 
-    @wraps(before)
-    def use_gqa_in_sdpa(mask: Tensor | None, key: Tensor, *rest: Tensor) -> bool:
-        return bool(before(mask, key, *rest)) and not (key.is_cuda and key.dtype == torch.float32)
+    def use_gqa_in_sdpa(attention_mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
+        return before(attention_mask, key, value) and not (key.is_cuda and key.dtype == torch.float32)
 
     use_gqa_in_sdpa.planish = True  # type: ignore[attr-defined]
     sdpa_attention.use_gqa_in_sdpa = use_gqa_in_sdpa
