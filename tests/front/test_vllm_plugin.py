@@ -38,7 +38,7 @@ CASES = {
     "w4a4-fast": ("w4a4-fast", (), 24, 480, 0.02, 0.3, WIDE),
     "eight-bits": ("w4a4-fast", EIGHT, 6, 180, 0.005, 0.02, WIDE),
     "side-paths": ("paper-svdquant", EIGHT, 6, 180, 0.005, 0.02, WIDE),
-    "taken over": ("w4a8", (), 4, 180, 0.005, 0.02, WIDE),  # compressed-tensors, which vLLM would run itself
+    "taken over": ("w4a8", (), 12, 300, 0.02, 0.06, WIDE),  # compressed-tensors, which vLLM would run itself
     "packed": ("w4a4-fast", EIGHT, 4, 240, 0.02, 0.03, HALF),
 }
 
