@@ -1,7 +1,9 @@
 """Other weight files to safetensors, once, into the cache: GGUF files through transformers, and pickles where the user allows them."""
 
+import errno
 import importlib.util
 import pickle
+import struct
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,28 +19,40 @@ from .cache import build_once, content_hash
 
 # What transformers raises on files that it cannot use: it has no exception of its own.
 REJECTED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError, ImportError, StrictDataclassError)
+SHORT = ("cannot reshape array of size", "When changing to a larger dtype")  # what numpy says of too few bytes
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # no fault of the file that is read
 
 
 def convert_gguf(path: Path, card: str | None = None) -> Path:
     """A bfloat16 checkpoint folder with the dequantized weights and the tokenizer of a GGUF file. The whole model is in memory while this is done.
 
-    card: text of the folder's README.md. Errors: not a GGUF file, an architecture that transformers cannot dequantize, the package gguf is missing.
+    card: text of the folder's README.md. Errors: not a GGUF file, or a truncated one; an architecture that transformers cannot dequantize; the
+    package gguf is missing.
     """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise PlanishError(f"{path}: not a GGUF file (it does not begin with GGUF). Download it again.")
     if importlib.util.find_spec("gguf") is None:
-        raise PlanishError(f"{path}: reading GGUF files needs the package gguf. Run: pip install gguf")
+        raise PlanishError(f"{path}: reading GGUF files needs the package gguf. Run: pip install 'planish[gguf]'")
 
     def build(folder: Path) -> None:
         try:
             _dequantize(path, folder)
-        except REJECTED as error:
+        except (*REJECTED, struct.error) as error:
+            if isinstance(error, OSError) and error.errno in MACHINE:
+                raise
+            if _cut(error):
+                raise PlanishError(f"{path}: seems truncated: it ends amid its numbers. Download it again.") from error
             raise PlanishError(f"{path}: transformers cannot dequantize this GGUF file: {error}. Use the model's safetensors checkpoint.") from error
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
 
     return build_once(f"{path.stem}-{content_hash([path])}", build)
+
+
+def _cut(error: Exception) -> bool:
+    """Whether that is how the package gguf fails on a file that ends too early: amid its metadata, or amid the numbers of a tensor."""
+    return isinstance(error, struct.error) or (isinstance(error, ValueError) and str(error).startswith(SHORT))
 
 
 def _dequantize(path: Path, folder: Path) -> None:

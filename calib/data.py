@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..quant.errors import PlanishError
+from ..quant.seeds import check_seed
 from .documents import Document, Part, take
 
 _DRAWN_FROM = 2_000_000
@@ -43,8 +44,8 @@ class Calibration:
         for name, value, least in (("samples", self.samples, 1), ("length", self.length, 2), ("batch_size", self.batch_size, 1)):
             if value < least:
                 raise PlanishError(f"calibration.{name} is {value}, but must be at least {least}.")
-        if self.seed is not None and self.seed < 0:
-            raise PlanishError(f"calibration.seed is {self.seed}, but must be at least 0, or null for the first windows in order.")
+        if self.seed is not None:
+            check_seed("calibration.seed", self.seed, ", or null for the first windows in order")
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """(samples, length) int64. Errors as of tokens()."""
@@ -59,7 +60,6 @@ def tokens(
     Equivalent, for a .txt and seed None, to torch.tensor(tokenizer(text).input_ids)[: samples * length].view(samples, length).
     part: which half of the builtin text, see documents.builtin. Raises PlanishError for bad sources and for those that hold too little.
     """
-    what = "evaluation" if part == "evaluation" else "calibration"
     needed = None if samples is None else (samples + 1) * length  # one window more: the last one may end where reading did, amid a word
     characters = needed and _BUILTIN_CHARACTERS * needed
     if needed and source != "builtin":
@@ -68,7 +68,7 @@ def tokens(
         documents, complete = take(source, part, characters)
         ids = _stream(documents, tokenizer)
         if complete or needed is None or characters is None or len(ids) >= needed:
-            return _choose(windows(ids, length), len(ids), samples, seed, f"{what}.source {source}", what)
+            return _choose(windows(ids, length), len(ids), samples, seed, source, part)
         characters *= 4
 
 
@@ -77,11 +77,23 @@ def windows(ids: Tensor, length: int) -> Tensor:
     return ids[: len(ids) // length * length].view(-1, length)
 
 
-def _choose(all_NL: Tensor, held: int, samples: int | None, seed: int | None, where: str, what: str) -> Tensor:
+def _choose(all_NL: Tensor, held: int, samples: int | None, seed: int | None, source: str, part: Part) -> Tensor:
     count, length = all_NL.shape
     if count < (samples or 1):
-        found = f"{count} windows of {length} tokens" if count else f"{held} tokens, not one window of {length}" if held else "no text"
-        raise PlanishError(f"{where} holds {found}, {what}.samples asks for {samples or 'all'}. Lower samples or length, or give a larger source.")
+        found = (
+            f"{count} window{'' if count == 1 else 's'} of {length} tokens"
+            if count
+            else f"{held} tokens, not one window of {length}"
+            if held
+            else "no text"
+        )
+        if part == "evaluation":
+            asked = f", but {samples} are asked for" if samples and count else ""
+            raise PlanishError(f"--text {source} holds {found}{asked}. {'Lower --length, or give' if held else 'Give'} a larger text.")
+        raise PlanishError(
+            f"calibration.source {source} holds {found}, calibration.samples asks for {samples or 'all'}. Lower samples or length, or give a larger "
+            "source."
+        )
     if samples is None or seed is None:
         return all_NL[:samples].clone()
     return all_NL[sorted(random.Random(seed).sample(range(count), samples))]

@@ -1,23 +1,23 @@
 """A compressed checkpoint on disk, opened like any other: its quantized linears come to life as QuantizedLinear."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from ..quant.errors import PlanishError
 from ..quant.linear import Parts, QuantizedLinear, share_input
 from ..quant.transforms.factors import Chain
 from .checkpoint import Checkpoint, build_skeleton, open_checkpoint
-from .extension import Extension, SiteInput, chain_prefix, restored
+from .extension import Extension, SiteInput, chain_prefix
 from .key_values import hold_in
+from .layout import Layout, fitting, header_faults, linear_shapes
 from .locate import weight_files
-from .packing import GUARD, OWN, PLAIN, Packed, clipped, read_config, stored_names
+from .packing import GUARD, OWN, PLAIN, Packed, clipped, is_own, read_config, stored_names
 from .prefix import PrefixCache, from_tensors, tensor_names
 from .quantized import put, stored_parts
 from .shards import read_json, read_shards
@@ -27,9 +27,11 @@ from .topology import Topology, topology
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredCheckpoint(Checkpoint):
-    """A checked compressed model on disk. packed: its quantized linears by name, and how they are stored. extension: what else is to be done."""
+    """A checked compressed model on disk. packed: its quantized linears by name, and how they are stored. linears: (N, K) of every linear layer, N
+    outputs and K inputs. extension: what else is to be done."""
 
     packed: dict[str, Packed] = field(repr=False)
+    linears: Mapping[str, tuple[int, int]] = field(repr=False)
     extension: Extension = Extension()
 
     @property
@@ -78,8 +80,16 @@ class StoredCheckpoint(Checkpoint):
             local = [f"{name}.{part}" for part in stored_names(self.packed[name])]
             local += [f"{name}.bias"] if f"{name}.bias" in self.tensors else []
             local += side_names(name, self.tensors).values()
-            tensors = {key: tensor.to(device) for key, tensor in self.read(local).items()}
+            read = self.read(local)
+            self._check_shape(name, read.get(f"{name}.weight_shape"))
+            tensors = {key: tensor.to(device) for key, tensor in read.items()}
             yield name, stored_parts(name, tensors, self.packed[name], chains, inputs, dtype)
+
+    def _check_shape(self, name: str, said: Tensor | None) -> None:
+        """PlanishError if the shape that goes with packed codes is another than the layer's."""
+        if said is not None and tuple(said.tolist()) != self.linears[name]:
+            where = f"{self.path}: {name}.weight_shape says {tuple(said.tolist())}, but the layer is {self.linears[name]}"
+            raise PlanishError(f"{where}. The checkpoint is damaged: copy it again, or compress again.")
 
     def sites(self, names: Iterable[str]) -> list[list[str]]:
         """These linears by the site that they read, each list in the order of `names`. PlanishError: a family without a table."""
@@ -99,7 +109,11 @@ class StoredCheckpoint(Checkpoint):
             if site_input := self.extension.sites.get(f"{block}.{site.name}"):
                 start = chain_prefix(known.block_name(block), site.name)
                 tensors = {name: tensor.to(device) for name, tensor in self.read(n for n in self.tensors if n.startswith(start)).items()}
-                chain = restored(site_input, known.block_name(block), site.name, tensors)
+                width = self.linears[f"{known.block_name(block)}.{site.readers[0]}"][1]
+                try:
+                    chain = fitting(site_input, known.block_name(block), site.name, tensors, width)
+                except PlanishError as error:
+                    raise PlanishError(f"{self.path}: {error}") from error
                 chains |= dict.fromkeys((f"{known.block_name(block)}.{path}" for path in site.readers), chain)
         return chains
 
@@ -150,7 +164,7 @@ def open_stored(folder: str | Path) -> StoredCheckpoint:
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config")
     skeleton = build_skeleton(config, torch.float32, folder)
-    linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    linears = linear_shapes(skeleton)
     packed, extension = read_config(quantization, linears), Extension.read(values)
     known = topology(config) if extension else None
     if known is not None:
@@ -164,9 +178,21 @@ def open_stored(folder: str | Path) -> StoredCheckpoint:
     missing = sorted(needed - tensors.keys())
     if missing:
         raise PlanishError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}. The checkpoint is incomplete: compress again.")
+    _check_headers(Layout(folder, tensors, skeleton, linears, packed, extension, is_own(quantization)))
     guarded = {f"{name}.{GUARD}" for name in packed}
     unused = tuple(sorted(name for name in tensors.keys() - needed - guarded if ".planish." not in name))
-    return StoredCheckpoint(path=folder, config=config, tensors=tensors, aliases=aliases, unused=unused, packed=packed, extension=extension)
+    return StoredCheckpoint(
+        path=folder, config=config, tensors=tensors, aliases=aliases, unused=unused, packed=packed, linears=linears, extension=extension
+    )
+
+
+def _check_headers(layout: Layout) -> None:
+    """PlanishError if the weight files hold other tensors than config.json declares."""
+    faults = list(header_faults(layout))
+    if faults:
+        more = f", and {len(faults) - 1} more of the kind" if len(faults) > 1 else ""
+        advice = "config.json and the weights are not of one checkpoint: copy it again, or compress again. `planish verify` lists what is wrong."
+        raise PlanishError(f"{layout.folder}: {faults[0]}{more}. {advice}")
 
 
 def _with_clip(packed: Packed, name: str, extension: Extension, known: Topology) -> Packed:

@@ -105,7 +105,7 @@ class Evaluation:
     """What a compression cost. planish: the version that wrote this. finished: date and time, UTC. model, against: as given; their sha256: of all
     configuration, weight and tokenizer files. limit: documents of each task at most, the first ones. dtype: of the tasks' arithmetic. batch_size:
     requests that ran at once. versions: of the libraries. recovery: mean over the tasks that have one, in per cent. served: by what server, None:
-    in this process. gate: thresholds, and whether they are met."""
+    in this process. gate: thresholds, and whether they are met. notes: what a reader should know of the models."""
 
     planish: str
     finished: str
@@ -125,6 +125,7 @@ class Evaluation:
     recovery: Measured | None
     served: ServedBy | None = None
     gate: Judgement | None = None
+    notes: tuple[str, ...] = ()
 
 
 def task_recovery(task: TaskResult) -> Measured | None:

@@ -29,9 +29,10 @@ class Metric:
     unit: str = ""
     example: str = ""
 
-    def words(self, value: float) -> str:
-        """A value with its unit."""
-        return f"{value:.4g}{self.unit}"
+    def words(self, value: float, beside: float | None = None) -> str:
+        """A value with its unit. beside: another that it is to be told from; so many digits more."""
+        digits = next((digits for digits in range(4, 17) if beside in (None, value) or f"{value:.{digits}g}" != f"{beside:.{digits}g}"), 17)
+        return f"{value:.{digits}g}{self.unit}"
 
 
 METRICS: Mapping[str, Metric] = {
@@ -50,10 +51,10 @@ def kind(name: str) -> str:
     return name.partition(".")[0]
 
 
-def bound(name: str, threshold: float) -> str:
-    """at most 0.1 nats per token."""
+def bound(name: str, threshold: float, beside: float | None = None) -> str:
+    """at most 0.1 nats per token. beside: a value that the threshold is to be told from."""
     metric = METRICS[kind(name)]
-    return f"at {'least' if metric.least else 'most'} {metric.words(threshold)}"
+    return f"at {'least' if metric.least else 'most'} {metric.words(threshold, beside)}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,11 +142,11 @@ class Held:
 
     def words(self) -> str:
         """recovery is 97.1 % ± 0.6, at least 98 % asked for, on arc_easy."""
-        asked = f"{bound(self.metric, self.threshold)} asked for" + (f", on {self.on}" if self.on else "")
+        asked = f"{bound(self.metric, self.threshold, self.value)} asked for" + (f", on {self.on}" if self.on else "")
         if math.isnan(self.value):
             return f"{self.metric} could not be measured, {asked}"
         error = "" if self.error is None else f" ± {self.error:.2g}"
-        text = f"{self.metric} is {METRICS[kind(self.metric)].words(self.value)}{error}, {asked}"
+        text = f"{self.metric} is {METRICS[kind(self.metric)].words(self.value, self.threshold)}{error}, {asked}"
         decided = "the value decides" if self.decided_by == "value" else f"in_doubt: {self.decided_by}"
         return f"{text} (too close to tell at 95 %; {decided})" if self.doubtful else text
 

@@ -29,7 +29,7 @@ def layers_page(view: LayerView) -> str:
         Card(label="KL divergence", value=f"{whole.kl:.4f}", note="nats per token", target="layers"),
         Card(label="sites", value=str(len(view.sites)), note=f"{sum(site.restored is not None for site in view.sites)} restored", target="layers"),
     )
-    about = f"{view.windows} windows of {view.length} tokens of {view.text}, against {view.model}"
+    about = f"{view.windows} window{'' if view.windows == 1 else 's'} of {view.length} tokens of {view.text}, against {view.model}"
     page = Page(title=view.checkpoint, subtitle=about, cards=cards, sections=(layers_section(view),), plotly=plotly_script(), dark=DARK)
     return render(page)
 

@@ -136,11 +136,11 @@ def _panel(panel: Panel, left: float, down: _Scale, ticks: Sequence[float], *, f
     pad = 0.12 * (max(xs) if panel.zero else max(xs) - min(xs)) or 0.1 * max(xs)
     low, high = 0.0 if panel.zero else min(xs) - pad, max(xs) + pad
     across = _Scale(low, high, left, left + panel.width)
-    for tick in ticks:
+    for tick, words in zip(ticks, _powers(ticks), strict=True):
         height = down.at(math.log10(tick))
         yield f'<line class="grid" x1="{left:.1f}" x2="{left + panel.width:.1f}" y1="{height:.1f}" y2="{height:.1f}"/>'
         if first:
-            yield _text(left - 8, height + 4, f"{tick:.4g}", "tick", "end")
+            yield _text(left - 8, height + 4, words, "tick", "end")
     for tick in round_ticks(low, high):
         at = across.at(tick)
         yield f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{TOP + HEIGHT}"/>'
@@ -152,6 +152,15 @@ def _panel(panel: Panel, left: float, down: _Scale, ticks: Sequence[float], *, f
         return
     yield from _front(panel, across, down)
     yield from _points(panel, across, down, _Box(left + 3, TOP + 3, panel.width - 6, HEIGHT - 6))
+
+
+def _powers(ticks: Sequence[float]) -> list[str]:
+    """The numbers in one notation, as short as there is room for beside the axis: 0.01, or all as 1e-2."""
+    words = [f"{tick:.4g}" for tick in ticks]
+    if all(len(word) <= 5 and "e" not in word for word in words):
+        return words
+    parts = [f"{tick:.1e}".split("e") for tick in ticks]
+    return [f"{float(mantissa):g}e{int(power)}" for mantissa, power in parts]
 
 
 def _lines(panel: Panel, across: _Scale, down: _Scale) -> Iterator[str]:

@@ -85,7 +85,7 @@ def cut(checkpoint: Checkpoint, settings: TextSettings) -> Windows:
     if bos and len(text_T) and int(text_T[0]) == bos[0]:
         text_T = text_T[1:]
     if len(text_T) < body:
-        raise PlanishError(f"Text {settings.source} holds {len(text_T)} tokens, not one window of {body}. Lower --length, or give more text.")
+        raise PlanishError(f"--text {settings.source} holds {len(text_T)} tokens, not one window of {body}. Lower --length, or give a larger text.")
     body_Nb = text_T.unfold(0, body, stride)[: settings.windows]
     start_N1 = torch.tensor([bos] * len(body_Nb), dtype=torch.int64).reshape(len(body_Nb), len(bos))
     return Windows(ids=torch.cat([start_N1, body_Nb], 1), stride=stride, settings=settings)
@@ -130,14 +130,26 @@ def measure_text(
 ) -> TextResult:
     """Run the model over the windows, and hold it against the base model if there is one. Softmax and sums are in float32 and float64.
 
-    Without overlap and bos the same figures as score.compare. Errors: the models have different vocabularies.
+    Without overlap and bos the same figures as score.compare. Errors: the models have different vocabularies; a model whose logits are NaN.
     """
     if base is not None:
         check_vocabularies(base.checkpoint, checkpoint)
     hidden_NLD = hidden_states(checkpoint, text, dtype=dtype, device=device, report=report)
     with arithmetic(dtype):
         sums = _sums(checkpoint, text, hidden_NLD, base, dtype, device)
+    _check_numbers(checkpoint, sums.nll)
+    if base is not None:
+        _check_numbers(base.checkpoint, sums.base_nll)
     return text_result(text, sums, str(dtype).removeprefix("torch."), {})
+
+
+def _check_numbers(checkpoint: Checkpoint, nll: list[float]) -> None:
+    """PlanishError if a window's likelihood is no number."""
+    if any(map(math.isnan, nll)):
+        raise PlanishError(
+            f"{checkpoint.path}: logits are not finite (NaN) on this text: the weights or scales are broken, or too large for the arithmetic. "
+            "`planish verify` says which tensors of a compressed checkpoint are broken; compress again, or give another --dtype."
+        )
 
 
 def text_result(text: Windows, sums: Sums, dtype: str, missing: Mapping[str, str]) -> TextResult:

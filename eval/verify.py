@@ -1,6 +1,6 @@
 """Is a compressed checkpoint on disk what it says, does it compute what was measured, and what did it cost?
 
-Checks, in this order: structure, values, probe, transformers, against, server. One that cannot be done says why.
+Checks, in this order: files, structure, values, probe, transformers, against, server. One that cannot be done says why.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,14 @@ from ..calib.data import tokens
 from ..calib.stored import StoredCheckpoint, open_stored
 from ..quant.errors import PlanishError
 from .check import Check, Figure, Verification, not_done
+from .origin import check_files, check_made_from, origin_note
 from .probe import PROBE_FILE, check_probe, read_probe
 from .score import Report, compare
 from .server import check_server, server_python
 from .stock import check_stock
 from .structure import check_structure, check_values, declared, read_layout
 
+ON_DISK = ("structure", "values")
 BEHAVIOUR = ("probe", "transformers", "against", "server")
 
 Stages = Callable[[str, int, int], None]
@@ -44,19 +46,21 @@ def verify(
     against: the original model, as `planish compress` takes it, to measure perplexity before and after and the divergence. text: builtin (its half
     for evaluation), or a source as of calib.data.tokens; windows and length: at most so much of it. server: "vllm", in the environment server_env
     or PLANISH_VLLM_ENV. stock: whether transformers is asked too, which loads the whole model.
-    A checkpoint that planish did not write has no probe; the rest is checked. Raises PlanishError for arguments that cannot be used, among them a
-    folder without a compressed-tensors checkpoint; what is wrong with the checkpoint is in the result.
+    A checkpoint that planish did not write has no digests and no probe; the rest is checked. Raises PlanishError for arguments that cannot be used,
+    among them a folder without a compressed-tensors checkpoint and an original of another build; what is wrong with the checkpoint is in the result.
     """
     folder = Path(folder)
     declared(folder)
     python = None if server is None else server_python(server, server_env)
     base = None if against is None else open_checkpoint(against)
     checks = list(_on_disk(folder))
-    broken = [check.name for check in checks if not check.ok]
+    broken = [check.name for check in checks if check.name in ON_DISK and not check.ok]
     if broken:
         checks += [not_done(name, f"{' and '.join(broken)} must be right first") for name in BEHAVIOUR]
         return Verification(folder, tuple(checks))
     checkpoint = open_stored(folder)
+    if base is not None:
+        check_made_from(base, checkpoint)
     ids_NL = evaluation_windows(checkpoint, text, windows, length) if stock or base or python else None
     checks.append(_probe(checkpoint, device, _of("probe", report)))
     if not stock or ids_NL is None:
@@ -78,12 +82,13 @@ def _of(stage: str, report: Stages | None) -> Report | None:
     return None if report is None else lambda done, total: report(stage, done, total)
 
 
-def _on_disk(folder: Path) -> tuple[Check, Check]:
+def _on_disk(folder: Path) -> tuple[Check, Check, Check]:
+    files = check_files(folder)
     try:
         layout = read_layout(folder)
     except PlanishError as error:
-        return Check("structure", False, str(error), {}), not_done("values", "the checkpoint cannot be read")
-    return check_structure(layout), check_values(layout)
+        return files, Check("structure", False, str(error), {}), not_done("values", "the checkpoint cannot be read")
+    return files, check_structure(layout), check_values(layout)
 
 
 def evaluation_windows(checkpoint: Checkpoint, text: str, windows: int, length: int) -> Tensor:
@@ -119,8 +124,9 @@ def _probe(checkpoint: StoredCheckpoint, device: torch.device | str, report: Rep
 
 
 def check_against(base: Checkpoint, checkpoint: StoredCheckpoint, ids_NL: Tensor, device: torch.device | str, report: Report | None) -> Check:
-    """What the compression cost, in float32: perplexity before and after, and divergence."""
+    """What the compression cost, in float32: perplexity before and after, and divergence. Says if the base is not the manifest's model."""
     found = compare(base, checkpoint, ids_NL, device=device, progress=report)
+    note = origin_note(base, checkpoint)
     before, after = found.base.perplexity, found.quantized.perplexity
     figures: dict[str, Figure] = {
         "perplexity_base": before,
@@ -130,9 +136,11 @@ def check_against(base: Checkpoint, checkpoint: StoredCheckpoint, ids_NL: Tensor
         "windows": ids_NL.shape[0],
         "length": ids_NL.shape[1],
         "tokens": found.base.tokens,
+        "note": note,
     }
     message = (
         f"perplexity {before:.2f} before, {after:.2f} after; KL {found.kl:.4f} nats per token; same top token {found.agreement:.1%}; "
         f"{ids_NL.shape[0]} windows of {ids_NL.shape[1]} tokens"
     )
+    message += "" if note is None else f". Note: {note}"
     return Check("against", after < float("inf") and found.kl < float("inf"), message, figures)

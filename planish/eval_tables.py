@@ -18,6 +18,8 @@ SURE = 0.05  # below this p value, answers that flipped are marked
 def evaluation_tables(evaluation: Evaluation) -> tuple[RenderableType, ...]:
     """The text, the tasks, and how to read them."""
     parts: list[RenderableType] = [Text(title(evaluation), style="bold"), ""]
+    if evaluation.notes:
+        parts += [*(Text(f"  Note: {note}") for note in evaluation.notes), ""]
     if evaluation.text is not None:
         missing = [f"{name} not measured: {why}" for name, why in evaluation.text.missing.items()]
         parts += [_text_table(evaluation.text), _dim(text_words(evaluation.text)), *map(_dim, missing), ""]
@@ -82,7 +84,7 @@ def text_words(text: TextResult) -> str:
     source = "the built-in text" if text.source == "builtin" else text.source
     overlap = "no overlap" if text.stride >= text.length - (text.bos == "window") else f"stride {text.stride}"
     bos = "each after a token for a beginning" if text.bos == "window" else "no token added before them"
-    return f"{text.windows} windows of {text.length} tokens of {source}, {overlap}, {bos}; {text.tokens} predictions, {text.dtype}"
+    return f"{counted(text.windows, 'window')} of {text.length} tokens of {source}, {overlap}, {bos}; {text.tokens} predictions, {text.dtype}"
 
 
 def _task_table(evaluation: Evaluation) -> Table:

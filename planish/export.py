@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .calib.extension import KEY, Extension
+from .calib.layout import MARK
 from .calib.packing import Packed, guards, is_own, quantization_config, stored_names
 from .calib.rewritten import Rewritten, changed
 from .calib.shards import TensorInfo, read_header, read_json
 from .calib.topology import Topology
+from .eval.origin import file_digests
 from .eval.probe import PROBE_FILE
-from .eval.structure import MARK
 from .journal import Journal, sync, write_text
 from .modelcard import model_card
 from .preflight import Plan
@@ -48,7 +49,8 @@ def write_checkpoint(plan: Plan, journal: Journal, packed: Mapping[str, Packed],
         shutil.copyfile(plan.checkpoint.path / file, folder / file)
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_text(folder / FOLDER / "recipe.yaml", to_yaml(plan.recipe))
-    write_text(folder / FOLDER / MANIFEST, json.dumps(manifest(plan, journal.blocks, tensors, bits), indent=2) + "\n")
+    made = manifest(plan, journal.blocks, tensors, bits, file_digests(folder))
+    write_text(folder / FOLDER / MANIFEST, json.dumps(made, indent=2) + "\n")
     write_text(folder / "README.md", model_card(plan, journal.blocks, stored_bytes(tensors), bits))
     if probe is not None:
         save_file(probe, folder / PROBE_FILE)
@@ -127,8 +129,8 @@ def _extension(plan: Plan, blocks: list[BlockRecord]) -> Extension:
     return Extension(plan.prefix, sites, declared=plan.recipe.extended, held=plan.recipe.held_key_values(len(plan.prefix)))
 
 
-def manifest(plan: Plan, blocks: list[BlockRecord], tensors: Mapping[str, TensorInfo], bits: float) -> dict[str, Any]:
-    """What made this checkpoint and what it did: versions, digests, seed, arithmetic, sizes, every block's errors."""
+def manifest(plan: Plan, blocks: list[BlockRecord], tensors: Mapping[str, TensorInfo], bits: float, files: Mapping[str, str]) -> dict[str, Any]:
+    """What made this checkpoint and what it did: versions, digests, seed, arithmetic, sizes, every block's errors. files: as of file_digests."""
     calibration = plan.recipe.calibration
     return {
         "recipe": {"name": plan.recipe.name, "sha256": digest(plan.recipe)},
@@ -137,6 +139,7 @@ def manifest(plan: Plan, blocks: list[BlockRecord], tensors: Mapping[str, Tensor
         "arithmetic": {"dtype": str(plan.dtype).removeprefix("torch."), "device": plan.device.type},
         "calibration": None if calibration is None else asdict(calibration),
         "fused": None if plan.fused is None else plan.fused.to_dict(),
+        "files": dict(files),
         "bytes": stored_bytes(tensors),
         "bits_per_weight": bits,
         "notes": list(plan.notes),

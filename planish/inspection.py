@@ -28,6 +28,7 @@ from .calib.topology import topology
 from .eval.score import hidden_scores
 from .eval.verify import evaluation_windows
 from .findings import findings
+from .outfile import check_writable
 from .preflight import AVAILABLE_SHARE
 from .quant.errors import PlanishError
 from .recommend import check_bits, recommend
@@ -64,7 +65,9 @@ def inspect(
     """
     start = time.monotonic()
     check_bits(bits)
-    calibration = Calibration(source=source or "builtin", samples=samples, length=length, seed=seed)
+    calibration = _asked(source, samples, length, seed)
+    if offload_dir is not None:
+        check_writable(Path(offload_dir) / "streams")
     checkpoint = open_model(model, allow_pickle)
     where = pick_device(device)
     working = dtype or working_dtype(checkpoint.dtype, where)
@@ -91,6 +94,22 @@ def inspect(
     return replace(report, seconds=time.monotonic() - start, peak_bytes=peak_bytes())
 
 
+def _asked(source: str | None, samples: int, length: int, seed: int | None) -> Calibration:
+    """The text, or how many images. Raises PlanishError."""
+    try:
+        return Calibration(source=source or "builtin", samples=samples, length=length, seed=seed)
+    except PlanishError as error:
+        raise _as_inspected(error) from error
+
+
+def _as_inspected(error: PlanishError) -> PlanishError:
+    """The error in the words of an inspection, which has no recipe: samples, length and seed are its own settings, and its source is --text."""
+    text = str(error).replace(", calibration.samples asks", ", samples asks").replace("Lower samples or length", "Lower --samples or --length")
+    return PlanishError(
+        f"--text{text.removeprefix('calibration.source')}" if text.startswith("calibration.source ") else text.removeprefix("calibration.")
+    )
+
+
 def open_model(model: str | Path, allow_pickle: bool = False) -> Checkpoint:
     """A compressed checkpoint if the local folder holds one, else what open_checkpoint opens."""
     path = Path(model)
@@ -110,7 +129,10 @@ def _text(checkpoint: Checkpoint, calibration: Calibration) -> Subject:
     tokenizer = checkpoint.tokenizer()
     most = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", calibration.length)
     calibration = replace(calibration, length=min(calibration.length, most))
-    ids_NL = calibration.tokens(tokenizer)
+    try:
+        ids_NL = calibration.tokens(tokenizer)
+    except PlanishError as error:
+        raise _as_inspected(error) from error
     return Subject(
         samples=ids_NL,
         held_out=evaluation_windows(checkpoint, "builtin", HELD_OUT, calibration.length),

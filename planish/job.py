@@ -1,32 +1,36 @@
 """One compression as the command line does it: plan, compress, evaluate, report."""
 
+import fcntl
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .calib.checkpoint import open_checkpoint
+from .calib.checkpoint import Checkpoint, open_checkpoint
 from .calib.device import taken_bytes
 from .calib.shards import read_json
 from .compress_page import compress_page, markdown
 from .compress_report import CompressReport
-from .compression import Progress, Result, carry_out
+from .compression import Progress, Result, carry_out, fingerprint
+from .decode import decode
 from .eval.gate import Judgement
 from .eval.measured import COMPARED, comparison_metrics
 from .export import FOLDER, MANIFEST
-from .journal import write_text
-from .outfile import check_outfile
+from .journal import BusyError, write_text
+from .outfile import check_apart, check_outfile
 from .page_links import beside
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError
 from .recipe import Recipe, digest
 from .report import Evaluation, evaluate, page_path, peak_bytes, report_path, run_report, windows
-from .schemas import to_json
+from .schemas import plain, to_json
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,50 +75,101 @@ class Job:
             self.recipe.gate.check_measured(COMPARED, "planish compress", "Ask planish eval for it, with the task, once the checkpoint is there.")
         else:
             self.recipe.gate.check_measured((), "planish compress --no-evaluate", "Leave out --no-evaluate, or the gate.")
+        page = {"--html": self.html} if self.html is not None else {"the page": self.page}
+        check_apart({"--out": self.out, "the report": report_path(self.out), **page, "--markdown": self.markdown})
         plan = make_plan(
             self.recipe,
             self.model,
             device=self.device,
             dtype=self.dtype,
             offload_dir=self.offload_dir,
-            out=self.out,
+            out=None if self._compressed else self.out,
             allow_pickle=self.allow_pickle,
         )
+        if self._compressed:
+            self._kept(plan)
+        self._check_files()
+        return plan, windows(plan) if self.evaluate else None
+
+    def run(self, plan: Plan, ids_NL: Tensor | None, progress: Progress) -> Outcome:
+        """Compress, evaluate on the windows, write the report. What is compressed already is only evaluated."""
+        if self._compressed:
+            progress.say("going on: the checkpoint is complete, and its report is left to do")
+        else:
+            try:
+                carry_out(plan, self.out, progress, finished=partial(self._keep, fingerprint(plan)))
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(self._stopped(plan.topology.block_count)) from None
+        with self._alone():
+            report = self._kept(plan)
+            self._check_files()
+            result = Result(self.out, plan, report.blocks, report.seconds, report.bytes.after, report.bits_per_weight)
+            try:
+                evaluation = None if ids_NL is None else evaluate(result, ids_NL, progress)
+            except KeyboardInterrupt:
+                without = "" if self.recipe.gate else "; with --no-evaluate it writes the report without"
+                raise KeyboardInterrupt(f"Stopped while evaluating. {self._complete} goes on with the evaluation{without}.") from None
+            if evaluation is not None:
+                report = replace(report, evaluation=evaluation.report(), gate=self._judged(evaluation))
+            self._write(report)
+        return Outcome(result, evaluation, report, self.files)
+
+    def _write(self, report: CompressReport) -> None:
+        """All files; then nothing is left to do."""
+        write_text(report_path(self.out), to_json(report) + "\n")
+        write_text(self.page, compress_page(report, beside(self.page)))
+        if self.markdown is not None:
+            write_text(self.markdown, markdown(report))
+        _waiting(self.out).unlink()
+
+    def _check_files(self) -> None:
+        """PlanishError if a file cannot be written, or is there."""
         for file in self.files:
             if file in (self.html, self.markdown):
                 check_outfile(file, advice="Choose another name, or remove this file.")
             elif file.exists() or file.is_symlink():
                 raise PlanishError(f"{file}: exists, and planish overwrites nothing. Choose another output folder, or remove this file.")
-        return plan, windows(plan) if self.evaluate else None
 
-    def run(self, plan: Plan, ids_NL: Tensor | None, progress: Progress) -> Outcome:
-        """Compress, evaluate on the windows, write the report."""
-        try:
-            result = carry_out(plan, self.out, progress)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(self._stopped(plan.topology.block_count)) from None
-        peak = peak_bytes(), taken_bytes(plan.device)
-        try:
-            evaluation = None if ids_NL is None else evaluate(result, ids_NL, progress)
-        except KeyboardInterrupt:
-            again = f"planish verify {self.out} --against {self.model}"
-            raise KeyboardInterrupt(f"Stopped while evaluating. The checkpoint {self.out} is complete; `{again}` measures it.") from None
-        report = run_report(result, self.model, peak, evaluation, self._judged(evaluation))
-        write_text(report_path(self.out), to_json(report) + "\n")
-        write_text(self.page, compress_page(report, beside(self.page)))
-        if self.markdown is not None:
-            write_text(self.markdown, markdown(report))
-        return Outcome(result, evaluation, report, self.files)
+    @property
+    def _compressed(self) -> bool:
+        """Whether a run that got as far as the checkpoint has left its report to do."""
+        return self.out.is_dir() and _waiting(self.out).is_file()
 
-    def _judged(self, evaluation: Evaluation | None) -> Judgement | None:
-        if evaluation is None or not self.recipe.gate:
-            return None
-        return self.recipe.gate.judge(comparison_metrics(evaluation.comparison), evaluation.words)
+    def _keep(self, mark: str, result: Result) -> None:
+        """Note all that is known of the compression, for the report, and which run it was."""
+        report = run_report(result, self.model, (peak_bytes(), taken_bytes(result.plan.device)), None)
+        write_text(_waiting(self.out), json.dumps({"fingerprint": mark, "report": plain(report)}) + "\n")
+
+    def _kept(self, plan: Plan) -> CompressReport:
+        """What was noted. PlanishError if another run did, or the checkpoint is another one's."""
+        file, manifest = _waiting(self.out), self.out / FOLDER / MANIFEST
+        data = read_json(file) if file.is_file() and manifest.is_file() else {}
+        if not data or data.get("fingerprint") != fingerprint(plan) or _sources(read_json(manifest)) != _made_of(plan.recipe, plan.checkpoint):
+            left = " Its report is still to be written: the command that made it, unchanged, goes on with that." if data else ""
+            raise PlanishError(f"{self.out}: exists, and planish overwrites nothing. Choose another output folder, or remove this one.{left}")
+        return decode(CompressReport, data["report"], str(file), nonfinite=True)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else evaluates this checkpoint while the `with` lasts; BusyError if somebody does."""
+        with _waiting(self.out).open("r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BusyError(f"{self.out}: another planish is evaluating it. Wait for it, or choose another output folder.") from None
+            yield
+
+    def _judged(self, evaluation: Evaluation) -> Judgement | None:
+        return self.recipe.gate.judge(comparison_metrics(evaluation.comparison), evaluation.words) if self.recipe.gate else None
+
+    @property
+    def _complete(self) -> str:
+        return f"The checkpoint {self.out} is complete, and the same command"
 
     def _stopped(self, blocks: int) -> str:
-        if self.out.exists():
-            return f"Stopped. The checkpoint {self.out} is complete."
-        folder = self.out.with_name(self.out.name + ".partial")
+        if self._compressed:
+            return f"Stopped. {self._complete} writes its report."
+        folder = _working(self.out)
         file = folder / "journal.json"
         done = len(json.loads(file.read_text(encoding="utf-8"))["blocks"]) if file.is_file() else 0
         if not done:
@@ -122,14 +177,32 @@ class Job:
         return f"Stopped. {done} of {blocks} blocks are done, in {folder}: the same command goes on from there."
 
 
+def _waiting(out: Path) -> Path:
+    """What is known of the finished checkpoint `out` until its report is written: the report without an evaluation, and which run it is of."""
+    return out.with_name(out.name + ".report.json.partial")
+
+
+def _working(out: Path) -> Path:
+    """Where the compression works."""
+    return out.with_name(out.name + ".partial")
+
+
 def clear_demo(out: Path, recipe: Recipe, model: str) -> None:
-    """Remove an earlier demonstration: a checkpoint that this recipe made of this model, and its reports. Anything else is left where it is."""
+    """Remove an earlier demonstration: a checkpoint that this recipe made of this model, and its reports. Anything else is left where it is, and so
+    is one that is still to be evaluated."""
     manifest = out / FOLDER / MANIFEST
-    if manifest.is_file() and _sources(read_json(manifest)) == (digest(recipe), open_checkpoint(model).fingerprint()):
+    if _waiting(out).is_file() and out.exists():
+        return
+    if manifest.is_file() and _sources(read_json(manifest)) == _made_of(recipe, open_checkpoint(model)):
         shutil.rmtree(out)
     if not out.exists() and report_path(out).is_file() and read_json(report_path(out)).get("model") == model:
         report_path(out).unlink()
         page_path(out).unlink(missing_ok=True)
+
+
+def _made_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[str, str]:
+    """What the manifest of their checkpoint has as `_sources`."""
+    return digest(recipe), checkpoint.fingerprint()
 
 
 def _sources(manifest: Mapping[str, Any]) -> tuple[str, str]:

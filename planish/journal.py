@@ -5,16 +5,17 @@ memory), checkpoint/ (the result, which becomes OUT by one rename).
 """
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,13 +28,30 @@ class BusyError(PlanishError):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: temporary name, fsync, rename."""
+    """Write a file whole or not at all: temporary name, fsync, rename. What fails leaves nothing, and names the file."""
     new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    with _named(path, new):
+        with new.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+
+
+@contextmanager
+def _named(path: Path, new: Path) -> Iterator[None]:
+    """While `path` is written as `new`: if that fails, `new` is removed, and the error says `path`, which errors of writing do not of themselves."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
+            raise
+        if "os error 28" in str(error):  # that library has one class for everything
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
 
 
 def sync(path: Path) -> None:
@@ -80,9 +98,10 @@ def once(folder: Path | None, name: str, find: Callable[[], T], keep: Callable[[
 def _save(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
     """The whole file or none."""
     new = file.with_suffix(".new")
-    save_file(dict(tensors), new, metadata)
-    sync(new)
-    new.replace(file)
+    with _named(file, new):
+        save_file(dict(tensors), new, metadata)
+        sync(new)
+        new.replace(file)
 
 
 @dataclass(slots=True)
@@ -113,10 +132,6 @@ class Journal:
                 "Repeat that run's command to finish it, delete the folder, or choose another output folder."
             )
         return cls(folder, fingerprint, blocks)
-
-    def locked(self) -> AbstractContextManager[None]:
-        """Nobody else works in this folder while the `with` lasts; PlanishError if somebody does."""
-        return locked(self.folder)
 
     def block_file(self, index: int) -> Path:
         """Where the tensors of block `index` lie."""

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .eval.layers import LayerView, SiteView
-from .units import duration
+from .units import counted, duration
 
 
 def layers_tables(view: LayerView, html: Path | None = None) -> tuple[RenderableType, ...]:
@@ -18,7 +18,7 @@ def layers_tables(view: LayerView, html: Path | None = None) -> tuple[Renderable
     lines = [
         *([f"  all sites: {next(iter(formats))}"] if len(formats) == 1 else []),
         f"  perplexity {whole.base.perplexity:.3f} before, {whole.quantized.perplexity:.3f} after; KL {whole.kl:.4f} nats per token",
-        f"  {view.windows} windows of {view.length} tokens of {view.text}; errors on the inputs of the {view.inputs} model; "
+        f"  {counted(view.windows, 'window')} of {view.length} tokens of {view.text}; errors on the inputs of the {view.inputs} model; "
         f"{measured} of {len(view.sites)} sites restored; took {duration(view.seconds)}",
         *(["  –: not measured: --sites takes more, --all-sites all"] if measured < len(view.sites) else []),
         *([] if html is None else [f"  {html}"]),

@@ -22,12 +22,12 @@ def model_card(plan: Plan, blocks: Sequence[BlockRecord], stored: int, bits: flo
         *([("relative error of the last block's output", f"{errors[-1]:.4f}")] if errors else []),
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    notes = "".join(f"\n- {note}" for note in plan.notes)
+    notes = "".join(f"- {note}\n" for note in plan.notes) + ("\n" if plan.notes else "")
     return (
         f"---\nbase_model: {name}\nlibrary_name: transformers\ntags:\n- planish\n- compressed-tensors\n---\n\n"
         f"# {name}, compressed with planish {version('planish')} ({plan.recipe.name})\n\n"
-        f"| | |\n|---|---|\n{table}\n"
-        f"{notes}\n\n"
+        f"| | |\n|---|---|\n{table}\n\n"
+        f"{notes}"
         "Perplexity and divergence from the original: `planish verify THIS_FOLDER --against ORIGINAL`.\n\n"
         f"## Use\n\n{_use(plan)}\n\nErrors of every block, versions and digests: planish/manifest.json.\n\n"
         f"## Recipe\n\n```yaml\n{to_yaml(plan.recipe)}```\n"

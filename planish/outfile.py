@@ -1,6 +1,7 @@
 """Files and folders that a command is asked to write: refused before the work where they cannot be."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from .quant.errors import PlanishError
@@ -15,6 +16,23 @@ def check_outfile(file: Path, *, replace: bool = False, advice: str = "Choose an
     if not replace and (file.exists() or file.is_symlink()):
         raise PlanishError(f"{file}: exists, and planish overwrites nothing unasked. {advice}")
     check_writable(file)
+
+
+def check_apart(files: Mapping[str, Path | None]) -> None:
+    """PlanishError if two files or folders of one command are the same, or one would lie inside another or inside its working folder NAME.partial.
+
+    files: by what asks for each, such as --html; None: not asked for.
+    """
+    given = [(name, path, path.resolve()) for name, path in files.items() if path is not None]
+    for name, path, place in given:
+        taken = (place, place.with_name(place.name + ".partial"))
+        for other, another, there in given:
+            if other == name:
+                continue
+            if there == place:
+                raise PlanishError(f"{name} and {other} are both {path}, and one would replace the other. Give each a name of its own.")
+            if any(folder == there or folder in there.parents for folder in taken):
+                raise PlanishError(f"{other} {another}: lies where {name} {path} is made. Give it a place of its own.")
 
 
 def check_writable(path: Path) -> None:

@@ -148,6 +148,7 @@ def _begin(out: Path | None, offload_dir: str | Path | None) -> None:
     if out is not None:
         _check_free(out)
     if offload_dir is not None:
+        check_writable(Path(offload_dir) / "streams")
         separate_large()
 
 

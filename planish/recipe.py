@@ -18,7 +18,7 @@ from .eval.gate import Gate
 from .quant.errors import PlanishError, nearest
 from .quant.formats import Scheme
 from .quant.key_values import HeldKeyValues, KvCache
-from .quant.solvers import SOLVERS, Solver
+from .quant.solvers import SOLVERS, Gptq, Solver
 from .quant.transforms import STEPS, Center, Polish, RaiseActivations, ScaleRms, Smooth, Step
 from .quant.transforms.rotate import rotation_at
 from .shipped import shipped as shipped
@@ -94,6 +94,7 @@ class Recipe:
     gate: Gate = Gate()
 
     def __post_init__(self) -> None:
+        _check_objects(self.steps, self.solver)
         if all(scheme.weights is None for scheme in self.schemes()):
             raise PlanishError("scheme quantizes nothing. Give scheme.weights, such as {bits: 8}.")
         activations = [scheme.activations for scheme in self.schemes() if scheme.activations]
@@ -153,6 +154,21 @@ class Recipe:
     def schemes(self) -> tuple[Scheme, ...]:
         """All that occur: the recipe's, then its overrides'."""
         return self.scheme, *(override.scheme for override in self.overrides if override.scheme)
+
+
+def _check_objects(steps: object, solver: object) -> None:
+    """PlanishError for names or mappings, as YAML has them, where Python has objects."""
+    if not isinstance(solver, tuple(SOLVERS.values())):
+        kind = SOLVERS.get(str(solver), Gptq)
+        raise PlanishError(f"solver is {solver!r}; in Python give planish.{kind.__name__}(). Names are for recipes in YAML.")
+    if not isinstance(steps, (tuple, list)):
+        raise PlanishError(f"steps is {steps!r}; in Python give a tuple of steps, such as (planish.Smooth(),).")
+    for step in steps:
+        if not isinstance(step, tuple(STEPS.values())):
+            name = STEPS.get(str(step), Smooth).__name__
+            raise PlanishError(f"steps has {step!r}; in Python give planish.quant.transforms.{name}(...). Names are for recipes in YAML.")
+    if isinstance(steps, list):
+        raise PlanishError("steps is a list; in Python give a tuple of steps, such as (planish.Smooth(),).")
 
 
 def _name(chosen: object, classes: Mapping[str, type]) -> str:

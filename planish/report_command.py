@@ -53,19 +53,23 @@ def report(
     files: Reports,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the pages, new or of an earlier `planish report`.")],
     markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="All of them as one Markdown text for a pull request.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --markdown if it exists.")] = False,
     traceback: Traceback = False,
 ) -> None:
     """Make pages of reports, one for each and an index, all linked to each other. Nothing is measured."""
     with starting():
-        written = write_pages(files, out, markdown)
+        written = write_pages(files, out, markdown, force=force)
     out_console().print(*map(str, written), sep="\n")
 
 
-def write_pages(files: Sequence[Path], out: Path, markdown: Path | None = None) -> list[Path]:
-    """Read the reports, and write their pages and the index into `out`; their paths, the index first. Raises PlanishError."""
+def write_pages(files: Sequence[Path], out: Path, markdown: Path | None = None, *, force: bool = False) -> list[Path]:
+    """Read the reports, and write their pages and the index into `out`; their paths, the index first. force: replace the file of markdown.
+
+    Raises PlanishError.
+    """
     from .eval.page import Links, Page, render, section
     from .journal import write_text
-    from .outfile import check_outfile, check_writable
+    from .outfile import check_apart, check_outfile, check_writable
     from .page_links import about
     from .quant.errors import PlanishError
 
@@ -73,11 +77,12 @@ def write_pages(files: Sequence[Path], out: Path, markdown: Path | None = None) 
         raise PlanishError(f"{out}: exists and is no folder of `planish report`, and planish overwrites nothing. Choose another folder.")
     check_writable(out / INDEX)
     if markdown is not None:
-        check_outfile(markdown, advice="Choose another name, or remove this file.")
+        check_outfile(markdown, replace=force)
     found = [one for file in _listed(files) for one in _read(file, alone=file in files)]
     if not found:
         raise PlanishError("no report was found. Give JSON that compress, compare, eval --out or inspect --json wrote, or a folder of such.")
     names = _names([kind.name for kind, _ in found])
+    check_apart({"--markdown": markdown, **{f"the page {name}": out / name for name in (INDEX, *names)}})
     words = {name: f"{kind.name}: {kind.title(data)}" for name, (kind, data) in zip(names, found, strict=True)}
     pages = {
         name: kind.page(data, {INDEX: "index", **{other: text for other, text in words.items() if other != name}})

@@ -111,19 +111,26 @@ def search(
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """What the choice is about. sizes: bytes of each option of each site."""
+    """What the choice is about. sizes: bytes of each option of each site. keeps: whether every site may stay in full precision."""
 
     sizes: tuple[tuple[int, ...], ...]
     weights: Weights
+    keeps: bool
 
     @classmethod
     def of(cls, plan: Plan, choices: Choices) -> "_Scope":
         runner = BlockRunner(plan.source, plan.dtype, plan.device)
         spaces = [site_space(runner, address, options) for address, options in choices.items()]
-        return cls(tuple(tuple(sizes.values()) for _, sizes in spaces), Weights.of(runner, sum(weights for weights, _ in spaces)))
+        weights = Weights.of(runner, sum(weights for weights, _ in spaces))
+        return cls(tuple(tuple(sizes.values()) for _, sizes in spaces), weights, all(None in options.values() for options in choices.values()))
 
     def check(self, limit: Budget) -> None:
-        """PlanishError if no choice keeps the budget."""
+        """PlanishError if no choice keeps the budget, or if it has room for every site in full precision, where that is a candidate."""
+        if self.keeps and limit.allowance(self.weights) >= (full := self.weights.chosen * self.weights.itemsize):
+            raise PlanishError(
+                f"budget {limit.text}: the model has room in it as it is, with {self.weights.bits(full):g} bits per weight and "
+                f"{size(self.weights.whole(full))}, so nothing would be quantized. Give a smaller one, or leave keep out of the candidates."
+            )
         least = smallest(self.sizes)
         if least > limit.allowance(self.weights):
             bits, whole = math.ceil(100 * self.weights.bits(least)) / 100, self.weights.whole(least)
@@ -198,6 +205,8 @@ def _folder(plan: Plan) -> Iterator[Path | None]:
     if not plan.offload:
         yield None
         return
+    if plan.offload_dir is not None:
+        plan.offload_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="planish-search-", dir=plan.offload_dir) as folder:
         yield Path(folder)
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from .calib.packing import Packed
 from .compress_report import CompressReport
 from .compression import Result
-from .estimate import Memory
+from .estimate import Memory, evaluating_seconds
 from .eval.check import Verification
 from .eval.gate import Judgement
 from .preflight import Plan
@@ -35,8 +35,8 @@ def recipes_table(descriptions: Mapping[str, str]) -> Table:
     return _pairs(descriptions.items())
 
 
-def plan_table(plan: Plan, model: str) -> Table:
-    """What a run would do and take."""
+def plan_table(plan: Plan, model: str, *, evaluate: bool = True) -> Table:
+    """What a run would do and take. evaluate: the result is measured afterwards."""
     blocks = plan.topology.block_count
     where = f"on disk ({plan.offload_dir})" if plan.offload_dir else "on disk" if plan.offload else "in memory"
     rows = [
@@ -46,12 +46,17 @@ def plan_table(plan: Plan, model: str) -> Table:
         ("checkpoint", f"about {size(plan.out_bytes)}, {plan.bits_per_weight:.2f} bits per quantized weight"),
         ("memory", f"about {_memory(plan.memory, plan)} at most, activations {where}; {_memory(plan.evaluation, plan)} while evaluating"),
         ("disk", f"about {size(plan.disk)} while it runs"),
-        ("time", f"about {duration(plan.seconds)} in {_short(plan.dtype)} on {plan.device}"),
+        ("time", f"about {duration(plan.seconds)} in {_short(plan.dtype)} on {plan.device}{_evaluating(plan) if evaluate else ''}"),
         ("runs in", ", ".join(plan.servers)),
         *((("gate", plan.recipe.gate.words()),) if plan.recipe.gate else ()),
         *(("note", note) for note in plan.notes),
     ]
     return _pairs(rows)
+
+
+def _evaluating(plan: Plan) -> str:
+    """The time that comes on top."""
+    return f", then about {duration(evaluating_seconds(plan.checkpoint, plan.device))} to evaluate the result (--no-evaluate leaves that out)"
 
 
 def _memory(memory: Memory, plan: Plan) -> str:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 USER_ERROR = 2
 MISSED = 3  # a gate
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+RESUMING = ("compress", "demo", "compare", "sweep")
+"""The commands that compress, and go on where they were."""
 _TRACEBACK = "planish.traceback"
 
 
@@ -62,7 +64,7 @@ class Front(TyperGroup):
                 raise
             raise _end(ctx, error, message, USER_ERROR) from None
         except (OSError, SafetensorError) as error:
-            message = system_message(error)
+            message = system_message(error, resumes=ctx.invoked_subcommand in RESUMING)
             if message is None:
                 raise
             raise _end(ctx, error, message, USER_ERROR) from None
@@ -84,9 +86,10 @@ def end_by(judgement: "Judgement | None", more: str = "") -> None:
         raise typer.Exit(MISSED)
 
 
-def system_message(error: OSError | SafetensorError) -> str | None:
-    """What the operating system refused, and about which file; None for what is no matter of the user's."""
-    full = "the disk is full. Free some room and repeat the command; a compression goes on at the block where it was."
+def system_message(error: OSError | SafetensorError, *, resumes: bool = True) -> str | None:
+    """What the operating system refused, and about which file; None for what is no matter of the user's. resumes: whether a repeated command
+    goes on where it was."""
+    full = "the disk is full. Free some room and repeat the command" + ("; a compression goes on at the block where it was." if resumes else ".")
     if isinstance(error, SafetensorError):  # that library has one class for everything
         return f"{full[0].upper()}{full[1:]}" if "os error 28" in str(error) else None
     if error.errno is None or error.errno == errno.EPIPE:

@@ -18,7 +18,7 @@ def read_gate(settings: Sequence[str]) -> Gate:
     gate = Gate()
     for name in (setting for setting in settings if "=" not in setting):
         if kind(name) in METRICS:
-            raise PlanishError(f"--gate {name}: no threshold is given. Write {name}=NUMBER, such as {METRICS[kind(name)].example}.")
+            raise _missing(name, name)
         gate = load_recipe(name).gate
         if not gate:
             raise PlanishError(f"--gate {name}: that recipe has no gate. Add one to it, or write thresholds, such as kl=0.1.")
@@ -38,10 +38,17 @@ def with_thresholds(gate: Gate, settings: Sequence[str]) -> Gate:
         first, _, task = name.partition(".")
         value = parse_yaml(text, f"--gate {setting}")
         if name == "accuracy":
-            raise PlanishError(f"--gate {setting}: there is no accuracy of all tasks together. Name one: accuracy.TASK={text}.")
+            raise PlanishError(f"--gate {setting}: there is no accuracy of all tasks together. Name one: accuracy.TASK={text or 'NUMBER'}.")
+        if value is None and kind(name) in METRICS:
+            raise _missing(setting, name)
         if first in BY_TASK and (task or first == "recovery"):
             before = data.get(first, {})
             data[first] = {**(before if isinstance(before, Mapping) else {MEAN: before}), task or MEAN: value}
         else:
             data[name] = value
     return decode(Gate, data, "--gate") if settings else gate
+
+
+def _missing(setting: str, name: str) -> PlanishError:
+    """No number stands there, as where a script's variable is unset: a gate that is asked for is never silently left out."""
+    return PlanishError(f"--gate {setting}: no threshold is given. Write {name}=NUMBER, such as {METRICS[kind(name)].example}.")

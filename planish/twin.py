@@ -20,8 +20,8 @@ from .calib.shards import read_json
 from .calib.sites import Topology
 from .calib.stored import StoredCheckpoint
 from .calib.stream import relative_error
-from .calib.topology import topology
 from .compression import Progress
+from .eval.origin import check_made_from
 from .export import FOLDER, MANIFEST
 from .preflight import make_plan
 from .quant.errors import PlanishError
@@ -49,12 +49,7 @@ def twin_of(stored: StoredCheckpoint, model: str | Path, device: torch.device, p
     file = stored.path / FOLDER / "recipe.yaml"
     recipe = load_recipe(file) if file.is_file() else _bare("none", ())
     plan = make_plan(_absorbing(recipe, stored), model, device=str(device), dtype=_arithmetic(stored))
-    known, own = plan.topology, topology(stored.config)
-    if (known.family, known.block_count) != (own.family, own.block_count):
-        raise PlanishError(
-            f"{model} is a {known.family} model of {known.block_count} blocks, {stored.path} a {own.family} model of {own.block_count}: one was not "
-            "made from the other. Give the model that was compressed."
-        )
+    check_made_from(plan.checkpoint, stored)
     return AbsorbedBlocks(plan, progress, plan.offload_dir, kept)
 
 

@@ -17,6 +17,10 @@ def named_recipes(recipes: Sequence[Recipe | str | Path], settings: Sequence[str
 
     Raises PlanishError: no recipe, two of one name, too many variants, something wrong with one.
     """
+    given: object = recipes  # a str is a sequence of str
+    if isinstance(given, (str, Path, Recipe)):
+        one = "one recipe" if isinstance(given, Recipe) else repr(str(given))
+        raise PlanishError(f"recipes is {one}, but a comparison takes a list of them, such as ['w8a8', 'w4a8'].")
     if not recipes:
         raise PlanishError("a comparison needs recipes: name one or more, such as w8a8 w4a8.")
     axes = [_axis(each) for each in vary]

@@ -11,6 +11,9 @@ from .quant.errors import PlanishError
 _TAGS = [f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")]
 _EXPONENT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
 
+_SIGNS = ("alias", "anchor", "the tag", "block scalar", "'@' that cannot start", "'`' that cannot start", "'%' that cannot start")
+"""Of PyYAML's words where a sign that means something to YAML stands at the beginning of a value."""
+
 
 class _Loader(yaml.SafeLoader):
     """Only the types of JSON: a date is text."""
@@ -51,7 +54,9 @@ def parse_yaml(text: str, root: str) -> object:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise PlanishError(f"{root}{line}: {error.problem or error.context}. A text that begins with a sign such as * stands in quotes.") from error
+        signs = any(words in f"{error.context} {error.problem}" for words in _SIGNS)
+        hint = " A text that begins with a sign such as * stands in quotes." if signs else ""
+        raise PlanishError(f"{root}{line}: {error.problem or error.context}.{hint}") from error
     except yaml.YAMLError as error:
         raise PlanishError(f"{root}: not a text that YAML allows: {error}.") from error
     except (ValueError, KeyError, RecursionError) as error:  # explicit tags on values that are none, such as `!!int x`, and absurd nesting

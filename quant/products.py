@@ -24,6 +24,6 @@ def bfloat16_products(on: bool) -> Iterator[None]:
         cuda.allow_bf16_reduced_precision_reduction = reduced
 
 
-def ordered_attention(device: torch.device) -> AbstractContextManager[None]:
+def ordered_attention(device: torch.device) -> AbstractContextManager[object]:
     """While the `with` lasts, gradients of attention are added in a fixed order on GPUs, where fused kernels do not; scores are in memory then."""
     return nullcontext() if device.type == "cpu" else sdpa_kernel(SDPBackend.MATH)

@@ -28,6 +28,7 @@ from ..descent import Adam
 from ..errors import PlanishError
 from ..formats import Scheme
 from ..products import bfloat16_products
+from ..seeds import check_seed
 from ..straight_through import rounded_input, rounded_weight
 from .factors import Chain, on_input, on_weight
 from .flat_shapes import BlockShape, KroneckerShape, Shape, Start
@@ -82,6 +83,7 @@ class Flat:
 
     def __post_init__(self) -> None:
         check_block("flat", self.block)
+        check_seed("flat.seed", self.seed)
         if not 0 < self.damping <= 1:
             raise PlanishError(f"flat.damping is {self.damping}, but it is a part of the mean diagonal, above 0 and at most 1. Usual: 0.02.")
         if self.steps < 0:

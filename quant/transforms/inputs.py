@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import PlanishError
 from ..formats import Scheme
+from ..seeds import check_seed
 from . import cat, duquant, shift, wush
 from .factors import Chain, Shift, on_input, on_weight
 from .factors import Hadamard as HadamardFactor
@@ -179,6 +180,7 @@ class Duquant:
 
     def __post_init__(self) -> None:
         check_block("duquant", self.block)
+        check_seed("duquant.seed", self.seed)
 
     def chain(self, view: SiteView) -> Chain:
         """Three factors."""

@@ -8,6 +8,7 @@ as in OmniQuant's block-wise calibration (Shao et al. 2023, arXiv:2308.13137, se
 from dataclasses import dataclass
 
 from ..errors import PlanishError
+from ..seeds import check_seed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +26,7 @@ class Polish:
     sites: tuple[str, ...] = ("*",)
 
     def __post_init__(self) -> None:
+        check_seed("polish.seed", self.seed)
         if self.steps < 1:
             raise PlanishError(f"polish.steps is {self.steps}, but it counts steps of descent, at least 1. Usual: 48.")
         if not 0 < self.lr <= 0.1:

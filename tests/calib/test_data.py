@@ -149,7 +149,7 @@ def test_too_few_windows_are_named_with_numbers(text_file: Path, tokenizer: PreT
     message = f"^calibration.source .*text.txt holds {count} windows of 64 tokens, calibration.samples asks for 4000. Lower samples or length"
     with pytest.raises(PlanishError, match=message):
         tokens(str(text_file), tokenizer, samples=4000, length=64, seed=0)
-    with pytest.raises(PlanishError, match=r"^evaluation.source builtin holds \d+ windows of 512 tokens, evaluation.samples asks for 4000"):
+    with pytest.raises(PlanishError, match=r"^--text builtin holds \d+ windows of 512 tokens, but 4000 are asked for. Lower --length"):
         tokens("builtin", tokenizer, samples=4000, length=512, part="evaluation")
 
 
@@ -159,6 +159,18 @@ def test_empty_and_short_texts(tmp_path: Path, tokenizer: PreTrainedTokenizerFas
     (tmp_path / "t.txt").write_text(content, encoding="utf-8")
     with pytest.raises(PlanishError, match=f"t.txt holds {found}"):
         tokens(str(tmp_path / "t.txt"), tokenizer, samples=samples, length=64)
+
+
+def test_a_text_to_measure_on_is_named_by_its_flags(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    for content, words in (
+        ("", "holds no text. Give a larger text."),
+        ("cat", "tokens, not one window of 64. Lower --length, or give a larger text."),
+    ):
+        (tmp_path / "t.txt").write_text(content, encoding="utf-8")
+        with pytest.raises(PlanishError) as caught:
+            tokens(str(tmp_path / "t.txt"), tokenizer, samples=None, length=64, part="evaluation")
+        assert str(caught.value).startswith(f"--text {tmp_path / 't.txt'} holds ")
+        assert str(caught.value).endswith(words)
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -207,7 +219,8 @@ def test_calibration_asks_for_its_own_tokens(tokenizer: PreTrainedTokenizerFast)
         ({"samples": 0}, "calibration.samples is 0, but must be at least 1"),
         ({"length": 1}, "calibration.length is 1, but must be at least 2"),
         ({"batch_size": 0}, "calibration.batch_size is 0"),
-        ({"seed": -1}, "calibration.seed is -1"),
+        ({"seed": -1}, "calibration.seed is -1, but must be at least 0, or null"),
+        ({"seed": 2**63}, "calibration.seed is 9223372036854775808, but must be at most 9223372036854775807"),
     ],
 )
 def test_impossible_calibration(settings: dict[str, Any], message: str) -> None:

@@ -1,5 +1,7 @@
 """Compressed checkpoints opened again: the same numbers as the quantized layers that they hold, and clear errors for what is no such checkpoint."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,37 @@ def test_missing_tensors_are_named(folder: Path) -> None:
     rewrite(folder, tensors)
     with pytest.raises(PlanishError, match=r"1 tensors are missing, first model.layers.1.mlp.down_proj.weight_scale"):
         open_stored(folder)
+
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        (f"{UP}.weight", lambda w: w[:-1], f"{UP}.weight has shape (95, 64)"),
+        (f"{UP}.weight", lambda w: w.short(), f"{UP}.weight is int16"),
+        (f"{UP}.weight_scale", lambda s: s[:-1], f"{UP}.weight_scale has shape (95, 1)"),
+        ("model.norm.weight", lambda w: w[:-1], "model.norm.weight has shape (63,)"),
+        ("model.norm.weight", lambda w: w.to(torch.int8), "model.norm.weight is int8"),
+        ("model.norm.other", None, "model.norm.other is unexpected"),
+        (f"{UP}.planish.up", None, f"{UP}.planish.up is unexpected"),
+    ],
+)
+def test_other_tensors_than_declared_are_named(name: str, edit: Callable[[torch.Tensor], torch.Tensor] | None, message: str, folder: Path) -> None:
+    tensors = merge(folder)
+    rewrite(folder, {**tensors, name: torch.ones(2) if edit is None else edit(tensors[name]).contiguous()})
+    with pytest.raises(PlanishError, match=f"{folder}: {re.escape(message)}.*copy it again, or compress again"):
+        open_any(folder)
+
+
+def test_a_shape_of_packed_codes_that_is_another(tmp_path: Path) -> None:
+    folder = rounded(saved(tiny("llama"), tmp_path / "model"), tmp_path / "out", SCHEMES["w4"])
+    tensors = merge(folder)
+    rewrite(folder, {**tensors, f"{UP}.weight_shape": tensors[f"{UP}.weight_shape"] * 2})
+    checkpoint = open_stored(folder)
+    with pytest.raises(PlanishError, match=rf"{UP}.weight_shape says \(192, 128\), but the layer is \(96, 64\)"):
+        list(checkpoint.parts([UP], torch.float32, "cpu"))
 
 
 def test_other_quantizers_are_refused(folder: Path) -> None:

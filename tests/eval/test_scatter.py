@@ -89,6 +89,24 @@ def test_what_cannot_be_drawn_is_left_out() -> None:
     assert list(drawn().iter(f"{SVG}rect"))
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ((1e-5, 3e-4), {"1e-5", "1e-4"}),
+        ((0.02, 0.3), {"0.02", "0.05", "0.1", "0.2"}),
+        ((1.06e-4, 1.07e-4), {"1e-4"}),
+        ((1.5, 1.5), {"1.5"}),
+        ((1e5, 4e5), {"1e5", "2e5", "5e5"}),
+    ],
+)
+def test_the_axis_has_one_short_notation(values: tuple[float, float], words: set[str]) -> None:
+    svg = drawn(Point(label="a", x=4.0, values=values))
+    ticks = [text.text or "" for text in svg.iter(f"{SVG}text") if (text.get("class"), text.get("text-anchor")) == ("tick", "end")]
+    assert words <= set(ticks) or len(ticks) == 1
+    assert len({"e" in tick for tick in ticks}) == 1
+    assert all(len(tick) <= 6 for tick in ticks)
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (3.9, 8.2), (0, 43.1), (0.02, 0.021), (0, 12345), (0, 0.29)])
 def test_ticks_are_round_and_inside(low: float, high: float) -> None:
     ticks = round_ticks(low, high)

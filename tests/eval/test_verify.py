@@ -86,7 +86,7 @@ def test_a_good_checkpoint(scheme: Scheme, static: StaticGrid | None, least: flo
     out = build(tmp_path, scheme, static=static)
     found = verify(out, tmp_path / "model", text=text(tmp_path), length=100)
     assert found.ok, found.to_dict()
-    assert states(found) == {"structure": True, "values": True, "probe": True, "transformers": True, "against": True, "server": None}
+    assert states(found) == {"files": None, "structure": True, "values": True, "probe": True, "transformers": True, "against": True, "server": None}
     structure = found["structure"].figures
     assert structure["quantized_linears"] == 21
     assert least <= float(structure["quantized_bits"] or 0) < least + 2  # type: ignore[arg-type]
@@ -122,7 +122,8 @@ def test_what_planish_did_not_write(tmp_path: Path) -> None:
     (out / PROBE_FILE).unlink()
     found = verify(out, stock=False)
     assert found.ok
-    assert states(found) == {"structure": True, "values": True, "probe": None, "transformers": None, "against": None, "server": None}
+    assert states(found) == {"structure": True, "values": True} | dict.fromkeys(("files", "probe", "transformers", "against", "server"))
+    assert "not checked: no planish/manifest.json" in found["files"].message
     assert "not checked: no planish/probe.safetensors" in found["probe"].message
     assert "no original model" in found["against"].message
 

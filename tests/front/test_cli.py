@@ -74,15 +74,35 @@ def test_quiet_and_unevaluated(planish: Planish, original: Path) -> None:
     ran = planish("compress", "w4a8", "--model", original, "--out", "new", *SHORT, "--quiet", "--no-evaluate", "--dtype", "bfloat16")
     assert (ran.code, ran.err) == (0, "")
     assert "perplexity" not in ran.out
+    ran = planish("compress", "w4a8", "--model", original, "--out", "other", *SHORT, "--no-evaluate")
+    assert (ran.code, "to evaluate the result" in ran.err) == (0, False)
     report = json.loads(Path("new.report.json").read_text())
     assert report["evaluation"] is None
     assert report["plan"]["arithmetic"] == {"dtype": "bfloat16", "device": "cpu"}
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--html", "same", "--markdown", "./same"), "--html and --markdown are both same"),
+        (("--html", "new"), "--out and --html are both new"),
+        (("--html", "new.partial"), "--html new.partial: lies where --out new is made"),
+        (("--markdown", "new/model.md"), "--markdown new/model.md: lies where --out new is made"),
+        (("--markdown", "new.report.json"), "the report and --markdown are both"),
+        (("--markdown", "new.report.json.partial"), "lies where the report new.report.json is made"),
+        (("--markdown", "./new.report.html"), "the page and --markdown are both"),
+    ],
+)
+def test_two_things_of_one_name(options: tuple[str, ...], words: str, planish: Planish, original: Path, tmp_path: Path) -> None:
+    ran = planish("compress", "w8a8", "--model", original.with_name("none"), "--out", "new", *options)  # refused before the model is looked at
+    assert (ran.code, words in ran.err) == (2, True), ran
+    assert not tree(tmp_path)
+
+
 def test_plan(planish: Planish, original: Path, tmp_path: Path) -> None:
     ran = planish("plan", "w4a16-g128", "--model", original, *SHORT)
     assert (ran.code, ran.err) == (0, "")
-    for words in ("llama, 3 blocks", "qkv, o, gate_up", "int4 per group of", "note", "memory", "disk", "time", "vLLM"):
+    for words in ("llama, 3 blocks", "qkv, o, gate_up", "int4 per group of", "note", "memory", "disk", "time", "to evaluate the result", "vLLM"):
         assert words in ran.out
     ran = planish("plan", "w8a8", "--model", original, "--json", "--set", 'overrides=[{sites: ["1.*"], keep: true}]', "--offload-dir", tmp_path)
     plan = json.loads(ran.out)
@@ -126,6 +146,18 @@ def test_version_and_help(planish: Planish) -> None:
 def test_what_needs_no_torch_imports_none() -> None:
     code = "import sys, planish, planish.cli, planish.shipped; planish.PlanishError; planish.shipped.shipped(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("recipe", "loaded"), [("w8a9", "torch"), ("w8a8.yml", "planish.job"), ("w8a8 --set solver.gptw=1", "planish.job")])
+@pytest.mark.parametrize("command", ["compress", "plan"])
+def test_a_recipe_that_is_wrong_is_refused_before_the_rest_is_imported(command: str, recipe: str, loaded: str, tmp_path: Path) -> None:
+    arguments = [command, *recipe.split(), "--model", "none", *(["--out", "out"] if command == "compress" else [])]
+    code = (
+        f"import sys; from planish.cli import app; code = app({arguments}, standalone_mode=False); sys.exit(code + 10 * ({loaded!r} in sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (2, ""), ran
+    assert "Error: " in ran.stderr
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers_compress import quick, source
 
-from planish.estimate import Memory, resident
+from planish.calib.checkpoint import open_checkpoint
+from planish.estimate import SOFTMAX, Memory, evaluating_seconds, resident
 from planish.preflight import Plan, make_plan
 from planish.quant.solvers import Rtn
 from planish.recipe import Recipe
@@ -96,3 +97,16 @@ def test_attention_that_makes_all_scores_counts_them(tmp_path: Path, threads: Ca
     threads(1)
     plain, eager = (plan(quick("w8a8", "calibration.length=128"), source(name, tmp_path / name)) for name in ("llama", "gemma2"))
     assert eager.memory.passing - plain.memory.passing == 2 * 4 * 128 * 128 * 8
+
+
+def test_evaluation_takes_time_by_weights_and_attention(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of both models, counted by a clock that ticks once for each; an untied model's table of embeddings is not multiplied with."""
+    monkeypatch.setattr("planish.estimate.products_per_second", lambda _dtype, _device: 1.0)
+    untied = source("llama", tmp_path / "untied", changes={"intermediate_size": INNER, "tie_word_embeddings": False})
+    for path in (folder, untied):
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.tied == (path == folder)
+        weights = sum(weight.numel() for name, weight in checkpoint.skeleton().named_parameters() if "embed_tokens" not in name)
+        found = evaluating_seconds(checkpoint, torch.device("cpu"))
+        passes = 2 * (weights + 2 * 128 * WIDTH * checkpoint.config.num_hidden_layers)
+        assert found == pytest.approx(4 * 128 * (passes + SOFTMAX * 400), rel=1e-3)

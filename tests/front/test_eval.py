@@ -1,6 +1,7 @@
 """planish eval: tasks and text against the base model, from Python and from the command line."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from helpers_front import Ran
 from helpers_tasks import task_folder
 from helpers_text import build_tokenizer
 from jsonschema import Draft202012Validator
+from safetensors.torch import load_file, save_file
 
 import planish
 from planish.calib.stored import open_any
@@ -164,6 +166,35 @@ def test_a_broken_file_in_the_cache_is_made_anew(pair: tuple[Path, Path], tasks:
 def test_without_a_base_model(pair: tuple[Path, Path], tasks: Path) -> None:
     found = metrics(planish.evaluate(pair[1], tasks=["tiny_choice"], include_path=tasks, limit=3, **TEXT))
     assert set(found) == {"perplexity", "accuracy.tiny_choice"}
+
+
+def test_another_model_of_the_same_build_is_noted(pair: tuple[Path, Path], planish: Planish, tmp_path: Path) -> None:
+    other = shutil.copytree(pair[0], tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * 2}, other / "model.safetensors", {"format": "pt"})
+    words = "other is not the very model that"
+    settings = ("--windows", 1, "--length", 32)
+    for command in ("eval", "verify"):
+        ran = planish(command, pair[1], "--against", other, *settings, "--quiet")
+        assert (ran.code, words in " ".join(ran.out.split())) == (0, True)
+        assert words not in planish(command, pair[1], "--against", pair[0], *settings, "--quiet").out
+    (note,) = json.loads(planish("eval", pair[1], "--against", other, *settings, "--json", "--markdown", "found.md").out)["notes"]
+    assert words in note
+    assert words in (tmp_path / "found.md").read_text()
+
+
+@pytest.mark.parametrize("what", ["text", "tasks"])
+def test_logits_that_are_no_numbers(what: str, pair: tuple[Path, Path], tasks: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(pair[1], tmp_path / "out")
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight_scale"][:] = torch.nan
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    message, settings = {
+        "text": (f"{out}: logits are not finite", {**TEXT}),
+        "tasks": ("down_proj.weight_scale has 64 NaN", {"tasks": ["tiny_choice"], "include_path": tasks, "text": "none"}),
+    }[what]
+    with pytest.raises(PlanishError, match=message):
+        planish.evaluate(out, **settings)
 
 
 def test_at_the_terminal(planish: Planish, pair: tuple[Path, Path], tasks: Path, tmp_path: Path) -> None:

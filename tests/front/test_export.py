@@ -169,6 +169,7 @@ def test_side_files_card_and_manifest(tmp_path: Path) -> None:
     assert card.startswith("---\nbase_model: model\n")
     for words in ("w8a8", f"{result.bits_per_weight:.2f}, scales and transforms included", "vllm serve", "samples: 4", "from_pretrained"):
         assert words in card
+    assert "\n\n\n" not in card
     config, before = read(out / "config.json"), read(folder / "config.json")
     assert config.pop("quantization_config")["ignore"] == ["lm_head"]
     assert config == before
@@ -184,6 +185,8 @@ def check_manifest(manifest: dict[str, Any], recipe: Recipe, result: planish.Res
     assert manifest["calibration"]["seed"] == 0
     assert manifest["calibration"]["samples"] == 4
     assert manifest["arithmetic"] == {"dtype": "float32", "device": "cpu"}
+    files = {name: hashlib.sha256((result.out / name).read_bytes()).hexdigest() for name in ("config.json", SINGLE_FILE)}
+    assert manifest["files"] == files
     assert manifest["bytes"] < result.stored_bytes < manifest["bytes"] + 20_000
     assert [block["error"] for block in manifest["blocks"]] == [block.error for block in result.blocks]
     assert "vLLM" in manifest["servers"]
@@ -193,6 +196,8 @@ def test_the_card_names_only_what_runs_the_checkpoint(tmp_path: Path) -> None:
     planish.compress(PACKED, source("gpt2", tmp_path / "model"), tmp_path / "out", dtype=torch.float32)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "planish.load" in card
+    assert "|\n\n- " in card
+    assert "\n\n\n" not in card
     assert "from transformers" not in card
     assert "vllm serve" not in card
 

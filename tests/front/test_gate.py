@@ -13,14 +13,16 @@ from helpers_compress import quick
 from helpers_front import SHORT, Ran, tree
 
 import planish as planish_api
+from planish.decode import decode
 from planish.eval.gate import METRICS, Gate
-from planish.eval.measured import comparison_metrics
+from planish.eval.measured import COMPARED, comparison_metrics
 from planish.eval.paired import Measured
 from planish.eval.score import Comparison, Score
 from planish.quant.errors import PlanishError
 from planish.recipe import digest, load_recipe, to_yaml, with_settings
 from planish.records import BlockRecord
 from planish.thresholds import read_gate, with_thresholds
+from planish.yamltext import parse_yaml
 
 Planish = Callable[..., Ran]
 
@@ -70,6 +72,20 @@ def test_sentence_says_metric_error_threshold_and_text() -> None:
     assert gate.judge({**metrics, "recovery": Measured(value=99)}).sentence().startswith("Gate met: kl is 0.05")
 
 
+@pytest.mark.parametrize(
+    ("value", "threshold", "words"),
+    [
+        (0.100004, 0.1, "kl is 0.100004 nats per token, at most 0.1 nats"),
+        (0.123449, 0.123441, "kl is 0.12345 nats per token, at most 0.12344 nats"),
+        (0.1 + 1e-16, 0.1, "kl is 0.1000000000000001 nats per token, at most 0.1 nats"),
+        (0.2, 0.1, "kl is 0.2 nats per token, at most 0.1 nats"),
+        (0.123449, 0.1, "kl is 0.1234 nats per token, at most 0.1 nats"),
+    ],
+)
+def test_a_miss_shows_as_many_digits_as_it_takes(value: float, threshold: float, words: str) -> None:
+    assert words in Gate(kl=threshold).judge({"kl": Measured(value=value)}).sentence()
+
+
 def test_metric_that_could_not_be_measured() -> None:
     found = Gate(recovery=95).judge({"kl": Measured(value=0.1)}, "piqa")
     assert found.sentence() == "Gate missed: recovery could not be measured, at least 95 % asked for, on piqa."
@@ -80,6 +96,13 @@ def test_a_recipe_s_gate_as_a_flag(tmp_path: Path) -> None:
     assert read_gate([str(tmp_path / "own.yaml"), "kl=0.1"]).thresholds() == {"kl": 0.1, "recovery": 98}
     with pytest.raises(PlanishError, match="--gate w8a8: that recipe has no gate"):
         read_gate(["w8a8"])
+
+
+def test_the_documented_gate_is_one_that_compress_measures() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "gates.md").read_text(encoding="utf-8")
+    data = parse_yaml(text.partition("```yaml\n")[2].partition("```")[0], "docs/gates.md")
+    assert isinstance(data, dict)
+    decode(Gate, data["gate"], "gate").check_measured(COMPARED, "planish compress", "")
 
 
 def test_flags_change_a_gate() -> None:
@@ -95,6 +118,15 @@ def test_flags_change_a_gate() -> None:
     [
         ("klx=0.1", "unknown key. Did you mean kl?"),
         ("kl", "is no threshold. Write metric=threshold"),
+        ("kl=", "--gate kl=: no threshold is given. Write kl=NUMBER, such as 0.1"),
+        ("kl= ", "no threshold is given. Write kl=NUMBER"),
+        ("kl=null", "no threshold is given. Write kl=NUMBER"),
+        ("kl=~", "no threshold is given. Write kl=NUMBER"),
+        ("recovery=", "no threshold is given. Write recovery=NUMBER"),
+        ("recovery.piqa=", "no threshold is given. Write recovery.piqa=NUMBER"),
+        ("accuracy.piqa=", "no threshold is given. Write accuracy.piqa=NUMBER"),
+        ("accuracy=", "Name one: accuracy.TASK=NUMBER."),
+        ("in_doubt=", "--gate: in_doubt: expected"),
         ("kl=small", "--gate: kl: expected a number"),
         ("kl=-1", "kl is held to -1, which cannot be meant"),
         ("recovery=0.98", "recovery is held to 0.98, which cannot be meant. Give a threshold such as 98, in per cent"),
@@ -246,6 +278,7 @@ def test_eval_tells_a_broken_checkpoint_from_a_good_one(planish: Planish, origin
         (("--gate", "recovery=98"), "Give --tasks and --against MODEL, or leave"),
         (("--gate", "kl"), "--gate kl: no threshold is given. Write kl=NUMBER, such as 0.1, in nats per token."),
         (("--gate", "recovery.piqa"), "--gate recovery.piqa: no threshold is given. Write recovery.piqa=NUMBER, such as 98"),
+        (("--gate", "kl="), "--gate kl=: no threshold is given. Write kl=NUMBER, such as 0.1, in nats per token."),
         (("--gate", "accuracy=0.5"), "Name one: accuracy.TASK=0.5."),
         (("--text", "none", "--gate", "perplexity=10"), "no task is given"),
     ],

@@ -110,11 +110,13 @@ def test_a_file_of_text(planish: Planish, original: Path, tmp_path: Path) -> Non
     ("arguments", "words"),
     [
         (("nowhere",), "nowhere"),
-        (("MODEL", "--text", "short.txt"), "calibration.source short.txt holds"),
+        (("MODEL", "--text", "short.txt"), "--text short.txt holds 10 tokens, not one window of 32, samples asks for 3. Lower --samples or --length"),
         (("MODEL", "--images", "generated"), "a language model, so images is of no use"),
         (("MODEL", "--html", "taken.html"), "taken.html: exists, and planish overwrites nothing unasked"),
         (("MODEL", "--recipe", "taken.html"), "--force"),
         (("MODEL", "--html", "."), "is a folder"),
+        (("MODEL", "--html", "x", "--markdown", "./x"), "--html and --markdown are both x, and one would replace the other"),
+        (("MODEL", "--seed", str(2**63)), f"Error: seed is {2**63}, but must be at most"),
         (("MODEL", "--html", "no/such/page.html"), "there is no folder no/such"),
         (("MODEL", "--threshold", "massive_ratio"), "is not a setting"),
         (("MODEL", "--threshold", "massive_ration=3"), "massive_ratio"),
@@ -135,6 +137,12 @@ def test_what_is_refused(planish: Planish, original: Path, tmp_path: Path, argum
     assert words in ran.err
     assert len(ran.err.splitlines()) == 1
     assert tree(tmp_path) == before
+
+
+def test_the_settings_are_its_own(original: Path) -> None:
+    for settings, words in (({"samples": 0}, "^samples is 0, but must be at least 1"), ({"seed": -1}, "^seed is -1")):
+        with pytest.raises(api.PlanishError, match=words):
+            api.inspect(original, **settings)
 
 
 def test_force_replaces(planish: Planish, original: Path, tmp_path: Path) -> None:

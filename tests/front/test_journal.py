@@ -1,13 +1,17 @@
 """The journal of a run: what it reads back, and what it refuses."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from planish.journal import Journal
+from planish.journal import Journal, write_text
 from planish.quant.errors import PlanishError
 from planish.records import BlockRecord, SiteRecord
+from planish.terminal import system_message
 
 
 def test_reads_back_what_was_added(tmp_path: Path) -> None:
@@ -22,6 +26,33 @@ def test_another_run_is_not_resumed(tmp_path: Path) -> None:
     Journal.open(tmp_path / "work", "mine")
     with pytest.raises(PlanishError, match="another recipe"):
         Journal.open(tmp_path / "work", "other")
+
+
+@pytest.mark.parametrize("path", ["page.html", "journal.json"])
+def test_a_full_disk_leaves_nothing_and_names_the_file(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_text(tmp_path / path, "words")
+    assert not list(tmp_path.iterdir())
+    assert caught.value.errno == errno.ENOSPC
+    alone = system_message(caught.value, resumes=False)
+    assert alone == f"{tmp_path / path}: the disk is full. Free some room and repeat the command."
+    assert "a compression goes on" in str(system_message(caught.value))
+
+
+def test_a_full_disk_for_tensors_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_tensors: object, file: Path, _metadata: object) -> None:
+        file.write_text("half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    journal = Journal.open(tmp_path / "work", "mine")
+    monkeypatch.setattr("planish.journal.save_file", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*block-00000\.safetensors"):
+        journal.add(BlockRecord(0, error=0.25, sites={}), {"a": torch.ones(2)})
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["journal.json"]
 
 
 DAMAGED = ("", "{", "[]", "{}", '{"fingerprint": "mine", "blocks": [[]]}', '{"fingerprint": "mine", "blocks": [{"sites": {}}]}')

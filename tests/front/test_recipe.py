@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.solvers import Clip, Gptaq, Gptq, Rtn
 from planish.quant.transforms import Smooth
 from planish.recipe import Export, Override, Recipe, digest, load_recipe, shipped, shipped_text, to_yaml, with_settings
+from planish.yamltext import parse_yaml
 
 W4 = WeightFormat(bits=4)
 W8 = WeightFormat(bits=8)
@@ -51,6 +53,44 @@ def refusal(call: Callable[[], object]) -> str:
     with pytest.raises(PlanishError) as caught:
         call()
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"solver": "gptq"}, "solver is 'gptq'; in Python give planish.Gptq()."),
+        ({"solver": "gptaq"}, "in Python give planish.Gptaq()."),
+        ({"solver": {"rtn": {}}}, "solver is {'rtn': {}}; in Python give planish.Gptq()."),
+        ({"steps": ["smooth"]}, "steps has 'smooth'; in Python give planish.quant.transforms.Smooth(...)."),
+        ({"steps": ("rotate",)}, "steps has 'rotate'; in Python give planish.quant.transforms.Rotate(...)."),
+        ({"steps": (None,)}, "steps has None; in Python give"),
+        ({"steps": "smooth"}, "steps is 'smooth'; in Python give a tuple of steps"),
+        ({"steps": [Smooth()]}, "steps is a list; in Python give a tuple of steps"),
+    ],
+)
+def test_names_are_for_yaml(settings: dict[str, Any], words: str) -> None:
+    given = {"solver": Rtn(), **settings}
+    assert words in refusal(lambda: Recipe(name="own", scheme=Scheme(weights=W8, activations=A8), **given))
+
+
+@pytest.mark.parametrize("path", ["calibration.seed", "steps.0.flat.seed", "steps.1.polish.seed", "steps.0.duquant.seed"])
+def test_seeds_are_those_that_generators_take(path: str) -> None:
+    steps = f"steps=[{'duquant' if 'duquant' in path else 'flat'}, polish]"
+    recipe = with_settings(load_recipe("w4a4-best"), [steps, f"{path}={2**63 - 1}"])
+    assert str(2**63 - 1) in to_yaml(recipe)
+    for seed, words in ((2**63, f"seed is {2**63}, but must be at most {2**63 - 1} (2^63 - 1)"), (-1, "seed is -1, but must be at least 0")):
+        assert words in refusal(lambda seed=seed: with_settings(load_recipe("w4a4-best"), [steps, f"{path}={seed}"]))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        *((text, True) for text in ("x: *.down", "x: *down", "x: @a", "x: `a", "x: &", "x: !a", "x: |a")),
+        *((text, False) for text in ("x: [", "x: {a: b", "a: b: c", "a: 1\na: 2", "a:\n\tb: 1", "- a\nb: c")),
+    ],
+)
+def test_quotes_are_advised_where_they_help(text: str, hint: bool) -> None:
+    assert ("stands in quotes" in refusal(lambda: parse_yaml(text, "mine"))) is hint
 
 
 def test_shipped_recipes() -> None:

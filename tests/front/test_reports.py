@@ -108,6 +108,21 @@ def test_pages_find_each_other(tmp_path: Path) -> None:
     assert [path.name for path in twice] == ["index.html", "compress.html", "compress-2.html"]
 
 
+def test_a_report_may_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").write_text(to_json(compress_report()))
+    command = ("report", "a.json", "--out", "pages", "--markdown", "pr.md")
+    assert invoke(*command).code == 0
+    before = tree(tmp_path)
+    again = invoke(*command)
+    assert (again.code, "pr.md: exists" in again.err, "--force" in again.err) == (2, True, True)
+    refused = invoke(*command[:-1], "pages/compress.html", "--force")
+    assert (refused.code, "and one would replace the other" in refused.err) == (2, True)
+    (tmp_path / "pr.md").write_text("old")
+    assert invoke(*command, "--force").code == 0
+    assert tree(tmp_path) == before
+
+
 def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"model": "mine"}')
     (tmp_path / "mine").mkdir()

@@ -1,5 +1,6 @@
 """A run that is killed or interrupted goes on where it was, and ends in the same bytes as one that is not."""
 
+import fcntl
 import json
 import signal
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_compress import outlying, quick
-from helpers_front import invoke, start, tree, wait_for
+from helpers_front import SHORT, invoke, start, tree, wait_for
 from helpers_text import build_tokenizer
 from tiny_models import tiny
 
@@ -103,3 +104,102 @@ def test_another_recipe_does_not_go_on(deep: Path, tmp_path: Path, monkeypatch: 
     assert ran.code == 2
     assert "another recipe" in ran.err
     assert tree(tmp_path) == before
+
+
+def test_whoever_works_there_is_named_and_not_the_remains(original: Path, tmp_path: Path) -> None:
+    working = tmp_path / "out.partial"
+    working.mkdir()
+    (working / "journal.json").write_text('{"fingerprint": "another", "blocks": []}')
+    command = ("compress", "w8a8", "--model", original, "--out", tmp_path / "out", *SHORT, "--no-evaluate", "--quiet")
+    with (working / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        ran = invoke(*command)
+    assert (ran.code, "another planish is at work there" in ran.err) == (2, True)
+    ran = invoke(*command)
+    assert (ran.code, "another recipe" in ran.err) == (2, True)
+    (working / "journal.json").unlink()  # killed as it began
+    assert invoke(*command).code == 0
+
+
+def test_a_run_that_was_quicker_keeps_its_folder(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mkdir(path: Path, *args: object, **named: object) -> None:
+        make(path, *args, **named)  # type: ignore[arg-type]
+        if path.name == "out.partial":
+            file = (path / "lock").open("w")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            held.append(file)
+
+    make, held = Path.mkdir, []
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    ran = invoke("compress", "w8a8", "--model", original, "--out", tmp_path / "out", *SHORT, "--no-evaluate", "--quiet")
+    held[0].close()
+    assert (ran.code, "another planish is at work there" in ran.err) == (2, True)
+    assert (tmp_path / "out.partial" / "lock").exists()
+
+
+@pytest.fixture
+def unevaluated(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str | Path, ...]:
+    """A command that was interrupted while it evaluated."""
+
+    def stop(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    command = ("compress", "w8a8", "--model", original, "--out", tmp_path / "out", *SHORT, "--gate", "kl=9", "--json")
+    with monkeypatch.context() as patch:
+        patch.setattr("planish.job.evaluate", stop)
+        ran = invoke(*command)
+    assert (ran.code, ran.out) == (130, "")
+    assert "complete, and the same command goes on with the evaluation" in ran.err.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.report.json.partial"]
+    return command
+
+
+def test_interrupted_while_evaluating(unevaluated: tuple[str | Path, ...], tmp_path: Path) -> None:
+    before = tree(tmp_path / "out")
+    ran = invoke(*unevaluated, "--markdown", tmp_path / "out.md")
+    assert (ran.code, "going on: the checkpoint is complete" in ran.err) == (0, True)
+    assert "blocks 1/" not in ran.err
+    assert tree(tmp_path / "out") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.md", "out.report.html", "out.report.json"]
+    report = json.loads(ran.out)
+    assert report == json.loads((tmp_path / "out.report.json").read_text())
+    assert (report["gate"]["met"], len(report["blocks"])) == (True, 3)
+    whole = json.loads(invoke(*unevaluated[:5], tmp_path / "whole", *unevaluated[6:]).out)
+    for key in ("bytes", "bits_per_weight", "blocks", "recipe_sha256", "model_sha256", "gate"):
+        assert report[key] == whole[key]
+    assert {**report["evaluation"], "seconds": 0} == {**whole["evaluation"], "seconds": 0}
+    refused = invoke(*unevaluated)
+    assert (refused.code, "overwrites nothing" in refused.err) == (2, True)
+
+
+def test_an_evaluation_can_be_left_out_after_all(unevaluated: tuple[str | Path, ...], tmp_path: Path) -> None:
+    assert invoke(*(part for part in unevaluated if part not in ("--gate", "kl=9")), "--no-evaluate").code == 0
+    assert json.loads((tmp_path / "out.report.json").read_text())["evaluation"] is None
+    assert not (tmp_path / "out.report.json.partial").exists()
+
+
+def test_another_command_does_not_evaluate(unevaluated: tuple[str | Path, ...], tmp_path: Path) -> None:
+    before = tree(tmp_path)
+    for other in (("--set", "calibration.seed=5"), ("--dtype", "float32")):
+        ran = invoke(*unevaluated, *other, "--quiet")
+        assert (ran.code, "exists, and planish overwrites nothing" in ran.err) == (2, True)
+        assert "the command that made it, unchanged" in ran.err
+    with (tmp_path / "out.report.json.partial").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        ran = invoke(*unevaluated, "--quiet")
+    assert (ran.code, "another planish is evaluating it" in ran.err) == (2, True)
+    assert tree(tmp_path) == before
+
+
+def test_interrupted_as_the_working_folder_goes(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(folder: Path, out: Path) -> None:
+        folder.rename(out)
+        raise KeyboardInterrupt
+
+    command = ("compress", "w8a8", "--model", original, "--out", tmp_path / "out", *SHORT, "--no-evaluate")
+    with monkeypatch.context() as patch:
+        patch.setattr("planish.compression.publish", interrupted)
+        ran = invoke(*command)
+    assert ran.err.splitlines()[-1] == f"Stopped. The checkpoint {tmp_path / 'out'} is complete, and the same command writes its report."
+    assert invoke(*command).code == 0
+    assert (tmp_path / "out.report.json").is_file()

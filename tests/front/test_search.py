@@ -115,6 +115,15 @@ def test_what_is_refused(base: Path, settings: dict[str, str], message: str) -> 
         planish.search(recipe, base, **asked)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("budget", ["16bpw", "20bpw", "1GB", "0.9x"])
+def test_a_budget_for_the_whole_model_is_refused(base: Path, budget: str) -> None:
+    words = rf"budget {budget}: the model has room in it as it is, with 16 bits per weight.*leave keep out of the candidates"
+    with pytest.raises(PlanishError, match=words):
+        planish.search(quick("w4a16-channel"), base, budget, candidates=("4", "keep"))
+    found = planish.search(quick("w4a16-channel"), base, budget, candidates=("4", "8"), tokens=64)
+    assert set(found.chosen) == {"8"}
+
+
 def test_a_recipe_with_transforms(base: Path, tmp_path: Path) -> None:
     recipe = with_settings(quick("w4a4-fast"), ["steps=[fold_norms, {rotate: {at: residual}}, {hadamard: {sites: ['*.down']}}]"])
     result = planish.search(recipe, base, "4.6bpw", candidates=("3", "4", "6"), target="planish", tokens=64)

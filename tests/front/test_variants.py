@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers_reports import comparison_report, row
@@ -54,6 +56,12 @@ def test_settings_of_one_name_are_told_apart() -> None:
 def test_what_cannot_be_varied(vary: list[str], words: str) -> None:
     with pytest.raises(PlanishError, match=words):
         named_recipes(["w8a8"], [], vary)
+
+
+@pytest.mark.parametrize("given", ["w8a8", Path("mine.yaml"), load_recipe("w8a8")])
+def test_one_recipe_is_no_list(given: Any) -> None:
+    with pytest.raises(PlanishError, match=r"a comparison takes a list of them, such as \['w8a8', 'w4a8'\]"):
+        named_recipes(given, [])
 
 
 def test_the_front_leaves_out_who_is_beaten() -> None:

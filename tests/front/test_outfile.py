@@ -1,0 +1,60 @@
+"""planish.outfile: what cannot be written, or would be written over by its own command, is refused before the work."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_front import SHORT, invoke, tree
+
+from planish.outfile import check_apart
+from planish.quant.errors import PlanishError
+
+
+def test_files_of_one_command_are_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_apart({})
+    check_apart({"--html": Path("a.html"), "--markdown": Path("a.md"), "--out": None, "--recipe": None})
+    check_apart({"--out": Path("new"), "--html": Path("new.html"), "--markdown": Path("pages/new.md")})
+
+
+@pytest.mark.parametrize(
+    ("html", "words"),
+    [
+        ("x", "--out and --html are both"),
+        ("./x", "--out and --html are both"),
+        ("sub/../x", "--out and --html are both"),
+        ("link", "--out and --html are both"),
+        ("x/page.html", "--html x/page.html: lies where --out x is made"),
+        ("x.partial", "--html x.partial: lies where --out x is made"),
+        ("x.partial/page.html", "lies where --out x is made"),
+    ],
+)
+def test_one_place_for_two_is_refused(html: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link").symlink_to("x")
+    with pytest.raises(PlanishError, match=words):
+        check_apart({"--out": Path("x"), "--html": Path(html), "--markdown": None})
+
+
+def test_offload_folder_that_cannot_be_written(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    make = tempfile.TemporaryFile
+
+    def refusing(dir: Path) -> Any:
+        if Path(dir) == folder:
+            raise OSError(30, "Read-only file system")
+        return make(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refusing)
+    before = tree(tmp_path)
+    for command in (
+        ("compress", "w8a8", "--model", original, "--out", tmp_path / "new", *SHORT, "--offload-dir", folder / "streams"),
+        ("inspect", original, "--samples", "2", "--offload-dir", folder),
+    ):
+        ran = invoke(*command)
+        assert (ran.code, ran.out, len(ran.err.splitlines())) == (2, "", 1)
+        assert "locked cannot be written (Read-only file system)" in ran.err
+    assert tree(tmp_path) == before
