@@ -266,7 +266,7 @@ def _longest(checkpoint: Checkpoint) -> int:
 
 def products_per_second(dtype: torch.dtype, device: torch.device) -> float:
     """Multiplications, each with its addition, that a matrix product makes in a second here: measured now, in a few milliseconds."""
-    size = 512 if device.type == "cpu" else 4096  # of smaller ones a GPU is not filled
+    size = 4096 if device.type == "cuda" else 512  # of smaller ones a GPU is not filled
     a = torch.ones(size, size, dtype=dtype, device=device)
     (a @ a).sum().item()  # once before the clock runs
     start = time.perf_counter()
