@@ -7,12 +7,13 @@ they are rounded later; all else is rounded to its stored dtype, as the new chec
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from ..quant.errors import PlanishError
-from ..quant.transforms.factors import Blocks, Chain
+from ..quant.transforms.factors import Blocks, Chain, placed
 from ..quant.transforms.rotate import turned_back
 from .checkpoint import Checkpoint
 from .fusing import Folded, StreamMap, fold_norms, head_rows, map_stream, norm_readers, norm_through, read_through, rotate_values, write_through
@@ -74,7 +75,7 @@ class Rewritten(Checkpoint):
 
     def original_stream(self, hidden: Tensor) -> Tensor:
         """The residual stream in its own basis again: there massive activations stand out. Without its mean where that was taken away."""
-        return turned_back(self.rewriting.residual, hidden)
+        return turned_back(_there(self.rewriting.residual, hidden.device), hidden)
 
     @torch.no_grad()
     def load_module(self, module: nn.Module, prefix: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
@@ -169,3 +170,9 @@ def fold_of(checkpoint: Checkpoint, known: Topology, norm: str, readers: Sequenc
 def _stream_map(known: Topology, rewriting: Rewriting) -> StreamMap:
     """The mean may go only where every reader of the stream is a norm that takes it away: none reads the stream bare at the end."""
     return StreamMap(rewriting.fold and known.norm_kind == "layer" and known.norm is not None, rewriting.residual)
+
+
+@lru_cache(maxsize=1)
+def _there(rotation: Chain, device: torch.device) -> Chain:
+    """On the device, once for all batches: a dense rotation is up to 537 MB."""
+    return placed(rotation, device)
