@@ -41,6 +41,16 @@ def test_lorc_is_the_eigenvectors(shape: tuple[int, int], rank: int) -> None:
     torch.testing.assert_close(low.down_RC.norm(dim=1), low.up_OR.norm(dim=0), rtol=1e-5, atol=0)  # sqrt(S) each
 
 
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12)])
+@pytest.mark.parametrize("kept", [0, 2])
+def test_more_rank_than_there_is(shape: tuple[int, int], kept: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape[0], kept, generator=generator) @ torch.randn(kept, shape[1], generator=generator)
+    found = lorc(matrix, 5)
+    torch.testing.assert_close(found.product(), matrix, rtol=0, atol=1e-5)
+    assert found.down_RC.isfinite().all()
+
+
 def test_two_paths_in_one() -> None:
     one, other = (LowRank(weights(rank, 16, rank), weights(9, rank, 5)) for rank in (2, 3))
     assert one.plus(None) is one
