@@ -165,6 +165,15 @@ def test_untested_devices_are_held_against_the_reference(name: str, folders: dic
     assert not kinds(model, Part)
 
 
+def test_nan_of_few_tokens_is_not_forgotten(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_TESTED", ())
+    right = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: right(self, x) * (torch.nan if len(x) == 1 else 1.0))
+    with pytest.warns(UserWarning, match="is off by nan of its output"):
+        model = planish.load(folders["w8a8"], device="cpu", dtype=torch.bfloat16, kernels="packed")
+    assert not kinds(model, PackedLinear)
+
+
 def test_kernels_that_fail_on_untested_devices_leave_the_reference(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a tile finds too little memory, or Triton no C compiler; a package that can be installed is asked for."""
     monkeypatch.setattr(packed, "_TESTED", ())
