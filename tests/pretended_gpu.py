@@ -27,6 +27,7 @@ ATEN = torch.ops.aten
 LOOKUPS = {ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default, ATEN._index_put_impl_.default}
 MIXING = {ATEN.copy_.default, ATEN._to_copy.default, *LOOKUPS}
 PRODUCTS = {ATEN.mm, ATEN.bmm, ATEN.addmm, ATEN.baddbmm, ATEN.mv, ATEN.dot, ATEN.addmv}  # of floats only, on a GPU
+LOOPED = {ATEN._linalg_svd, ATEN._linalg_eigh}  # of a batch one after the other on a GPU, in hundreds of launches each
 CROSSINGS: list[str] = []  # every operator that took values from the CPU or gave it some: a GPU waits for it, and no CUDA graph can hold it
 
 
@@ -83,6 +84,8 @@ class Pretended(Tensor):
             raise RuntimeError(f"{func}: Expected a '{NAME}' device type for generator but found 'cpu'")
         if func.overloadpacket in PRODUCTS and not all(x.is_floating_point() for x in ours):
             raise NotImplementedError(f"{func} is not implemented on CUDA for {ours[0].dtype}")
+        if func.overloadpacket in LOOPED and ours[0].dim() > 2:
+            raise NotImplementedError(f"{func} of a batch is slow on a GPU")
         if any(mark in func.name() for mark in ("cpu", "mkldnn", "onednn", "_int_mm")):
             raise NotImplementedError(f"{func} is of the CPU, or takes other shapes on CUDA")
         held_args, held_kwargs = tree_unflatten([x.held if isinstance(x, Pretended) else x for x in flat], spec)

@@ -36,4 +36,4 @@ def cat_blocks(second_x_CC: Tensor, second_w_CC: Tensor, block: int, damping: fl
     x_KBB, w_KBB, alive_K = positive_blocks(second_x_CC, second_w_CC, block, damping)
     U_KBB, S_KB, _ = torch.linalg.svd(common_basis(x_KBB, w_KBB))  # whose polar factor (T T')^(1/2) is what is wanted, for T T' = M
     T_KBB = (U_KBB * S_KB[:, None]) @ U_KBB.mT
-    return Blocks(level((T_KBB + T_KBB.mT) / 2, alive_K))
+    return Blocks(level((T_KBB + T_KBB.mT) / 2, alive_K).to(second_x_CC.device))

@@ -1,6 +1,8 @@
 """What transforms from second moments share: diagonal blocks that are positive definite whatever calibration delivered, and the basis in which the
 moments of input and weight are the same.
 
+Blocks lie on the CPU, whatever device the moments are on: a GPU factors such small matrices one after the other, in hundreds of launches each.
+
 Shape suffixes: C channels, K blocks of B channels.
 """
 
@@ -15,7 +17,8 @@ from rounding."""
 
 
 def positive_blocks(second_x_CC: Tensor, second_w_CC: Tensor, block: int, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The diagonal blocks of both, each with damping times its mean diagonal added to its diagonal: two of (K, B, B) float64; and alive_K, bool.
+    """The diagonal blocks of both, each with damping times its mean diagonal added to its diagonal: two of (K, B, B) float64; and alive_K, bool; all
+    on the CPU.
 
     A block that is all zero in one of them has nothing to say: it is the identity in both, and not alive.
     Raises PlanishError: a block that does not divide C, moments of other shapes, NaN or Inf.
@@ -26,7 +29,7 @@ def positive_blocks(second_x_CC: Tensor, second_w_CC: Tensor, block: int, dampin
     x_KBB, w_KBB = _diagonal_blocks("input", second_x_CC, channels, block), _diagonal_blocks("weights", second_w_CC, channels, block)
     mean_x_K, mean_w_K = (moments.diagonal(dim1=1, dim2=2).mean(1) for moments in (x_KBB, w_KBB))
     alive_K = (mean_x_K > 0) & (mean_w_K > 0)
-    eye_BB = torch.eye(block, dtype=torch.float64, device=x_KBB.device)
+    eye_BB = torch.eye(block, dtype=torch.float64, device="cpu")
     damped = (moments + damping * mean_K[:, None, None] * eye_BB for moments, mean_K in ((x_KBB, mean_x_K), (w_KBB, mean_w_K)))
     x_KBB, w_KBB = (torch.where(alive_K[:, None, None], moments, eye_BB) for moments in damped)
     return x_KBB, w_KBB, alive_K
@@ -35,7 +38,7 @@ def positive_blocks(second_x_CC: Tensor, second_w_CC: Tensor, block: int, dampin
 def _diagonal_blocks(of: str, second_CC: Tensor, channels: int, block: int) -> Tensor:
     if second_CC.shape != (channels, channels):
         raise PlanishError(f"second moments of the {of} have shape {tuple(second_CC.shape)}, but should be ({channels}, {channels}).")
-    blocks_KBB = second_CC.reshape(-1, block, channels // block, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1).double()
+    blocks_KBB = second_CC.reshape(-1, block, channels // block, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1).cpu().double()
     if not blocks_KBB.isfinite().all():
         raise PlanishError(f"second moments of the {of} hold NaN or Inf: an activation overflowed in calibration. Calibrate in float32.")
     return (blocks_KBB + blocks_KBB.mT) / 2

@@ -27,4 +27,4 @@ def wush_blocks(second_x_CC: Tensor, second_w_CC: Tensor, block: int, damping: f
         size = hadamard_block(block)
         falling_B = torch.arange(block, 0, -1, device=T_KBB.device)
         T_KBB = rotate(T_KBB[..., zigzag(falling_B, block // size)], size)
-    return Blocks(level(T_KBB, alive_K))
+    return Blocks(level(T_KBB, alive_K).to(second_x_CC.device))
