@@ -76,7 +76,7 @@ def learned(plan: Rewriting, residual: Rotate | None, value: Rotate | None, orig
         if value is not None:
             x_TC, _ = _thinned(felt[value_site(known).name], value.learning.tokens, generator)
             start_EE = _dense(plan.value, len(head_rows(known)[0]))
-            values[index] = _learn(x_TC, start_EE.expand(len(head_rows(known)), -1, -1), value.learning)
+            values[index] = _learn(x_TC, start_EE.expand(len(head_rows(known)), -1, -1), value.learning, runner.device)
     found = Learned(plan)
     if value is not None:
         turns, ranges = zip(*(values[index] for index in range(blocks)), strict=True)
@@ -84,17 +84,18 @@ def learned(plan: Rewriting, residual: Rotate | None, value: Rotate | None, orig
     if residual is not None:
         x_TD, cost_T = (torch.cat(parts) for parts in zip(*kept, strict=True))
         x_TD = _drawn(x_TD, cost_T, residual.learning.tokens, generator)
-        matrix_1DD, both = _learn(x_TD, _dense(plan.residual, x_TD.shape[1])[None], residual.learning)
+        matrix_1DD, both = _learn(x_TD, _dense(plan.residual, x_TD.shape[1])[None], residual.learning, runner.device)
         found = replace(found, plan=replace(found.plan, residual=(Blocks(matrix_1DD),)), residual=both)
     return found
 
 
-def _learn(x_TC: Tensor, start_KEE: Tensor, how: Learning) -> tuple[Tensor, tuple[float, float]]:
-    """The rotations, and the objective before and after."""
+def _learn(x_TC: Tensor, start_KEE: Tensor, how: Learning, device: torch.device) -> tuple[Tensor, tuple[float, float]]:
+    """The rotations, learned on the device and then on the CPU, where tokens are, too; and the objective before and after."""
+    x_TC, start_KEE = x_TC.to(device), start_KEE.to(device)
     with torch.enable_grad():
         found_KEE = learn_rotations(x_TC, start_KEE, how.objective, how.steps, ANGLE, batch=BATCH)
     before, after = (objective_of(turned(x_TC, some_KEE), how.objective) for some_KEE in (start_KEE, found_KEE))
-    return found_KEE, (before, after)
+    return found_KEE.cpu(), (before, after)
 
 
 def _dense(rotation: Chain, width: int) -> Tensor:
