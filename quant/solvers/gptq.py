@@ -36,9 +36,10 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanishError
-from ..formats import QuantizedWeight, WeightFormat, code_range
+from ..formats import QuantizedWeight, WeightFormat
 from .cholesky import factor
 from .clip import Clip, Grid, fit_grid
+from .columns import LAUNCHED, Block, launched, round_block
 from .moments import Moments, Solution, require_moments
 
 Setting: TypeAlias = float | tuple[float, ...]
@@ -263,30 +264,23 @@ class Columns:
 
     def round(self, start: int, stop: int, grid: Grid, bits: int, block_size: int) -> None:
         """Round columns start:stop, to which nothing before start owes any more. grid: scales and zero points, (stop - start, O)."""
-        scale_IO, zero_IO = _quick(grid[0]), None if grid[1] is None else _quick(grid[1])
-        for first in range(start, stop, block_size):
-            last = min(first + block_size, stop)
+        scale_IO, zero_IO = grid
+        size = min(block_size, LAUNCHED) if launched(self.weights_IO) else block_size
+        for first in range(start, stop, size):
+            last = min(first + size, stop)
             self.settle(start, first, last)
             self._offset(first, last, slice(first, last))
-            self._round_block(first, last, scale_IO[first - start :], None if zero_IO is None else zero_IO[first - start :], bits)
-
-    def _round_block(self, first: int, last: int, scale_IO: Any, zero_IO: Any, bits: int) -> None:
-        """Columns first:last, one after the other: each takes what those since first owe it, then is rounded as formats.to_codes does."""
-        weights_IO, original_IO, deviations_IO = _quick(self.weights_IO), _quick(self.original_IO), _quick(self.deviations_IO)
-        codes_IO, shares_II = _quick(self.codes_IO), _quick(self.shares_II)
-        lowest, highest = code_range(bits)
-        for k in range(first, last):
-            w_O, scale_O = weights_IO[k], scale_IO[k - first]
-            w_O += shares_II[k, first:k] @ deviations_IO[first:k]
-            zero_O = 0 if zero_IO is None else zero_IO[k - first]
-            codes_O = (w_O / scale_O + zero_O).round().clip(lowest, highest)
-            codes_IO[k] = codes_O
-            deviations_IO[k] = original_IO[k] - (codes_O - zero_O) * scale_O
-
-
-def _quick(tensor: Tensor) -> Any:
-    """The same memory as a numpy array, whose calls on one column cost a third of torch's; the tensor itself where it is not on the CPU."""
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+            columns, here = slice(first, last), slice(first - start, last - start)
+            block = Block(
+                weights_KO=self.weights_IO[columns],
+                original_KO=self.original_IO[columns],
+                deviations_KO=self.deviations_IO[columns],
+                codes_KO=self.codes_IO[columns],
+                shares_KK=self.shares_II[columns, columns],
+                scale_KO=scale_IO[here],
+                zero_KO=None if zero_IO is None else zero_IO[here],
+            )
+            round_block(block, bits)
 
 
 def _per_column(grid: Grid, in_channels: int, out_channels: int) -> Grid:

@@ -15,10 +15,12 @@ from triton.compiler import ASTSource
 
 from planish.quant.kernels.cuda import blocks_tile, largest_tile, quantize_warps, weight_only_steps
 from planish.quant.kernels.triton_blocks import blocks_kernel
+from planish.quant.kernels.triton_columns import columns_kernel
 from planish.quant.kernels.triton_hadamard import hadamard_kernel
 from planish.quant.kernels.triton_linear import integer_kernel, weight_only_kernel
 from planish.quant.kernels.triton_quantize import quantize_kernel
 from planish.quant.kernels.tuning import rule
+from planish.quant.solvers.columns import LAUNCHED
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program can have
@@ -157,3 +159,15 @@ def test_blocks(width: int, size: int, architecture: int, tmp_path: Path) -> Non
     print("blocks", width, size, architecture, built.registers, built.local, round(built.shared), opcodes(built.sass))
     check(built, architecture)
     assert opcodes(built.sass) & FLOAT[architecture] or "HMMA" in opcodes(built.sass)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_columns(bits: int, architecture: int, tmp_path: Path) -> None:
+    """A thread holds all of a row's deviations: no shared memory but for the shares, which are the same for all rows."""
+    names = ("weights_ptr", "original_ptr", "deviations_ptr", "shares_ptr", "scale_ptr", "zero_ptr")
+    constants: dict[str, object] = {"ZERO": True, "BITS": bits, "COLUMNS": LAUNCHED, "count": LAUNCHED, "BLOCK_R": 32}
+    built = build(columns_kernel, dict.fromkeys(names, "*fp32") | {"codes_ptr": "*i8"}, constants, architecture, tmp_path, 1, 1)
+    print("columns", bits, architecture, built.registers, built.local, built.shared)
+    check(built, architecture)
+    assert built.shared <= LAUNCHED * 4 / 1024

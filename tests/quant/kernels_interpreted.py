@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from planish.quant.kernels import pack_nibbles, tuning
+from planish.quant.solvers.columns import Block, _launch, _one_by_one, _works
 from planish.quant.transforms.hadamard import hadamard_block
 
 OPS = torch.ops.planish
@@ -141,3 +142,27 @@ def test_every_byte_means_what_it_should(cuda: ModuleType) -> None:
     rest = (one, None, packed, torch.ones(256), None, None, None, None, torch.float32)
     assert torch.equal(cuda.integer_linear("linear_w4a8", x.to(torch.int8), *rest, config=SMALL).T, codes)
     assert torch.equal(cuda.integer_linear("linear_w4a4", pack_nibbles(x.to(torch.int8)), *rest, config=SMALL).T, codes)
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (17, 40)])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("grid", ["of each weight", "of each row", "of all"])
+def test_columns(columns: int, rows: int, bits: int, zero: bool, grid: str) -> None:
+    """A block from the middle of a weight, as gptq.Columns has it; on any grid, with the loop's codes."""
+    size = {"of each weight": (columns, rows), "of each row": (1, rows), "of all": (1, 1)}[grid]
+    shares_KK = (0.1 * draw(columns + 9, columns + 9)).tril(-1)[9:, 9:]
+    scale_KO, zero_KO = 0.1 + draw(*size, seed=1).abs().expand(columns, rows), integers(*size, bits=4).float().expand(columns, rows)
+    blocks = [
+        Block(draw(columns, rows), draw(columns, rows, seed=2), draw(columns, rows), codes, shares_KK, scale_KO, zero_KO if zero else None)
+        for codes in (integers(columns, rows, bits=8), integers(columns, rows, bits=8, seed=1))
+    ]
+    _launch(blocks[0], bits)
+    _one_by_one(blocks[1], bits)
+    assert float((blocks[0].codes_KO != blocks[1].codes_KO).float().mean()) < 0.01  # sums have another order
+    same = blocks[0].codes_KO == blocks[1].codes_KO
+    torch.testing.assert_close(blocks[0].deviations_KO[same], blocks[1].deviations_KO[same], rtol=1e-4, atol=1e-4)
+
+
+def test_columns_are_tried_before_they_are_taken() -> None:
+    assert _works(torch.device("cpu"))
