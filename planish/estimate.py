@@ -17,6 +17,7 @@ from .calib.runner import HEAD_TOKENS, BlockRunner
 from .calib.sites import reader_weight
 from .calib.workers import workers_for
 from .polishing import JUDGEMENTS
+from .quant.solvers.columns import launches
 from .quant.solvers.gptq import piece
 from .quant.transforms import Auto, Flat, Keeping, Polish, SideStep
 from .recipe import Recipe
@@ -245,7 +246,19 @@ class Sizes:
         if self._polish is not None and self.tokens:
             held = round(self._polish.held_out * self.tokens) * (JUDGEMENTS + 1)
             polishing = (3 * self._polish.steps * self.batch * self.length + held) * self.block_parameters / rate
-        return self.block_count * (0.3 + passes / rate + hessians / slow + solver / slow + learning + polishing)
+        return self.block_count * (0.3 + passes / rate + hessians / slow + solver / slow + self._launching() + learning + polishing)
+
+    def _launching(self) -> float:
+        """For a block, what a GPU takes to be told of columns that are rounded one after the other, those of heads' rows one by one."""
+        solver, device = self.recipe.solver, self.runner.device
+        if device.type == "cpu" or not solver.needs_moments:
+            return 0.0
+        found, attention = 0, self.runner.topology.attention
+        for site, known in zip(self.sites, self.runner.topology.sites, strict=True):
+            if site.packed is not None:
+                rows = attention.size if solver.attention and attention is not None and attention.q.module in known.readers else 0
+                found += (-(-site.weights // piece(device)) + rows) * launches(site.width, device)
+        return found * seconds_per_launch(device)
 
 
 def evaluating_seconds(checkpoint: Checkpoint, device: torch.device) -> float:
@@ -274,3 +287,14 @@ def products_per_second(dtype: torch.dtype, device: torch.device) -> float:
         a = (a @ a) * 1e-3
     a.sum().item()
     return 3 * size**3 / (time.perf_counter() - start)
+
+
+def seconds_per_launch(device: torch.device) -> float:
+    """What an operation on few values takes there, which is what telling the device of it takes: measured now."""
+    a = torch.zeros(64, device=device)
+    a.sum().item()
+    start = time.perf_counter()
+    for _ in range(100):
+        a.add_(1)
+    a.sum().item()
+    return (time.perf_counter() - start) / 100

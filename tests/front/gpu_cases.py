@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 from transformers.integrations import sdpa_attention
 
 import planish
+from planish.calib.checkpoint import open_checkpoint
 from planish.calib.packed import ENVIRONMENT, Kernels, kernels_used
 from planish.preflight import make_plan
 from planish.quant.errors import PlanishError
@@ -225,6 +226,17 @@ def test_room_is_the_gpu_s(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(pretended_gpu.BACKEND, "free", 1000)
     with pytest.raises(PlanishError, match=r"1\.0 kB free, but the run needs about .* there, with activations on disk"):
         make_plan(quick("w8a8"), model, device=GPU)
+
+
+@pretended
+def test_a_plan_counts_what_is_launched_for_columns(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dozen operations for each that the solver rounds; with attention each row of a head by itself besides."""
+    config = open_checkpoint(model).config
+    widths, head = 3 * config.hidden_size + config.intermediate_size, config.hidden_size // config.num_attention_heads
+    monkeypatch.setattr("planish.estimate.seconds_per_launch", lambda _device: 1e6)
+    for settings, columns in (((), widths), (("solver.gptaq.attention=true",), widths + head * config.hidden_size), (("solver=rtn",), 0)):
+        found = make_plan(quick("w4a4-best", "steps=[hadamard]", *settings), model, device=GPU).seconds
+        assert found == pytest.approx(config.num_hidden_layers * 12e6 * columns, rel=1e-3, abs=1e3)
 
 
 @pretended
