@@ -115,7 +115,7 @@ def hadamard_quantize(x: Tensor, signs: Tensor | None, block: int, bits: int, sy
     if len(x):
         hadamard_kernel[(len(x),)](
             x,
-            x if signs is None else signs,
+            x if signs is None else signs.contiguous(),
             left_AA,
             right_BB.to(x.dtype),
             codes,
@@ -209,15 +209,15 @@ def integer_linear(
         return y_TO
     c = config or choose(_name(x.device), name, rows, columns, weight.shape[1])
     side = low is not None and up is not None
-    x_scale = w_scale.new_ones((1, 1)) if x_scale is None else x_scale
+    x_scale = w_scale.new_ones((1, 1) if x_zero is None else x_zero.shape) if x_scale is None else x_scale.contiguous()
     integer_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
         x,
         x_scale,
-        x_scale if x_zero is None else x_zero,
+        x_scale if x_zero is None else x_zero.contiguous(),
         weight,
-        w_scale,
-        w_scale if w_sum is None else w_sum,
-        w_scale if bias is None else bias,
+        w_scale.contiguous(),
+        w_scale if w_sum is None else w_sum.contiguous(),
+        w_scale if bias is None else bias.contiguous(),
         low.contiguous() if low is not None else w_scale,
         up.contiguous() if up is not None else w_scale,
         y_TO,
@@ -257,9 +257,9 @@ def linear_w4a16(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, 
     weight_only_kernel[(triton.cdiv(rows, c.block_m) * triton.cdiv(columns, c.block_n),)](
         x,
         weight,
-        scale,
-        scale if zero is None else zero,
-        scale if bias is None else bias,
+        scale.contiguous(),
+        scale if zero is None else zero.contiguous(),
+        scale if bias is None else bias.contiguous(),
         y_TO,
         rows,
         columns,

@@ -120,6 +120,26 @@ def test_static_grid(cuda: ModuleType) -> None:
     assert torch.equal(cuda.integer_linear("linear_w8a8", *operands, *rest, config=SMALL), OPS.linear_w8a8(*operands, *rest))
 
 
+def test_operands_lie_anyhow(cuda: ModuleType) -> None:
+    """Every second value of tensors twice as large; and zero points for tokens whose scale is 1."""
+
+    def spread(x: Tensor) -> Tensor:
+        there = (slice(None, None, 2),) * x.ndim
+        wide = x.new_zeros([2 * size for size in x.shape])
+        wide[there] = x
+        return wide[there]
+
+    x, weight, zero = integers(5, 32, bits=8), integers(8, 32, bits=8, seed=1), integers(5, 1, bits=4).int()
+    plain = (x, draw(5, 1).abs(), zero, weight, draw(8).abs(), weight.sum(1, dtype=torch.int32), draw(8), draw(5, 3), draw(8, 3))
+    expected = OPS.linear_w8a8(*plain, torch.float32)
+    torch.testing.assert_close(cuda.integer_linear("linear_w8a8", *map(spread, plain), torch.float32, config=SMALL), expected, rtol=1e-5, atol=1e-3)
+    ones = (x, None, *plain[2:], torch.float32)
+    torch.testing.assert_close(cuda.integer_linear("linear_w8a8", *ones, config=SMALL), OPS.linear_w8a8(*ones), rtol=1e-5, atol=1e-3)
+    wide, packed = draw(5, 32), pack_nibbles(integers(8, 32, bits=4))
+    grid = (wide, packed, draw(8, 2).abs(), draw(8, 2, seed=1), draw(8))
+    torch.testing.assert_close(cuda.linear_w4a16(*map(spread, grid), config=SMALL), OPS.linear_w4a16(*grid), rtol=1e-4, atol=1e-2)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 3, 8, 12])
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("tokens", [1, 18])
