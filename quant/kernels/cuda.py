@@ -293,5 +293,7 @@ def weight_only_steps(config: Config, steps: int, size: int) -> tuple[int, int, 
 
 def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """torch's own kernel, rounded to bfloat16 and then to dtype; it needs capability 8.9 and widths that are multiples of 16."""
+    if not len(x):
+        return x.new_empty((0, len(weight)), dtype=dtype)
     y_TO: Tensor = torch.ops.aten._scaled_mm(x, weight.T, scale_a=x_scale, scale_b=w_scale[None, :], out_dtype=torch.bfloat16)
     return (y_TO if bias is None else y_TO + bias).to(dtype)

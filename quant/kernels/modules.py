@@ -215,6 +215,6 @@ def _cpu_weight(codes_OI: Tensor) -> Tensor:
 def few_tokens_group(weight: QuantizedWeight, dtype: torch.dtype) -> int | None:
     """The group size of torch's own int4 kernel on a CPU for this weight; None if that kernel cannot compute it as it is, in this dtype."""
     inputs, groups = weight.codes.shape[1], weight.scale.shape[1]
-    exact = dtype == torch.bfloat16 and weight.zero is None and torch.equal(weight.scale, weight.scale.bfloat16().float())
+    fits = weight.codes.device.type == "cpu" and dtype == torch.bfloat16 and weight.zero is None and weight.codes.shape[0] % 16 == 0
     sizes = [size for size in _TORCH_GROUPS if (inputs // groups) % size == 0 and inputs % size == 0]
-    return max(sizes, default=None) if exact and weight.codes.device.type == "cpu" and weight.codes.shape[0] % 16 == 0 else None
+    return max(sizes, default=None) if fits and torch.equal(weight.scale, weight.scale.bfloat16().float()) else None

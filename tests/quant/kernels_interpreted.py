@@ -151,6 +151,11 @@ def test_w4a16(cuda: ModuleType, groups: int, asymmetric: bool, tokens: int) -> 
     torch.testing.assert_close(cuda.linear_w4a16(*operands, config=SMALL), OPS.linear_w4a16(*operands), rtol=1e-4, atol=1e-2)
 
 
+def test_no_tokens_of_float8(cuda: ModuleType) -> None:
+    (x, x_scale), (weight, w_scale) = OPS.quantize_fp8(draw(0, 32)), OPS.quantize_fp8(draw(16, 32))
+    assert cuda.linear_fp8(x, x_scale, weight, w_scale.flatten(), None, torch.float32).shape == (0, 16)
+
+
 def test_every_byte_means_what_it_should(cuda: ModuleType) -> None:
     """One weight row for every byte, inputs of one 1: the nibble tricks of all kernels over all byte values."""
     packed = torch.arange(-128, 128).to(torch.int8).reshape(256, 1).repeat(1, 16)
