@@ -34,11 +34,12 @@ from torch import Tensor
 
 from ..errors import PlanishError
 from ..formats import QuantizedWeight, WeightFormat
+from ..pieces import LAUNCHED
 from .cholesky import factor
 from .gptq import Gptq, assembled, chosen
 from .moments import Moments, Solution, require_moments
 
-TOKENS = 256  # whose products of channels are in memory at a time
+TOKENS = 256  # whose products of channels are in memory at a time on a CPU
 
 
 def query_metric(k_TND: Tensor, group: int = 1) -> Tensor:
@@ -102,8 +103,9 @@ def softmax_metrics(
 def _outer(weights_GQT: Tensor, x_TD: Tensor) -> Tensor:
     """For every query, the sum of x' x over tokens with its weights: (G, Q, D, D)."""
     (tokens, size), total_GQC = x_TD.shape, weights_GQT.new_zeros(())
-    for start in range(0, tokens, TOKENS):
-        some = slice(start, start + TOKENS)
+    step = TOKENS if x_TD.device.type == "cpu" else max(1, LAUNCHED // size**2)
+    for start in range(0, tokens, step):
+        some = slice(start, start + step)
         total_GQC = total_GQC + weights_GQT[..., some] @ (x_TD[some, :, None] * x_TD[some, None]).flatten(1)
     return total_GQC.view(*weights_GQT.shape[:-1], size, size)
 
