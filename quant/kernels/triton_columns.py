@@ -49,7 +49,7 @@ def columns_kernel(
             zero = tl.load(zero_ptr + zero_at, mask=there, other=0.0)
         code = rounded(tl.div_rn(w, scale) + zero, BITS)
         deviation = tl.load(original_ptr + at, mask=there, other=0.0) - (code - zero) * scale
-        tl.store(codes_ptr + at, code.to(tl.int8), mask=there)
+        tl.store(codes_ptr + at, code.to(tl.int32).to(tl.int8), mask=there)
         tl.store(deviations_ptr + at, deviation, mask=there)
         deviations = tl.where((j == k)[:, None], deviation[None, :], deviations)
         at += rows
