@@ -30,6 +30,7 @@ from kernels_right import LINEARS, check, check_quantizers
 from torch import Tensor
 
 from planish.quant.kernels import tuning
+from planish.quant.solvers import columns
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -233,6 +234,20 @@ def quantizers_us(tokens: int, width: int, limits: Ceilings) -> list["Row | None
     return [attempted(name, f"width {width}", tokens, partial(graph_us, run), floors[name], copy_us) for name, (_, run) in calls.items()]
 
 
+def columns_us(device: str = "cuda") -> dict[str, float]:
+    """A block of GPTQ's columns: in one launch, if that is right, and one after the other, launches and all, as where Triton is not."""
+    block = columns._trial(torch.device(device))
+    columns._one_by_one(block, 4)
+    block.codes_KO.sum().item()
+    start = time.perf_counter()
+    columns._one_by_one(block, 4)
+    block.codes_KO.sum().item()
+    found = {"columns, one by one": 1e6 * (time.perf_counter() - start)}
+    if columns.launched(block.weights_KO):
+        found["columns, in one launch"] = graph_us([partial(columns._launch, block, 4)])
+    return found
+
+
 def attempted(op: str, shape: str, tokens: int, measure: Callable[[], float], floor: float, bf16: float) -> Row | None:
     """The row, told at once; what fails is said and left out."""
     try:
@@ -360,6 +375,7 @@ def main() -> int:
     seeds = range(int(time.time()), int(time.time()) + 4)
     wrong = check("cuda", seeds) + check_quantizers("cuda", seeds)
     print("\n".join(wrong) or "all operators are right at fresh random shapes", flush=True)
+    print(json.dumps(columns_us()), flush=True)
     if a.tune:
         print(tune(until, a.json))
         return bool(wrong)

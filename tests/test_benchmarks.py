@@ -87,6 +87,13 @@ def test_tables_and_ratios() -> None:
     assert "| prefill | none | w8a8 | compiled | 2.0 | 1.50 |" in cpu_speed.table([found])
 
 
+def test_columns_are_timed_where_their_kernel_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(kernels.columns_us("cpu")) == ["columns, one by one"]
+    monkeypatch.setattr(kernels.columns, "launched", lambda _weights: True)
+    monkeypatch.setattr(kernels, "graph_us", lambda calls: len(calls))
+    assert kernels.columns_us("cpu")["columns, in one launch"] == 1
+
+
 def test_copies_fill_more_than_a_cache() -> None:
     weight = torch.zeros(4096, 4096, dtype=torch.int8)
     assert len(kernels.copies(weight)) * weight.numel() >= kernels.ROTATED_BYTES
