@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false
+# (a launch takes num_warps and the like, which Triton's types do not know)
 """The columns of a block of a weight, rounded one after the other: the part of GPTQ (gptq.py) that no matrix product does.
 
 On a GPU in one launch for all of them where Triton is there (kernels/triton_columns.py), else in a dozen for each. The kernel is tried there before
