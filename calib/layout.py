@@ -7,23 +7,28 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..quant.errors import PlanishError
 from ..quant.formats import WeightFormat
 from ..quant.transforms.factors import Chain, on_input
+from .checkpoint import build_skeleton
+from .convert import REJECTED
 from .extension import KEY, Extension, SiteInput, chain_prefix, restored
+from .locate import weight_files
 from .naming import LEFTOVERS
-from .packing import GUARD, Packed, stored_names
+from .packing import GUARD, OWN, PLAIN, Packed, is_own, read_config, stored_names
 from .prefix import tensor_names
-from .shards import TensorInfo
+from .shards import TensorInfo, read_json, read_shards
 from .side import FLOATS, expected_tensors, side_name
 from .sites import Site
-from .topology import Topology, topology
+from .topology import topology
 
 MARK = ".planish."  # in the names of tensors that only planish knows
 
@@ -32,17 +37,46 @@ MARK = ".planish."  # in the names of tensors that only planish knows
 class Layout:
     """A compressed checkpoint as it lies on disk, nothing of it checked yet.
 
-    linears: (N, K) of every linear layer by name. packed: how those that are declared quantized should be stored. extension: what else is declared.
-    own: planish alone runs it.
+    config: without its quantization_config. linears: (N, K) of every linear layer by name. packed: how those that are declared quantized should be
+    stored. extension: what else is declared. own: planish alone runs it.
     """
 
     folder: Path
+    config: PreTrainedConfig
     tensors: Mapping[str, TensorInfo]
     skeleton: PreTrainedModel
     linears: Mapping[str, tuple[int, int]]
     packed: Mapping[str, Packed]
     extension: Extension
     own: bool = False
+
+
+def declared(folder: Path) -> dict[str, Any]:
+    """The quantization_config of config.json. Errors: no such file, or not a compressed-tensors checkpoint."""
+    quantization = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") not in (PLAIN, OWN):
+        found = "the model is not compressed: there is no quantization_config"
+        found = f"quantization_config is {quantization!r:.120}" if quantization else found
+        raise PlanishError(f"{folder / 'config.json'}: {found}. Give a compressed-tensors checkpoint, such as planish writes.")
+    return quantization
+
+
+def read_layout(folder: Path) -> Layout:
+    """Read config.json and the headers of the weight files. Errors: they are broken, or the format is one that planish does not read."""
+    quantization, file = declared(folder), folder / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except REJECTED as error:
+        raise PlanishError(f"{file}: transformers does not take it: {error}") from error
+    assert isinstance(config, PreTrainedConfig)
+    vars(config).pop("quantization_config")
+    skeleton = build_skeleton(config, torch.float32, folder)
+    linears, tensors = linear_shapes(skeleton), read_shards(weight_files(folder))
+    try:
+        packed = read_config(quantization, linears)
+    except ValidationError as error:
+        raise PlanishError(f"{file}: quantization_config: {error}") from error
+    return Layout(folder, config, tensors, skeleton, linears, packed, Extension.read(read_json(file)), is_own(quantization))
 
 
 def linear_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, int]]:
@@ -68,7 +102,7 @@ def placed(layout: Layout) -> Iterator[tuple[str, SiteInput, str, Site]]:
     """The sites that something is said of: address, what is said, the block's full name, the site. Addresses that the model has not are left out."""
     if not layout.extension:
         return
-    known = _topology(layout)
+    known = topology(layout.config)
     sites = {site.name: site for site in known.sites}
     for address, site_input in layout.extension.sites.items():
         index, _, name = address.partition(".")
@@ -158,7 +192,7 @@ def _extension_faults(layout: Layout) -> Iterator[str]:
     """Of what is declared beyond compressed-tensors: sites that there are not, side paths, a prefix that is not there."""
     if not layout.extension:
         return
-    known, there = _topology(layout), {address for address, *_ in placed(layout)}
+    known, there = topology(layout.config), {address for address, *_ in placed(layout)}
     yield from (f"config.json: {KEY}.sites has {one}, which the model has not" for one in layout.extension.sites if one not in there)
     for _, site_input, block, site in placed(layout):
         yield from _side_faults(layout, site_input, block, site.readers)
@@ -181,17 +215,11 @@ def _side_faults(layout: Layout, site_input: SiteInput, block: str, readers: Seq
                 yield f"{name} is {_short(info.dtype)} of shape {info.shape}, but config.json makes it {made}"
 
 
-def _topology(layout: Layout) -> Topology:
-    config = layout.skeleton.config
-    assert isinstance(config, PreTrainedConfig)
-    return topology(config)
-
-
 def _extra_names(layout: Layout) -> set[str]:
     """Tensors that belong to the declared extension: of chains, of side paths, of the prefix, and biases that shifts make."""
     if not layout.extension:
         return set()
-    known, names, chains = _topology(layout), set[str](), set[str]()
+    known, names, chains = topology(layout.config), set[str](), set[str]()
     for _, site_input, block, site in placed(layout):
         chains.add(chain_prefix(block, site.name))
         names |= {f"{block}.{path}.bias" for path in site.readers if any(factor.get("kind") == "shift" for factor in site_input.chain)}

@@ -1,26 +1,23 @@
 """A compressed checkpoint on disk, opened like any other: its quantized linears come to life as QuantizedLinear."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
 
 from ..quant.errors import PlanishError
 from ..quant.linear import Parts, QuantizedLinear, share_input
 from ..quant.transforms.factors import Chain
-from .checkpoint import Checkpoint, build_skeleton, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .extension import Extension, SiteInput, chain_prefix
 from .key_values import hold_in
-from .layout import Layout, fitting, header_faults, linear_shapes
-from .locate import weight_files
-from .packing import GUARD, OWN, PLAIN, Packed, clipped, is_own, read_config, stored_names
+from .layout import Layout, fitting, header_faults, read_layout
+from .packing import GUARD, Packed, clipped, stored_names
 from .prefix import PrefixCache, from_tensors, tensor_names
 from .quantized import put, stored_parts
-from .shards import read_json, read_shards
+from .shards import read_json
 from .side import expected_tensors, side_name, side_names
 from .topology import Topology, topology
 
@@ -153,23 +150,10 @@ def is_compressed(folder: Path) -> bool:
 
 def open_stored(folder: str | Path) -> StoredCheckpoint:
     """Open a compressed checkpoint. Raises PlanishError: as open_checkpoint, and for quantization that planish does not read."""
-    folder = Path(folder)
-    values = read_json(folder / "config.json")
-    quantization = values.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") not in (PLAIN, OWN):
-        found = "the model is not compressed: there is no quantization_config" if quantization is None else f"quantization_config is {quantization!r}"
-        raise PlanishError(f"{folder / 'config.json'}: {found}. Give a compressed-tensors checkpoint, such as planish writes.")
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    assert isinstance(config, PreTrainedConfig)
-    config = copy.deepcopy(config)
-    vars(config).pop("quantization_config")
-    skeleton = build_skeleton(config, torch.float32, folder)
-    linears = linear_shapes(skeleton)
-    packed, extension = read_config(quantization, linears), Extension.read(values)
-    known = topology(config) if extension else None
-    if known is not None:
-        packed = {name: _with_clip(how, name, extension, known) for name, how in packed.items()}
-    tensors = read_shards(weight_files(folder, allow_pickle=False))
+    layout = read_layout(Path(folder))
+    folder, skeleton, tensors, extension = layout.folder, layout.skeleton, layout.tensors, layout.extension
+    known = topology(layout.config) if extension else None
+    packed = {name: _with_clip(how, name, extension, known) for name, how in layout.packed.items()} if known else layout.packed
     aliases = {target: source for target, source in skeleton.all_tied_weights_keys.items() if target not in tensors and source in tensors}
     needed = {name for name, _ in skeleton.named_parameters()} - aliases.keys() - {f"{name}.weight" for name in packed}
     needed |= {f"{name}.{part}" for name, how in packed.items() for part in stored_names(how)}
@@ -178,11 +162,18 @@ def open_stored(folder: str | Path) -> StoredCheckpoint:
     missing = sorted(needed - tensors.keys())
     if missing:
         raise PlanishError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}. The checkpoint is incomplete: compress again.")
-    _check_headers(Layout(folder, tensors, skeleton, linears, packed, extension, is_own(quantization)))
+    _check_headers(layout)
     guarded = {f"{name}.{GUARD}" for name in packed}
     unused = tuple(sorted(name for name in tensors.keys() - needed - guarded if ".planish." not in name))
     return StoredCheckpoint(
-        path=folder, config=config, tensors=tensors, aliases=aliases, unused=unused, packed=packed, linears=linears, extension=extension
+        path=folder,
+        config=layout.config,
+        tensors=dict(tensors),
+        aliases=aliases,
+        unused=unused,
+        packed=dict(packed),
+        linears=layout.linears,
+        extension=extension,
     )
 
 

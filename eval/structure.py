@@ -6,51 +6,16 @@ A linear has N outputs and K inputs.
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
-from transformers import AutoConfig, PreTrainedConfig
 
-from ..calib.checkpoint import build_skeleton
-from ..calib.convert import REJECTED
-from ..calib.extension import Extension, chain_prefix
-from ..calib.layout import MARK, Layout, fitting, header_faults, linear_shapes, placed, weight_format
-from ..calib.locate import weight_files
-from ..calib.packing import GUARD, OWN, PLAIN, is_own, read_config, stored_names
-from ..calib.shards import CHUNK_BYTES, TensorInfo, read_chunks, read_json, read_shards, read_tensor
+from ..calib.extension import chain_prefix
+from ..calib.layout import MARK, Layout, fitting, header_faults, placed, weight_format
+from ..calib.packing import GUARD, stored_names
+from ..calib.shards import CHUNK_BYTES, TensorInfo, read_chunks, read_tensor
 from ..quant.errors import PlanishError
 from ..quant.formats import WeightFormat, code_range
 from .check import Check, listed
-
-
-def declared(folder: Path) -> dict[str, Any]:
-    """The quantization_config of config.json. Errors: no such file, or not a compressed-tensors checkpoint."""
-    quantization = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") not in (PLAIN, OWN):
-        found = "none" if not quantization else f"{quantization!r:.120}"
-        raise PlanishError(f"{folder / 'config.json'}: quantization_config: {found}. Give a compressed-tensors checkpoint, such as planish writes.")
-    return quantization
-
-
-def read_layout(folder: Path) -> Layout:
-    """Read config.json and the headers of the weight files. Errors: they are broken, or the format is one that planish does not read."""
-    quantization = declared(folder)
-    try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except REJECTED as error:
-        raise PlanishError(f"{folder / 'config.json'}: transformers does not take it: {error}") from error
-    assert isinstance(config, PreTrainedConfig)
-    vars(config).pop("quantization_config")
-    skeleton = build_skeleton(config, torch.float32, folder)
-    linears = linear_shapes(skeleton)
-    try:
-        packed = read_config(quantization, linears)
-    except ValidationError as error:
-        raise PlanishError(f"{folder / 'config.json'}: quantization_config: {error}") from error
-    extension = Extension.read(read_json(folder / "config.json"))
-    return Layout(folder, read_shards(weight_files(folder)), skeleton, linears, packed, extension, is_own(quantization))
 
 
 def check_structure(layout: Layout) -> Check:
@@ -80,7 +45,7 @@ def bits(layout: Layout) -> dict[str, float | int]:
         "quantized_linears": len(layout.packed),
         "declared_bits": codes / weights if weights else 0.0,
         "quantized_bits": 8 * stored / weights if weights else 0.0,
-        "model_bits": 8 * everything / parameters,
+        "model_bits": 8 * everything / max(1, parameters),
         "bytes": everything,
     }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..calib.checkpoint import Checkpoint, open_checkpoint
 from ..calib.data import tokens
+from ..calib.layout import declared, read_layout
 from ..calib.stored import StoredCheckpoint, open_stored
 from ..quant.errors import PlanishError
 from .check import Check, Figure, Verification, not_done
@@ -19,7 +20,7 @@ from .probe import PROBE_FILE, check_probe, read_probe
 from .score import Report, compare
 from .server import check_server, server_python
 from .stock import check_stock
-from .structure import check_structure, check_values, declared, read_layout
+from .structure import check_structure, check_values
 
 ON_DISK = ("structure", "values")
 BEHAVIOUR = ("probe", "transformers", "against", "server")

@@ -146,6 +146,22 @@ def test_other_quantizers_are_refused(folder: Path) -> None:
         open_stored(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "nothing"}, "transformers does not take it: .*nothing"),
+        ({"num_attention_heads": 0}, "transformers does not take it"),
+        ({"dtype": "float99"}, "transformers does not take it"),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": 5}}, "quantization_config: 1 validation error"),
+        ({"quantization_config": {}}, "the model is not compressed: there is no quantization_config"),
+    ],
+)
+def test_a_damaged_configuration_is_one_message(changes: dict[str, object], message: str, folder: Path) -> None:
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(PlanishError, match=f"^{folder}/config.json: {message}"):
+        open_stored(folder)
+
+
 def test_not_compressed(folder: Path) -> None:
     with pytest.raises(PlanishError, match="the model is not compressed: there is no quantization_config"):
         open_stored(folder.parent / "model")

@@ -12,13 +12,15 @@ from helpers_stored import rounded, saved
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from planish.calib.checkpoint import open_checkpoint
 from planish.calib.runner import BlockRunner
 from planish.calib.stored import open_stored
 from planish.eval.check import Verification
+from planish.eval.origin import MANIFEST_FILE
 from planish.eval.probe import PROBE_FILE, check_probe, read_probe, record_probe
-from planish.eval.score import arithmetic, final_hidden
+from planish.eval.score import arithmetic, compare, final_hidden
 from planish.eval.server import server_python
-from planish.eval.verify import verify
+from planish.eval.verify import evaluation_windows, verify
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.linear import StaticGrid
@@ -107,6 +109,38 @@ def test_every_family(family: str, tmp_path: Path) -> None:
         assert "Conv1D" in found["transformers"].message
     else:
         assert found["transformers"].ok
+
+
+def test_against_is_the_comparison_with_the_original(tmp_path: Path) -> None:
+    """And never the other way round; with a note where another model than the manifest's is given."""
+    out = build(tmp_path, W4A8)
+    base, words = open_checkpoint(tmp_path / "model"), text(tmp_path)
+    (out / MANIFEST_FILE).write_text(json.dumps({"recipe": {}, "model": {"sha256": base.fingerprint()}}))
+    expected = compare(base, open_stored(out), evaluation_windows(base, words, 2, 60))
+    found = verify(out, tmp_path / "model", text=words, windows=2, length=60, stock=False)["against"]
+    assert found.figures == {
+        "perplexity_base": expected.base.perplexity,
+        "perplexity": expected.quantized.perplexity,
+        "kl": expected.kl,
+        "agreement": expected.agreement,
+        "windows": 2,
+        "length": 60,
+        "tokens": 118,
+        "note": None,
+    }
+    assert f"perplexity {expected.base.perplexity:.2f} before, {expected.quantized.perplexity:.2f} after" in found.message
+    saved(tiny_models.tiny("llama", seed=5), tmp_path / "other")
+    noted = verify(out, tmp_path / "other", text=words, windows=2, length=60, stock=False)["against"]
+    assert "Note: " in noted.message
+    assert "is not the very model that" in str(noted.figures["note"])
+
+
+def test_an_original_whose_comparison_is_no_number(tmp_path: Path) -> None:
+    """Its logits are infinite: there is nothing to compare with, and that is no success."""
+    out = build(tmp_path, W8A8)
+    change(tmp_path / "model", put("model.norm.weight", lambda w: w * 3e38))
+    found = verify(out, tmp_path / "model", text=text(tmp_path), windows=1, length=60, stock=False)
+    assert [name for name, ok in states(found).items() if ok is False] == ["against"]
 
 
 def test_the_probe_in_bfloat16(tmp_path: Path) -> None:
@@ -212,6 +246,18 @@ def test_other_declarations(scheme: Scheme, changes: dict[str, Any], check: str,
     assert found["probe"].message == f"not checked: {check} must be right first"
 
 
+def test_a_model_of_no_width_and_one_without_quantized_layers(tmp_path: Path) -> None:
+    """Both are faults of the checkpoint, and found as such."""
+    out = build(tmp_path, W8A8)
+    values = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**values, "hidden_size": 0}))
+    with pytest.warns(UserWarning, match="zero-element"):
+        assert verify(out, stock=False)["structure"].ok is False
+    values["quantization_config"]["config_groups"] = {}
+    (out / "config.json").write_text(json.dumps(values))
+    assert verify(out, stock=False)["structure"].message.startswith("config.json declares no linear layer quantized; ")
+
+
 def test_truncated_weights(tmp_path: Path) -> None:
     out = build(tmp_path, W8A8)
     file = out / "model.safetensors"
@@ -243,6 +289,9 @@ def test_the_probe_measures_what_rounding_does(tmp_path: Path) -> None:
     assert found.ok
     assert not found.identical
     assert found.rounding is not None
+    save_file(probe, out / PROBE_FILE)
+    check = verify(out, stock=False)["probe"]
+    assert (check.ok, "log-probabilities differ from the model in memory by" in check.message) == (True, True)
     probe["next_logprobs"] += 10 * found.tolerance.mean
     assert not check_probe(open_stored(out), probe).ok
     probe["next_logprobs"] *= torch.nan
@@ -277,7 +326,7 @@ def test_arguments_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.Monke
         verify(out, windows=0)
     short = tmp_path / "short.txt"
     short.write_text("too short")
-    with pytest.raises(PlanishError, match="not one window of 100"):
+    with pytest.raises(PlanishError, match=r"^--text .*short\.txt holds .*, not one window of 100\. Lower --length"):
         verify(out, text=str(short), length=100)
 
 
@@ -293,7 +342,6 @@ def test_the_setting_names_the_environment(tmp_path: Path, monkeypatch: pytest.M
 def test_the_servers_answer_is_compared(shift: float, tmp_path: Path) -> None:
     """With a stand-in for vLLM that answers from a file."""
     from planish.eval.score import score
-    from planish.eval.verify import evaluation_windows
 
     out = build(tmp_path, W8A8)
     checkpoint = open_stored(out)

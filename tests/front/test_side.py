@@ -15,10 +15,11 @@ from torch import Tensor
 
 import planish
 from planish.calib.checkpoint import open_checkpoint
+from planish.calib.layout import read_layout
 from planish.calib.stored import open_stored
 from planish.calib.topology import topology
 from planish.eval.score import score
-from planish.eval.structure import bits, check_structure, check_values, read_layout
+from planish.eval.structure import bits, check_structure, check_values
 from planish.quant.errors import PlanishError
 
 STEPS = {
