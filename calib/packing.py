@@ -4,7 +4,7 @@ Tensors of a quantized linear (N out, K in): see the table of the compressed-ten
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -191,8 +191,14 @@ def _scheme(packed: Packed, names: list[str], alone: bool) -> QuantizationScheme
 
 
 def read_config(data: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Packed]:
-    """Which of the model's linears a quantization_config quantizes, and how. The inverse of `quantization_config`."""
+    """Which of the model's linears a quantization_config quantizes, and how. The inverse of `quantization_config`.
+
+    Raises PlanishError for anything else that it asks for: left out, the model would compute something else. pydantic's error: it is no such config.
+    """
     config = QuantizationConfig.model_validate({**_known_formats(data), "quant_method": PLAIN})
+    linears = list(linears)
+    if (part := next(_beyond(data, config, linears), None)) is not None:
+        raise PlanishError(f"quantization_config.{part}: planish runs quantized weights and inputs of linear layers alone. Give such a checkpoint.")
     ignored = config.ignore or []
     result: dict[str, Packed] = {}
     for name in linears:
@@ -200,10 +206,21 @@ def read_config(data: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Pa
             continue
         for scheme in config.config_groups.values():
             assert isinstance(scheme, QuantizationScheme)
-            if any(target == "Linear" or _matches(name, target) for target in scheme.targets):
+            if any(_matches(name, target) for target in scheme.targets):
                 result[name] = _packed(scheme, config.format, name)
                 break
     return result
+
+
+def _beyond(data: Mapping[str, Any], config: QuantizationConfig, linears: Iterable[str]) -> Iterator[str]:
+    """Parts of the declaration that are not of linear layers' weights and inputs."""
+    yield from (name for name in ("kv_cache_scheme", "transform_config") if data.get(name))
+    for group, scheme in config.config_groups.items():
+        assert isinstance(scheme, QuantizationScheme)
+        if scheme.output_activations is not None:
+            yield f"config_groups.{group}.output_activations"
+        if not any(_matches(name, target) for name in linears for target in scheme.targets):
+            yield f"config_groups.{group}.targets {scheme.targets}"
 
 
 def _known_formats(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +235,8 @@ def _known_formats(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return re.match(pattern[3:], name) is not None if pattern.startswith("re:") else pattern == name
+    """Whether a pattern of a config means the linear of that name."""
+    return re.match(pattern[3:], name) is not None if pattern.startswith("re:") else pattern in (name, "Linear")
 
 
 def _packed(scheme: QuantizationScheme, default: str, name: str) -> Packed:
@@ -235,6 +253,8 @@ def _packed(scheme: QuantizationScheme, default: str, name: str) -> Packed:
     )
     act = None
     if inputs is not None:
+        if inputs.type != "int":
+            raise PlanishError(f"{name}: inputs of type {inputs.type} with {inputs.num_bits} bits; planish runs integer ones.")
         act = ActivationFormat(
             bits=inputs.num_bits,
             symmetric=inputs.symmetric,

@@ -137,6 +137,28 @@ def test_foreign_formats_are_refused() -> None:
             read_config({**data, "config_groups": {"group_0": {**group, **changes}}}, ["a"])
 
 
+FLOAT = {"num_bits": 8, "type": "float"}
+
+
+@pytest.mark.parametrize(
+    ("whole", "group", "message"),
+    [
+        ({"kv_cache_scheme": FLOAT}, {}, r"^quantization_config\.kv_cache_scheme: planish runs quantized weights and inputs of linear layers alone"),
+        ({"transform_config": {"config_groups": {"R4": {}}}}, {}, r"quantization_config\.transform_config: planish runs"),
+        ({}, {"output_activations": FLOAT}, r"config_groups\.group_0\.output_activations: planish runs"),
+        ({}, {"targets": ["LlamaAttention"]}, r"config_groups\.group_0\.targets \['LlamaAttention'\]: planish runs"),
+        ({}, {"input_activations": {**FLOAT, "strategy": "token", "dynamic": True}}, "a: inputs of type float with 8 bits"),
+    ],
+)
+def test_what_planish_would_leave_out_is_refused(whole: dict[str, object], group: dict[str, object], message: str) -> None:
+    """Measured without it, the checkpoint would be another model than the one that its servers run."""
+    data = quantization_config({"a": Packed(Scheme(weights=WeightFormat(bits=4)), "pack-quantized")}, ["b"])
+    first = data["config_groups"]["group_0"]
+    assert read_config({**data, "kv_cache_scheme": None, "transform_config": {}}, ["a", "b"])
+    with pytest.raises(PlanishError, match=message):
+        read_config({**data, **whole, "config_groups": {"group_0": {**first, **group}}}, ["a", "b"])
+
+
 def test_a_clip_of_activations_is_not_the_librarys_to_know() -> None:
     plain = Packed(Scheme(weights=WeightFormat(bits=4), activations=ActivationFormat(bits=4)), "pack-quantized")
     tight = clipped(plain, 0.9)
