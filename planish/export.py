@@ -90,7 +90,6 @@ def _tensors(plan: Plan, journal: Journal) -> dict[str, TensorInfo]:
 def _guards(packed: Mapping[str, Packed], file: Path) -> dict[str, TensorInfo]:
     """Write what keeps others from loading the checkpoint, and say where it lies."""
     save_file(guards(sorted(packed)), file)
-    sync(file)
     return read_header(file)
 
 
@@ -103,7 +102,6 @@ def _rewritten(source: Rewritten, topology: Topology, folder: Path) -> dict[str,
         source.load_module(module, name)
         save_file({f"{name}.{local}": value.detach().contiguous() for local, value in module.named_parameters()}, file)
         source.release(module)
-        sync(file)
         tensors |= read_header(file)
     return tensors
 

@@ -1,5 +1,6 @@
 """Where a checkpoint comes from: files that are not as they were written, manifests that cannot be read, another model than was compressed."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from helpers_stored import rounded, saved
 from tiny_models import tiny
 
 from planish.calib.checkpoint import open_checkpoint
+from planish.calib.shards import INDEX_FILE
 from planish.calib.stored import open_stored
 from planish.eval.origin import MANIFEST_FILE, check_files, check_made_from, file_digests, origin_note
 from planish.eval.verify import verify
@@ -48,6 +50,15 @@ def test_one_bit_of_the_weights(out: Path) -> None:
     assert "Copy the checkpoint again" in found["files"].message
 
 
+def test_digests_are_of_whole_files(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many reads they take, and of the index too."""
+    monkeypatch.setattr("planish.eval.origin.READ_BYTES", 100)
+    (out / INDEX_FILE).write_text("{}")
+    names = {"config.json", WEIGHTS, INDEX_FILE}
+    assert file_digests(out) == {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in names}
+    assert "is not in planish/manifest.json" in check_files(out).message
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -64,7 +75,19 @@ def test_other_files(change: Callable[[Path], object], message: str, out: Path) 
     assert message in check.message
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"recipe": {}}', '{"recipe": {}, "model": {}, "files": {"../x": "0"}}'])
+NO_MANIFESTS = (
+    "{",
+    "[]",
+    "{}",
+    '{"recipe": {}}',
+    '{"model": {}}',
+    '{"recipe": {}, "model": {}, "files": []}',
+    '{"recipe": {}, "model": {}, "files": {"../x": "0"}}',
+    '{"recipe": {}, "model": {}, "files": {"config.json": 0}}',
+)
+
+
+@pytest.mark.parametrize("content", NO_MANIFESTS)
 def test_a_manifest_that_cannot_be_read(content: str, out: Path, tmp_path: Path) -> None:
     (out / MANIFEST_FILE).write_text(content)
     found = verify(out, stock=False)
@@ -95,8 +118,11 @@ def test_the_model_that_was_compressed(out: Path, tmp_path: Path) -> None:
     assert origin_note(other, stored) is None
 
 
-@pytest.mark.parametrize("changes", [{"num_hidden_layers": 2}, {"hidden_size": 96}])
-def test_a_model_of_another_build(changes: dict[str, int], out: Path, tmp_path: Path) -> None:
-    other = open_checkpoint(saved(tiny("llama", changes=changes), tmp_path / "other"))
+@pytest.mark.parametrize(("family", "changes"), [("llama", {"num_hidden_layers": 2}), ("llama", {"hidden_size": 96}), ("mistral", {})])
+def test_a_model_of_another_build(family: str, changes: dict[str, int], out: Path, tmp_path: Path) -> None:
+    other = open_checkpoint(saved(tiny(family, changes={"num_hidden_layers": 3, **changes}), tmp_path / "other"))
+    assert open_stored(out).config.num_hidden_layers == 3
     with pytest.raises(PlanishError, match="one was not made from the other"):
         check_made_from(other, open_stored(out))
+    with pytest.raises(PlanishError, match="one was not made from the other"):
+        verify(out, tmp_path / "other", stock=False)

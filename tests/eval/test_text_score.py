@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 TEXT = "A class is a statement. " * 30
 
 
-def saved(folder: Path, seed: int = 0, bos: bool = False) -> tuple[PreTrainedModel, Path]:
-    model = tiny("llama", seed=seed, changes={"vocab_size": 400})
+def saved(folder: Path, seed: int = 0, bos: bool = False, positions: int = 128) -> tuple[PreTrainedModel, Path]:
+    model = tiny("llama", seed=seed, changes={"vocab_size": 400, "max_position_embeddings": positions})
     model.save_pretrained(folder)
     build_tokenizer(bos=bos).save_pretrained(folder)
     return model, folder
@@ -134,6 +134,43 @@ def test_a_short_text_gives_fewer_windows(tmp_path: Path) -> None:
     file.write_text("A class.")
     with pytest.raises(PlanishError, match=r"short.txt holds \d+ tokens, not one window of 50"):
         cut(open_checkpoint(folder), TextSettings(source=str(file), length=50))
+
+
+def test_an_empty_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(PlanishError, match=r"^--text .*empty\.txt holds no text\."):
+        cut(open_checkpoint(saved(tmp_path / "model")[1]), TextSettings(source=str(tmp_path / "empty.txt")))
+
+
+def test_long_windows_are_scored_in_pieces(tmp_path: Path) -> None:
+    """Of 256 predictions each, whose tokens follow one another; alike in both models."""
+    model, folder = saved(tmp_path / "model", positions=700)
+    base = open_checkpoint(folder)
+    windows = cut(base, TextSettings(windows=2, length=600, stride=300))
+    hidden = hidden_states(base, windows, dtype=torch.float32, device=CPU)
+    found = measure_text(base, windows, BaseHidden(base, hidden), dtype=torch.float32, device=CPU)
+    nll, count = reference(model, evaluation_windows(base, "builtin", 2, 600).flatten(), 2, 600, 300)
+    assert (found.perplexity.value, found.tokens) == (pytest.approx(math.exp(nll), rel=1e-6), count)
+    assert found.base is not None
+    assert (found.base.perplexity, found.base.ratio.value) == (found.perplexity.value, 1)
+
+
+def test_another_vocabulary_and_logits_that_are_no_numbers(tmp_path: Path) -> None:
+    """Of either model: neither is a figure."""
+    checkpoint = open_checkpoint(saved(tmp_path / "model")[1])
+    windows = cut(checkpoint, TextSettings(windows=1, length=32))
+    hidden = hidden_states(checkpoint, windows, dtype=torch.float32, device=CPU)
+    tiny("llama", changes={"vocab_size": 300}).save_pretrained(tmp_path / "less")
+    broken = tiny("llama", changes={"vocab_size": 400})
+    with torch.no_grad():
+        broken.model.norm.weight[0] = torch.nan
+    broken.save_pretrained(tmp_path / "broken")
+    less = BaseHidden(open_checkpoint(tmp_path / "less"), hidden)
+    with pytest.raises(PlanishError, match=r"has a vocabulary of 400 and .*less one of 300"):
+        measure_text(checkpoint, windows, less, dtype=torch.float32, device=CPU)
+    for one, base in ((tmp_path / "broken", checkpoint.path), (checkpoint.path, tmp_path / "broken")):
+        with pytest.raises(PlanishError, match="broken: logits are not finite"):
+            measure_text(open_checkpoint(one), windows, BaseHidden(open_checkpoint(base), hidden), dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tiny_models import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import planish
+from planish import compression
 from planish.calib.shards import INDEX_FILE, SINGLE_FILE, TensorInfo, read_header
 from planish.quant.formats import Scheme, WeightFormat
 from planish.recipe import Recipe, digest, load_recipe
@@ -110,6 +112,7 @@ def test_a_sharded_checkpoint(tmp_path: Path) -> None:
     assert len(untouched) == 1 + 1 + 2 * 3
     assert all(torch.equal(before[name], after[name]) for name in untouched)
     assert set(after) - set(before) == {f"{name.removesuffix('weight')}weight_scale" for name in after if after[name].dtype is torch.int8}
+    assert set(read(tmp_path / "out" / "planish" / "manifest.json")["files"]) == {"config.json", INDEX_FILE, *(file.name for file in files)}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
 
 
@@ -212,6 +215,25 @@ def test_estimates_fit(tmp_path: Path) -> None:
         codes = [info for key, info in tensors.items() if key.rpartition(".")[2] in ("weight", "weight_packed", "weight_scale") and "proj" in key]
         weights = 3 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
         assert 8 * sum(info.nbytes for info in codes) / weights == pytest.approx(result.plan.bits_per_weight, rel=0.01)
+
+
+def test_all_is_on_disk_before_the_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the name too: every file and folder is synced after its last change."""
+    fsync, publish, synced = os.fsync, compression.publish, dict[int, int]()
+
+    def note(handle: int) -> None:
+        fsync(handle)
+        synced[os.fstat(handle).st_ino] = os.fstat(handle).st_mtime_ns
+
+    def checked(folder: Path, out: Path) -> None:
+        assert len(paths := [folder, *folder.rglob("*")]) > 8
+        assert [path for path in paths if synced.get(path.stat().st_ino) != path.stat().st_mtime_ns] == []
+        publish(folder, out)
+        assert synced[out.parent.stat().st_ino] == out.parent.stat().st_mtime_ns
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(compression, "publish", checked)
+    planish.compress(quick("w4a4-fast"), source("llama", tmp_path / "model"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a16-g128"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from planish.journal import Journal, write_text
+from planish.journal import BusyError, Journal, locked, write_text
 from planish.quant.errors import PlanishError
 from planish.records import BlockRecord, SiteRecord
 from planish.terminal import system_message
@@ -53,6 +53,46 @@ def test_a_full_disk_for_tensors_names_the_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match=r"No space left on device: .*block-00000\.safetensors"):
         journal.add(BlockRecord(0, error=0.25, sites={}), {"a": torch.ones(2)})
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["journal.json"]
+    assert not journal.blocks
+    assert not Journal.open(tmp_path / "work", "mine").blocks
+
+
+def test_a_half_written_file_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed amid writing: what was there stays, under its name."""
+    journal = Journal.open(tmp_path / "work", "mine")
+    journal.add(BlockRecord(0, error=0.25, sites={}), {"a": torch.ones(2)})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "work").iterdir()}
+
+    def killed(_handle: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(tmp_path / "work" / "journal.json", "other")
+    with pytest.raises(KeyboardInterrupt):
+        journal.add(BlockRecord(0, error=0.5, sites={}), {"a": torch.zeros(2)})
+    assert {name: (tmp_path / "work" / name).read_bytes() for name in before} == before
+
+
+def test_what_has_its_name_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync, synced = os.fsync, dict[int, int]()
+
+    def note(handle: int) -> None:
+        fsync(handle)
+        synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+
+    monkeypatch.setattr(os, "fsync", note)
+    Journal.open(tmp_path / "work", "mine").add(BlockRecord(0, error=0.25, sites={}), {"a": torch.ones(2)})
+    files = list((tmp_path / "work").iterdir())
+    assert len(files) == 2
+    assert all(synced.get(file.stat().st_ino) == file.stat().st_size for file in files)
+
+
+def test_two_cannot_work_in_one_folder(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(BusyError, match="another planish is at work there"), locked(tmp_path):
+        pass
+    with locked(tmp_path):  # once the other is done
+        pass
 
 
 DAMAGED = ("", "{", "[]", "{}", '{"fingerprint": "mine", "blocks": [[]]}', '{"fingerprint": "mine", "blocks": [{"sites": {}}]}')
