@@ -36,7 +36,7 @@ def recording(block: nn.Module, sites: Sequence[Site]) -> Iterator[Mapping[str, 
 
     def arrive(site: Site, *_called: object) -> None:
         if site.name not in before:
-            still = {path: module for path, module in returned.items() if path not in again and path not in site.readers}
+            still = {path: module for path, module in returned.items() if path not in again}
             before[site.name] = {path: module for path, module in still.items() if not _inside(path, still)}
 
     def leave(module: nn.Module, _inputs: object, output: object) -> None:

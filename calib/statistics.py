@@ -39,7 +39,7 @@ class Extremes:
 
     def within(self, bound: float) -> bool:
         """Whether no value is further from zero than `bound`. NaN is not."""
-        return not self.tokens or (bool(self.minimum_C.amin() >= -bound) and bool(self.maximum_C.amax() <= bound))
+        return bool(self.minimum_C.amin() >= -bound) and bool(self.maximum_C.amax() <= bound)
 
     def widen(self, tokens: int, minimum_C: Tensor, maximum_C: Tensor) -> None:
         """Take in the range of more tokens, which may lie on another device: the result lies there too."""

@@ -34,6 +34,14 @@ def test_ranges_leave_tokens_out(left_out: list[int], dtype: torch.dtype) -> Non
         assert found.within(0.0)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_range_lies_within_its_further_end(sign: int) -> None:
+    found = Extremes(2)
+    found.update(sign * torch.tensor([[1.0, 3.0], [2.0, 0.5]]))
+    assert found.within(3.0)
+    assert not found.within(2.9)
+
+
 def test_a_range_that_is_no_number_lies_within_nothing() -> None:
     found = Extremes(2)
     found.update(torch.tensor([[1.0, torch.nan]]))

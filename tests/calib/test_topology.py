@@ -250,6 +250,14 @@ def test_exact_scale_makes_the_norm_exact_in_its_stored_dtype(name: str) -> None
     assert exact_scale(call.block, plan.sites[1], scale, torch.bfloat16) is scale
 
 
+def test_addresses_are_of_the_blocks_readers_alone() -> None:
+    plan = topology(tiny("llama").config)
+    address = plan.address("model.layers.2.mlp.down_proj")
+    assert address is not None
+    assert (address[0], address[1].name) == (2, "down")
+    assert not any(map(plan.address, ("2.mlp.down_proj", "other.2.mlp.down_proj", "model.layers.x.mlp.down_proj", "model.layers.2.mlp", "lm_head")))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

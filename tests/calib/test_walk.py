@@ -98,6 +98,18 @@ def test_suspended_and_replayed_and_shared_give_the_same_bits(workers: int) -> N
             assert torch.equal(left, right)
 
 
+def test_replayed_passes_keep_nothing_between_sites() -> None:
+    layers = {path: Toy().get_submodule(path) for site in SITES for path in site.readers}
+    with walk_over(Toy(), True, batches()) as walk:
+        for site in SITES:
+            for pass_ in walk.arrivals(site.name):
+                assert pass_.x is not None
+                pass_.prepared = Prepared(site.name, quantize_input(pass_.x, ActivationFormat(bits=8)))
+            assert [(pass_.x, pass_.prepared) for pass_ in walk.passes] == [(None, None)] * 3
+            walk.settle(site.name, reader_of(layers))
+        list(walk.outputs())
+
+
 @MODES
 @pytest.mark.parametrize("workers", [1, 2])
 def test_each_pass_is_seen_by_the_worker_that_brought_it(replay: bool, workers: int) -> None:
@@ -282,6 +294,8 @@ def test_site_inputs() -> None:
     with site_inputs(block, SITES) as inputs:
         block(x)
         seen = inputs.take()
+        with pytest.raises(KeyError):  # they were let go of
+            inputs.take()
     assert torch.equal(seen["in"], x.flatten(0, 1))
     assert torch.equal(seen["out"], (torch.tanh(block.a(x)) * block.get_submodule("deep.b")(x)).flatten(0, 1))
     with pytest.raises(ValueError, match="stop"), site_inputs(block, SITES):

@@ -36,6 +36,7 @@ def test_ratio_has_the_error_that_resampling_finds() -> None:
     resampled = X[drawn].mean(1) / Y[drawn].mean(1)
     assert found.value == X.sum() / Y.sum()
     assert found.error == pytest.approx(resampled.std(), rel=0.1)
+    assert ratio(list(-X), list(-Y)) == found
 
 
 def test_ratio_of_nothing() -> None:

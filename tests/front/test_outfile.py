@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from helpers_front import SHORT, invoke, tree
 
-from planish.outfile import check_apart
+from planish.outfile import check_apart, check_outfile, check_writable
 from planish.quant.errors import PlanishError
 
 
@@ -36,6 +36,24 @@ def test_one_place_for_two_is_refused(html: str, words: str, tmp_path: Path, mon
     (tmp_path / "link").symlink_to("x")
     with pytest.raises(PlanishError, match=words):
         check_apart({"--out": Path("x"), "--html": Path(html), "--markdown": None})
+
+
+def test_what_is_there_is_not_written_over(tmp_path: Path) -> None:
+    """A link that leads nowhere is there too; a folder is no file, whatever may be replaced."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(PlanishError, match=f"{name}: exists, and planish overwrites nothing unasked"):
+            check_outfile(tmp_path / name)
+        check_outfile(tmp_path / name, replace=True)
+    check_outfile(tmp_path / "new")
+    for replace in (False, True):
+        with pytest.raises(PlanishError, match="is a folder"):
+            check_outfile(tmp_path, replace=replace)
+        with pytest.raises(PlanishError, match="there is no folder"):
+            check_outfile(tmp_path / "no" / "file", replace=replace)
+    with pytest.raises(PlanishError, match="file is a file"):
+        check_writable(tmp_path / "file" / "streams")
 
 
 def test_offload_folder_that_cannot_be_written(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,16 +29,16 @@ class Counted(nn.Module):
 
 
 class Chain(nn.Module):
-    """before, then twice the same module, then the readers."""
+    """before, then twice the same module, then the readers, with a module between them that reads one's output."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.before, self.twice, self.other, self.reader, self.after = (Counted() for _ in range(5))
+        self.before, self.twice, self.other, self.between, self.reader, self.after = (Counted() for _ in range(6))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: any shape."""
         h = self.twice(self.twice(self.before(x)) + 1)
-        return self.after(self.other(h) + self.reader(h))
+        return self.after(self.between(self.other(h)) + self.reader(h))
 
 
 def test_what_returned_before_the_readers_stands_still() -> None:
@@ -46,7 +46,7 @@ def test_what_returned_before_the_readers_stands_still() -> None:
     x = torch.ones(2)
     with recording(block, [site]) as still:
         expected = block(x)
-    assert set(still["in"]) == {"before"}  # not what is called twice, not a reader, not what comes after
+    assert set(still["in"]) == {"before"}  # not what is called twice, not a reader, not what comes after one
     with replaced(block, still["in"]):
         assert torch.equal(block(x), expected)
         assert isinstance(block.before, Recorded)

@@ -54,6 +54,8 @@ def test_of_several() -> None:
     assert servers([packed("w4a8"), packed("w8a16")], "llama") == ("planish", "transformers")
     assert servers([packed("w8a8"), packed("w4a4")], "llama") == ("planish", "transformers")
     assert servers([packed("w4a16, asymmetric")], "llama") == ("planish", "vLLM")  # transformers has no room for packed zero points
+    one = Packed(Scheme(weights=WeightFormat(bits=4, symmetric=False, granularity="tensor")), "pack-quantized")  # whose zero point is not packed
+    assert servers([one], "llama") == ("planish", "transformers")
     assert servers([packed("w8a8")], "gpt2") == ("planish",)
     assert servers([packed("w8a8")], "gpt_neox")[-1] == "vLLM"
     assert servers([packed("w8a8"), packed("w4a16")], "gpt_neox")[-1] == "transformers"

@@ -213,6 +213,8 @@ def test_damaged_side_paths_are_named(tmp_path: Path) -> None:
         ("[fold_norms, rotate: {at: residual}, super_weight]", "rotate at residual moves weights"),
         ("[super_weight, permute]", "permute moves weights"),
         ("[super_weight: {places: []}]", "nothing would be done"),
+        ("[super_weight: {places: [[0, mlp.down_proj, 0]]}]", "expected a list of 4, got one of 3"),
+        ("[super_weight: {places: [[0, mlp.down_proj, 0, 0, 0]]}]", "expected a list of 4, got one of 5"),
         ("[super_weight: {places: [[3, mlp.down_proj, 0, 0]]}]", "no quantized layer"),
         ("[super_weight: {places: [[0, mlp.down, 0, 0]]}]", "no quantized layer"),
         ("[super_weight: {places: [[0, mlp.down_proj, 64, 0]]}]", "is 64 by"),
