@@ -1,6 +1,7 @@
 """Fused steps in recipes: the checkpoint stays portable and computes the same, or the recipe is refused with what to do."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,18 +219,25 @@ def halved(module: nn.Module, *_args: object) -> None:
         parameter.mul_(0.5)
 
 
-BROKEN = {
-    "map_stream": (nothing, r"rotate at residual: model.layers.0, the residual stream: .* off by"),
-    "fold_norms": (halved, r"fold_norms: model.layers.0, the residual stream: .* off by"),
-    "rotate_values": (halved, r"rotate at value: model.layers.0, site o: .* off by"),
-    "write_through": (nothing, r"rotate at residual: embeddings, the residual stream: .* off by"),
-    "read_through": (nothing, r"rotate at residual: head, the residual stream: .* off by"),
-}
+def spoiled(module: nn.Module, *_args: object) -> None:
+    for parameter in module.parameters():
+        parameter.mul_(torch.nan)
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_wrong_weights_are_caught_at_run_time(name: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong, message = BROKEN[name]
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("map_stream", nothing, r"rotate at residual: model.layers.0, the residual stream: .* off by"),
+        ("fold_norms", halved, r"fold_norms: model.layers.0, the residual stream: .* off by"),
+        ("fold_norms", spoiled, r"fold_norms: model.layers.0, the residual stream: .* off by nan"),
+        ("rotate_values", halved, r"rotate at value: model.layers.0, site o: .* off by"),
+        ("write_through", nothing, r"rotate at residual: embeddings, the residual stream: .* off by"),
+        ("read_through", nothing, r"rotate at residual: head, the residual stream: .* off by"),
+    ],
+)
+def test_wrong_weights_are_caught_at_run_time(
+    name: str, wrong: Callable[..., None], message: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(f"planish.calib.rewritten.{name}", wrong)
     with pytest.raises(planish.PlanishError, match=message):
         planish.compress(quick("w8a8", f"steps=[{ROTATED}]"), sources["llama"], tmp_path / "out")

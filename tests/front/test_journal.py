@@ -95,7 +95,15 @@ def test_two_cannot_work_in_one_folder(tmp_path: Path) -> None:
         pass
 
 
-DAMAGED = ("", "{", "[]", "{}", '{"fingerprint": "mine", "blocks": [[]]}', '{"fingerprint": "mine", "blocks": [{"sites": {}}]}')
+DAMAGED = (
+    "",
+    "{",
+    "[]",
+    "{}",
+    '{"fingerprint": "mine", "blocks": [[]]}',
+    '{"fingerprint": "mine", "blocks": [{"sites": {}}]}',
+    '{"fingerprint": "mine", "blocks": [{"index": 0, "sites": []}]}',
+)
 
 
 @pytest.mark.parametrize("text", DAMAGED)
