@@ -146,6 +146,7 @@ REFUSED = {
     "literal, far": ({"name": "a", "spare": {"grip": "x"}}, "shop: spare.grip: expected 'wood' or 'steel' or null, got 'x'."),
     "number or literal": ({"name": "a", "level": "outo"}, "shop: level: expected a number or 'auto' or 'off', got 'outo'. Did you mean auto?"),
     "nan": ({"name": "a", "level": math.nan}, "shop: level: expected a finite number, got nan."),
+    "text that only reports have for it": ({"name": "a", "spare": {"weight": "NaN"}}, "shop: spare.weight: expected a number, got 'NaN'."),
     "infinite": ({"name": "a", "level": -math.inf}, "shop: level: expected a finite number, got -inf."),
     "beyond float": ({"name": "a", "level": 10**400}, "shop: level: expected a finite number, got 1000"),
     "unknown name": ({"name": "a", "tools": ["hamer"]}, "shop: tools.0: unknown name 'hamer'. Did you mean hammer?"),

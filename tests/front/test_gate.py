@@ -57,6 +57,8 @@ def test_error_bars(in_doubt: str, below: bool, above: bool) -> None:
     assert held(gate, recovery=(97, 1)) is below
     assert held(gate, recovery=(99, 1)) is above
     assert not held(gate, recovery=(96, 1))
+    assert held(gate, recovery=(97, 0.61)) is below  # 1.645 standard errors are 1.003
+    assert not held(gate, recovery=(97, 0.6))
     assert held(gate, recovery=(100, 1))
     assert held(gate, recovery=98)
 
@@ -66,7 +68,7 @@ def test_sentence_says_metric_error_threshold_and_text() -> None:
     metrics = {"kl": Measured(value=0.05), "recovery": Measured(value=96.05, error=0.61), "recovery.arc_easy": Measured(value=95.5, error=0.9)}
     found = gate.judge(metrics, {"kl": "the text", "recovery": "arc_easy and piqa"})
     assert found.sentence() == "Gate missed: recovery is 96.05 % ± 0.61, at least 98 % asked for, on arc_easy and piqa."
-    assert [one.met for one in found.held] == [True, False, True]
+    assert ([one.met for one in found.held], found.met) == ([True, False, True], False)
     assert "too close to tell" in found.held[2].words()
     assert json.loads(json.dumps(asdict(found)))["held"][1]["threshold"] == 98
     assert gate.judge({**metrics, "recovery": Measured(value=99)}).sentence().startswith("Gate met: kl is 0.05")
@@ -89,6 +91,13 @@ def test_a_miss_shows_as_many_digits_as_it_takes(value: float, threshold: float,
 def test_metric_that_could_not_be_measured() -> None:
     found = Gate(recovery=95).judge({"kl": Measured(value=0.1)}, "piqa")
     assert found.sentence() == "Gate missed: recovery could not be measured, at least 95 % asked for, on piqa."
+
+
+def test_a_metric_that_will_not_be_measured_is_refused_beforehand() -> None:
+    gate = Gate(kl=0.1, recovery={"piqa": 98})
+    gate.check_measured(["kl", "recovery.piqa"], "planish eval", "")
+    with pytest.raises(PlanishError, match=r"^gate: recovery\.piqa is not measured by planish compress\. Ask planish eval\.$"):
+        gate.check_measured(COMPARED, "planish compress", "Ask planish eval.")
 
 
 def test_a_recipe_s_gate_as_a_flag(tmp_path: Path) -> None:
