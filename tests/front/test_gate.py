@@ -41,6 +41,8 @@ def held(gate: Gate, **metrics: float | tuple[float, float]) -> bool:
         (Gate(agreement=0.9), 0.9, 0.89),
         (Gate(recovery=98), 98.0, 97.9),
         (Gate(recovery=98), 103.0, math.nan),
+        (Gate(recovery={"piqa": 98}), 98.0, 97.9),
+        (Gate(accuracy={"piqa": 0.6}), 0.6, 0.59),
         (Gate(kl=0.1), 0.1, math.inf),
     ],
 )
@@ -98,6 +100,11 @@ def test_a_metric_that_will_not_be_measured_is_refused_beforehand() -> None:
     gate.check_measured(["kl", "recovery.piqa"], "planish eval", "")
     with pytest.raises(PlanishError, match=r"^gate: recovery\.piqa is not measured by planish compress\. Ask planish eval\.$"):
         gate.check_measured(COMPARED, "planish compress", "Ask planish eval.")
+
+
+def test_a_task_s_name_is_text() -> None:
+    with pytest.raises(PlanishError, match=r"^gate: recovery\.3: keys must be text, got 3\.$"):
+        decode(Gate, {"recovery": {"piqa": 98, 3: 98}}, "gate")
 
 
 def test_a_recipe_s_gate_as_a_flag(tmp_path: Path) -> None:
