@@ -178,7 +178,7 @@ def _decode_fields(kind: Any, data: Any, place: _Place) -> Any:
 
 
 def _fields(kind: Any) -> dict[str, Field[Any]]:
-    return {field.name: field for field in fields(kind) if field.init}
+    return {field.name: field for field in fields(kind)}
 
 
 def _expected(kind: Any) -> str:

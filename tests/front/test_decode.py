@@ -44,7 +44,7 @@ class Shop:
     open: bool = True
     count: int = 0
     level: float | Literal["auto", "off"] = "auto"
-    either: int | float | str = 0
+    either: float | int | str = 0
     tags: tuple[str, ...] = ()
     sizes: tuple[int | None, ...] = ()
     spare: Hammer | None = None
