@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_checkpoint import merge, rewrite
 from helpers_compress import distance, ids, quick, source
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS
@@ -12,10 +13,12 @@ from transformers import AutoModelForCausalLM
 
 import planish
 from planish.calib.checkpoint import open_checkpoint
+from planish.calib.layout import read_layout
 from planish.calib.runner import BlockRunner
 from planish.calib.stored import open_stored
 from planish.eval.score import final_hidden, score
 from planish.eval.stock import by_itself
+from planish.eval.structure import check_structure
 from planish.quant.errors import PlanishError
 
 STEPS = {
@@ -105,6 +108,13 @@ def test_other_consumers_refuse_the_checkpoint(tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["planish"]["sites"]["0.qkv"]["chain"][0]["kind"] == "hadamard"
     with by_itself(), pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(out)
+    assert check_structure(read_layout(out)).ok
+    tensors, guard = merge(out), "model.layers.0.self_attn.q_proj.weight"
+    del tensors[guard]
+    for change, words in ({}, "missing"), ({guard: torch.ones(1, dtype=torch.uint8)}, "not empty"):
+        rewrite(out, {**tensors, **change})
+        found = check_structure(read_layout(out))
+        assert found.message == f"{guard} is {words}, so other software would load a checkpoint that planish alone runs"
 
 
 def test_the_prefix_stands_before_everything_that_a_loaded_model_runs(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_compress import outlying, quick
+from helpers_checkpoint import merge, rewrite
+from helpers_compress import outlying, quick, source
 from helpers_front import SHORT, invoke, start, tree, wait_for
 from helpers_text import build_tokenizer
 from tiny_models import tiny
 
 import planish
+from planish.calib.stored import open_stored
 
 BLOCKS = 16
 SETTINGS = ("--set", "calibration.samples=16", "--set", "calibration.length=128", "--no-evaluate")
@@ -88,6 +90,37 @@ def test_what_was_found_before_the_walk_is_not_searched_again(finder: str, steps
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         planish.compress(recipe, model, tmp_path / "other")
+
+
+def test_a_site_whose_sinks_leave_its_range_goes_on_as_dynamic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token of the text has a massive activation, which a static scale of ordinary tokens would clip."""
+    model, recipe = source("llama", tmp_path / "model"), quick("w8a8-static", "steps=[]")
+    ids = planish.plan(recipe, model).ids
+    assert ids is not None
+    tensors = merge(model)
+    tensors["model.embed_tokens.weight"][:, 3] = 0.01
+    tensors["model.embed_tokens.weight"][ids[0, 5], 3] = 5000
+    tensors["model.layers.0.input_layernorm.weight"][3] = 10
+    rewrite(model, tensors)
+    result = planish.compress(recipe, model, tmp_path / "whole")
+    record = result.blocks[0].sites["qkv"]
+    assert record.made_dynamic
+    assert "times the static range: dynamic per token instead" in record.note
+    assert not result.blocks[0].sites["o"].made_dynamic
+    stored, path = open_stored(tmp_path / "whole"), "model.layers.0.self_attn"
+    kinds = [stored.packed[f"{path}.{name}"].scheme.activations for name in ("q_proj", "v_proj", "o_proj")]
+    assert [(act.dynamic, act.granularity) for act in kinds if act] == [(True, "token"), (True, "token"), (False, "tensor")]
+    assert f"{path}.q_proj.input_scale" not in stored.tensors
+
+    def stop(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("planish.compression.write_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            planish.compress(recipe, model, tmp_path / "out")
+    planish.compress(recipe, model, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 def test_another_recipe_does_not_go_on(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
