@@ -13,6 +13,7 @@ from torch import Tensor
 
 from planish.calib.layout import read_layout
 from planish.calib.shards import read_header
+from planish.eval.check import listed
 from planish.eval.structure import check_structure, check_values, extent
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.linear import StaticGrid
@@ -37,6 +38,11 @@ def edited(out: Path, name: str, position: int, value: float) -> Path:
     tensors[name].view(-1)[position] = value
     rewrite(out, tensors)
     return out
+
+
+def test_the_first_faults_are_listed() -> None:
+    assert listed(["a", "b", "c", "d", "e"]) == "a; b; c; d; e"
+    assert listed(["a", "b", "c", "d", "e", "f"]) == "a; b; c; d; e; and 1 more"
 
 
 def test_a_good_one(out: Path) -> None:

@@ -170,7 +170,7 @@ def start(plan: Plan) -> tuple[BlockCompressor, Streams]:
 @pytest.mark.parametrize("change", [lambda r: r, kept], ids=["all", "some-kept"])
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("llama", "gptaq"), ("gpt2", "gptaq-w4"), ("gemma2", "w8a8-static"), ("gpt_neox", "w4a16-g128"), ("opt-350m", "rtn")],
+    [("llama", "gptaq"), ("opt", "gptaq"), ("gpt2", "gptaq-w4"), ("gemma2", "w8a8-static"), ("gpt_neox", "w4a16-g128"), ("opt-350m", "rtn")],
 )
 def test_advance_moves_the_streams_as_compress_did(
     family: str, name: str, change: Callable[[Recipe], Recipe], dtype: torch.dtype, tmp_path: Path
