@@ -138,6 +138,8 @@ class Hadamard:
     sites: tuple[str, ...] = ("*",)
 
     def __post_init__(self) -> None:
+        if self.block is not None:
+            check_block("hadamard", self.block)
         if self.seeds < 0:
             raise PlanishError(f"hadamard.seeds is {self.seeds}, but it counts draws of random signs: 0 for none, 8 for a choice.")
 
@@ -181,6 +183,8 @@ class Duquant:
     def __post_init__(self) -> None:
         check_block("duquant", self.block)
         check_seed("duquant.seed", self.seed)
+        if self.steps < 0:
+            raise PlanishError(f"duquant.steps is {self.steps}, but it counts steps of a search: 0 for none. Usual: 256.")
 
     def chain(self, view: SiteView) -> Chain:
         """Three factors."""

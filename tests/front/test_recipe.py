@@ -151,6 +151,8 @@ FILE_ERRORS = {
     "unknown setting": ("solver: {gptq: {dampning: 0.1}}\n", ": solver.gptq.dampning: unknown key. Did you mean damping?"),
     "two solvers": ("solver: {gptq: {}, rtn: {}}\n", ": solver: takes exactly one of rtn, gptq, gptaq, got gptq and rtn."),
     "strength": ("steps: [smooth: {strength: 2}]\n", ": steps.0.smooth.strength is 2.0, but it lies in [0, 1]."),
+    "block of no channels": ("steps: [hadamard: {block: 0}]\n", ": steps.0.hadamard.block is 0, but a block has at least 1 channel."),
+    "search of fewer than no steps": ("steps: [duquant: {steps: -1}]\n", ": steps.0.duquant.steps is -1, but it counts steps of a search"),
     "bits": ("scheme: {weights: {bits: 16}}\n", ": scheme.weights.bits is 16, but integer formats have 2 to 8 bits."),
     "group": ("scheme: {weights: {bits: 4, group_size: 64}}\n", ": scheme.weights: granularity channel with group_size 64."),
     "static per token": ("scheme: {activations: {bits: 4, dynamic: false}}\n", ": scheme.activations: static with granularity token."),
