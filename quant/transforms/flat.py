@@ -18,7 +18,7 @@ Shape suffixes: T tokens, C = I channels, O out channels, N rows with the reader
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -64,7 +64,7 @@ class Flat:
     steps: of Adam. lr: how far the first step moves a channel's axis, relative to its length; it falls to 0 as a cosine. tokens: of the sample.
     balance: what the error of weights counts, 1 being that of rounding to nearest; less for a solver that makes up for most of it.
     objective: site: the error of the readers' outputs, one site after the other; block: of the block's output, all its sites at once, a batch of
-    the calibration a step, so that tokens is of no matter.
+    the calibration a step. block is for structure blocks, damping for start cat, tokens for objective site; elsewhere they are refused.
     clip: learn the activations' clip; it holds unless the recipe's step `clip` searches one.
     """
 
@@ -94,6 +94,13 @@ class Flat:
             raise PlanishError(f"flat.tokens is {self.tokens}, but one in {HELD_OUT} is held out, so there are more. Usual: 16384.")
         if not 0 <= self.balance <= 1:
             raise PlanishError(f"flat.balance is {self.balance}, but it is 0 (weights are exact) to 1 (weights are rounded to nearest). Usual: 0.3.")
+        usual = {item.name: item.default for item in fields(self)}
+        for name, key, value in (("block", "structure", "blocks"), ("damping", "start", "cat"), ("tokens", "objective", "site")):
+            if getattr(self, key) != value and getattr(self, name) != usual[name]:
+                raise PlanishError(
+                    f"flat.{name} is {getattr(self, name)}, but only {key}: {value} makes use of it, and {key} is {getattr(self, key)}. "
+                    f"Leave {name} out, or set {key}: {value}."
+                )
 
     def held_bytes(self, width: int, weights: int, tokens: int) -> int:
         """In memory at the highest, about, at a site so wide with so many weights, of so many tokens: the sample, apart and moved; values of a step

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, C channels, O out channels.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -141,10 +142,15 @@ def twin_rounded(x: Tensor, clip: Tensor, symmetric: bool) -> Tensor:
     return found
 
 
+def shaped(structure: str, block: int, **settings: Any) -> Flat:
+    """Of that structure; in blocks of so many channels, if in any."""
+    return Flat(structure=structure, **({"block": block} if structure == "blocks" else {}), **settings)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("structure", ["blocks", "kronecker"])
 def test_loss_and_slope_are_those_of_dense_matrices(structure: str) -> None:
     """With all tokens and rows in a step, and from a place off the start: T built by torch.kron and torch.block_diag, inverted whole."""
-    seen, settings = view(40, 12, (7, 9)), Flat(structure=structure, start="identity", block=4, balance=0.5)  # type: ignore[arg-type]
+    seen, settings = view(40, 12, (7, 9)), shaped(structure, 4, start="identity", balance=0.5)
     shape: Shape = KroneckerShape.of(seen, "identity", 0.02, 0) if structure == "kronecker" else BlockShape.of(seen, "identity", 0.02, 4)
     shaken(shape)
     descent = module._Descent(settings, seen, shape, W4A4)
@@ -170,7 +176,7 @@ def test_loss_and_slope_are_those_of_dense_matrices(structure: str) -> None:
 @pytest.mark.parametrize("structure", ["blocks", "kronecker"])
 @pytest.mark.parametrize("start", STARTS)
 def test_learns_is_exact_and_the_same_again(structure: str, start: str) -> None:
-    step = Flat(structure=structure, start=start, block=8, steps=40, lr=0.1)  # type: ignore[arg-type]
+    step = shaped(structure, 8, start=start, steps=40, lr=0.1)
     found, again = step.learned(view(800)), step.learned(view(800))
     assert found.after < 0.95 * found.before
     assert found.clip is not None
@@ -192,8 +198,7 @@ def test_more_steps_learn_more() -> None:
 def test_never_worse_than_the_start(structure: str, lr: float, tokens: int, channels: int, outputs: int) -> None:
     """Odd and tiny sizes, and steps far too long."""
     seen = view(tokens, channels, (outputs,))
-    step = Flat(structure=structure, block=4, steps=6, lr=lr)  # type: ignore[arg-type]
-    found, start = step.learned(seen), Flat(structure=structure, block=4, steps=0).learned(seen)  # type: ignore[arg-type]
+    found, start = shaped(structure, 4, steps=6, lr=lr).learned(seen), shaped(structure, 4, steps=0).learned(seen)
     assert found.after <= found.before == start.after
     assert_layer_stays(found.chain, channels, tolerance=1e-3)
 
@@ -232,3 +237,17 @@ def test_a_clip_that_is_not_learned_is_the_formats() -> None:
 def test_settings_are_checked(wrong: dict[str, float]) -> None:
     with pytest.raises(PlanishError, match=f"flat.{next(iter(wrong))} is"):
         Flat(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("ignored", "instead"),
+    [
+        ({"block": 64}, "set structure: blocks"),
+        ({"start": "identity", "damping": 0.1}, "set start: cat"),
+        ({"objective": "block", "tokens": 64}, "set objective: site"),
+    ],
+    ids=str,
+)
+def test_settings_that_nothing_would_come_of_are_refused(ignored: dict[str, Any], instead: str) -> None:
+    with pytest.raises(PlanishError, match=f"flat.{list(ignored)[-1]} is .*{instead}"):
+        Flat(**ignored)
