@@ -205,7 +205,9 @@ def _side_needed(name: str, extension: Extension, known: Topology) -> Iterator[s
         yield from (side_name(name, local) for local in expected_tensors(site_input, path, 0, 0))
 
 
-def open_any(model: str | Path) -> Checkpoint:
+def open_any(model: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     """A compressed checkpoint if the local folder holds one, else what open_checkpoint opens."""
     path = Path(model)
-    return open_stored(path) if (path / "config.json").is_file() and is_compressed(path) else open_checkpoint(model)
+    if (path / "config.json").is_file() and is_compressed(path):
+        return open_stored(path)
+    return open_checkpoint(model, allow_pickle=allow_pickle)

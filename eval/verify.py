@@ -40,6 +40,7 @@ def verify(
     server_env: str | Path | None = None,
     stock: bool = True,
     device: torch.device | str = "cpu",
+    allow_pickle: bool = False,
     report: Stages | None = None,
 ) -> Verification:
     """Check the compressed checkpoint in `folder`.
@@ -53,7 +54,7 @@ def verify(
     folder = Path(folder)
     declared(folder)
     python = None if server is None else server_python(server, server_env)
-    base = None if against is None else open_checkpoint(against)
+    base = None if against is None else open_checkpoint(against, allow_pickle=allow_pickle)
     checks = list(_on_disk(folder))
     broken = [check.name for check in checks if check.name in ON_DISK and not check.ok]
     if broken:

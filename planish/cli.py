@@ -159,6 +159,7 @@ def verify(
     server_env: Annotated[Path | None, typer.Option(envvar="PLANISH_VLLM_ENV", metavar="DIR", help="The server's virtual environment.")] = None,
     transformers: Annotated[bool, typer.Option(help="Let stock transformers load the whole model too, and compare.")] = True,
     device: Device = None,
+    allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     traceback: Traceback = False,
@@ -192,6 +193,7 @@ def verify(
             server_env=server_env,
             stock=transformers,
             device=where,
+            allow_pickle=allow_pickle,
             report=stages(progress),
         )
     judgement = None

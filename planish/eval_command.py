@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import AsJson, Device, Dtype, Gates, Quiet, starting, torch_dtype
+from .options import AsJson, Device, Dtype, Gates, Pickle, Quiet, starting, torch_dtype
 from .progress import showing
 from .terminal import Traceback, end_by, err_console, out_console
 
 if TYPE_CHECKING:
-    from .eval.evaluation import Evaluation
     from .eval.text_score import TextSettings
+    from .eval_job import EvalJob, EvalPlan
 
 
 class Beginning(str, Enum):
@@ -77,6 +77,7 @@ def evaluate_command(
     gate: Gates = None,
     device: Device = None,
     dtype: Numbers = None,
+    allow_pickle: Pickle = False,
     as_json: AsJson = False,
     schema: Schema = False,
     quiet: Quiet = False,
@@ -88,7 +89,6 @@ def evaluate_command(
     Exit code 3: the gate is missed.
     """
     with starting():
-        from .compression import Silent
         from .eval_job import NO_TEXT, EvalJob
         from .thresholds import read_gate
 
@@ -102,6 +102,7 @@ def evaluate_command(
             batch_size=batch_size,
             device=device,
             dtype=torch_dtype(dtype),
+            allow_pickle=allow_pickle,
             out=out,
             html=html,
             markdown=markdown,
@@ -112,16 +113,17 @@ def evaluate_command(
             gate=read_gate(gate or ()),
         )
         plan = job.plan()
-    with nullcontext(Silent()) if quiet else showing(err_console()) as progress:
-        found = job.run(plan, progress)
-    _finish(found, as_json)
+    _run(job, plan, as_json, quiet)
 
 
-def _finish(found: "Evaluation", as_json: bool) -> None:
-    """Show the result, and end by its gate."""
+def _run(job: "EvalJob", plan: "EvalPlan", as_json: bool, quiet: bool) -> None:
+    """Measure, show the result, and end by its gate."""
+    from .callbacks import Silent
     from .eval_tables import evaluation_tables
     from .schemas import plain
 
+    with nullcontext(Silent()) if quiet else showing(err_console()) as progress:
+        found = job.run(plan, progress)
     if as_json:
         print(json.dumps(plain(found), allow_nan=False))
     else:

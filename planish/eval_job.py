@@ -61,6 +61,7 @@ def evaluate(
     batch_size: int = 8,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    allow_pickle: bool = False,
     server: str | None = None,
     served_name: str | None = None,
     server_timeout: float = SECONDS,
@@ -89,6 +90,7 @@ def evaluate(
         batch_size=batch_size,
         device=device,
         dtype=dtype,
+        allow_pickle=allow_pickle,
         server=server,
         served_name=served_name,
         server_timeout=server_timeout,
@@ -124,6 +126,7 @@ class EvalJob:
     batch_size: int
     device: str | torch.device | None
     dtype: torch.dtype | None
+    allow_pickle: bool = False
     out: Path | None = None
     html: Path | None = None
     markdown: Path | None = None
@@ -140,7 +143,7 @@ class EvalJob:
         if self.limit is not None and self.limit < 1:
             raise PlanishError(f"limit is {self.limit}, but must be at least 1. Leave it out for all documents.")
         if not self.tasks and (self.text is None or self.include_path is not None):
-            raise PlanishError("no task is given. Name some with --tasks, such as arc_easy,piqa, or measure a text alone, without --include-path.")
+            raise PlanishError("no task is given. Name some with --tasks, or measure a text alone, without --include-path.")
         check_apart({"--out": self.out, "--html": self.html, "--markdown": self.markdown})
         for file in (self.out, self.html, self.markdown):
             if file is not None:
@@ -148,8 +151,8 @@ class EvalJob:
         device = pick_device(self.device)
         if self.tasks:
             check_names(self.tasks, self.include_path)
-        checkpoint = open_any(self.model)
-        base = None if self.against is None else open_any(self.against)
+        checkpoint = open_any(self.model, allow_pickle=self.allow_pickle)
+        base = None if self.against is None else open_any(self.against, allow_pickle=self.allow_pickle)
         for one in (checkpoint, *([] if base is None else [base])):
             check_language(one, "evaluate it")
         if base is not None:
@@ -306,7 +309,7 @@ class EvalJob:
 
         if isinstance(checkpoint, StoredCheckpoint):
             checkpoint.check_finite()  # answers are picked by comparing, which NaN goes through unseen
-        model = load(checkpoint.path, dtype=self.dtype, device=device, kernels="reference")
+        model = load(checkpoint.path, dtype=self.dtype, device=device, kernels="reference", allow_pickle=self.allow_pickle)
         return LoadedLM(model, checkpoint.tokenizer(), prefix=prefix_length(checkpoint), batch_size=self.batch_size)
 
     def _served(self, server: Server, checkpoint: Checkpoint) -> "ServedLM":

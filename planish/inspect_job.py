@@ -9,13 +9,13 @@ import torch
 
 from .calib.checkpoint import Checkpoint
 from .calib.diagnosis import OutlierReport, Thresholds
-from .calib.stored import StoredCheckpoint
+from .calib.stored import StoredCheckpoint, open_any
 from .calib.topology import topology
 from .decode import decode
 from .eval.outlier_page import outlier_markdown, outlier_page
 from .eval.pictures import plotly_script
 from .inspect_json import from_dict
-from .inspection import inspect, open_model
+from .inspection import inspect
 from .journal import write_text
 from .outfile import check_apart, check_outfile
 from .page_links import beside
@@ -65,13 +65,13 @@ class InspectJob:
             plotly_script()  # says so if it is not installed
         self._limits()
         check_bits(self.bits)
-        model = open_model(self.model, self.allow_pickle)
+        model = open_any(self.model, allow_pickle=self.allow_pickle)
         if self.recipe is not None:
             _check_recommendable(self.model, model)
         if self.against is None:
             return None
         if Path(self.against).suffix != ".json":
-            _check_alike(self.model, _shape(model), self.against, _shape(open_model(self.against, self.allow_pickle)))
+            _check_alike(self.model, _shape(model), self.against, _shape(open_any(self.against, allow_pickle=self.allow_pickle)))
             return None
         base = _read(Path(self.against))
         _check_alike(self.model, _shape(model), base.model, (base.family, base.blocks, base.hidden))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .calib.checkpoint import Checkpoint, open_checkpoint
+from .calib.checkpoint import Checkpoint
 from .calib.data import Calibration
 from .calib.device import free_bytes, pick_device
 from .calib.diagnosis import OutlierReport, Thresholds
@@ -22,7 +22,7 @@ from .calib.outlier_tokens import start_token
 from .calib.precision import working_dtype
 from .calib.proof import check_structure
 from .calib.runner import BlockRunner
-from .calib.stored import is_compressed, open_stored
+from .calib.stored import open_any
 from .calib.stream import Stream
 from .calib.topology import topology
 from .eval.score import hidden_scores
@@ -68,7 +68,7 @@ def inspect(
     calibration = _asked(source, samples, length, seed)
     if offload_dir is not None:
         check_writable(Path(offload_dir) / "streams")
-    checkpoint = open_model(model, allow_pickle)
+    checkpoint = open_any(model, allow_pickle=allow_pickle)
     where = pick_device(device)
     working = dtype or working_dtype(checkpoint.dtype, where)
     _check_blocks(checkpoint, working, where)
@@ -108,14 +108,6 @@ def _as_inspected(error: PlanishError) -> PlanishError:
     return PlanishError(
         f"--text{text.removeprefix('calibration.source')}" if text.startswith("calibration.source ") else text.removeprefix("calibration.")
     )
-
-
-def open_model(model: str | Path, allow_pickle: bool = False) -> Checkpoint:
-    """A compressed checkpoint if the local folder holds one, else what open_checkpoint opens."""
-    path = Path(model)
-    if (path / "config.json").is_file() and is_compressed(path):
-        return open_stored(path)
-    return open_checkpoint(model, allow_pickle=allow_pickle)
 
 
 def _check_blocks(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:

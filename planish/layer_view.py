@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -49,6 +50,7 @@ def layers(
     sites: int | None = 12,
     evenly: bool = False,
     device: str | None = None,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> LayerView:
     """Where a compressed checkpoint loses what it loses.
@@ -65,10 +67,11 @@ def layers(
     stored, where = open_stored(checkpoint), pick_device(device)
     ids_NL = evaluation_windows(stored, text, windows, length)
     batches = list(torch.split(ids_NL, 1))
+    twin = partial(twin_of, stored, against, where, allow_pickle=allow_pickle)
     with arithmetic(torch.float32), tempfile.TemporaryDirectory(prefix="planish-layers-") as kept:
-        found, ends = _errors(stored, twin_of(stored, against, where, progress, Path(kept)), batches, inputs, progress)
+        found, ends = _errors(stored, twin(progress=progress, kept=Path(kept)), batches, inputs, progress)
         chosen = chosen_sites(found, sites, evenly)
-        again = twin_of(stored, against, where, Silent(), Path(kept)) if chosen else None
+        again = twin(progress=Silent(), kept=Path(kept)) if chosen else None
         restored = _restored(stored, again, batches, chosen, ends, progress)
     return LayerView(
         checkpoint=str(checkpoint),

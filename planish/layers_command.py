@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import AsJson, Device, Quiet, starting
+from .options import AsJson, Device, Pickle, Quiet, starting
 from .progress import showing
 from .terminal import Traceback, err_console, out_console
 
@@ -27,11 +27,12 @@ def layers(
     length: Annotated[int, typer.Option(min=2, help="Tokens of each, at most.")] = 512,
     inputs: Inputs = "base",
     sites: Annotated[int, typer.Option(min=0, help="Measure the effect on the whole model of restoring so many sites.")] = 12,
-    every: Annotated[bool, typer.Option("--all-sites", help="Measure that of all sites.")] = False,
+    every: Annotated[bool, typer.Option("--all-sites", help="Measure that of all sites, whatever --sites says.")] = False,
     evenly: Annotated[bool, typer.Option("--evenly", help="Restore evenly spaced sites instead of those with the largest error.")] = False,
     html: Html = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --html if it exists.")] = False,
     device: Device = None,
+    allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     traceback: Traceback = False,
@@ -64,6 +65,7 @@ def layers(
             sites=None if every else sites,
             evenly=evenly,
             device=device,
+            allow_pickle=allow_pickle,
             progress=progress,
         )
     if html is not None:

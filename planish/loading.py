@@ -15,20 +15,25 @@ from .calib.stored import StoredCheckpoint, open_any
 
 
 def load(
-    model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None, kernels: Kernels = "auto"
+    model: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    kernels: Kernels = "auto",
+    allow_pickle: bool = False,
 ) -> PreTrainedModel:
     """The transformers model of a checkpoint, in eval mode, with all its weights: for forward passes and generate().
 
-    model: a folder that planish compress wrote, or anything that compress takes. dtype: of the arithmetic (default: as stored).
-    device: default cuda where there is one, else cpu. kernels: reference computes with the integer codes exactly as they were measured, one code an
-    element of dtype in memory; packed computes the same but for rounding, faster and in less memory, on the device that it was loaded to;
-    auto is what the environment's PLANISH_KERNELS says, else packed in bfloat16 on a CPU with AVX512-VNNI and in 16 bits on CUDA with Triton, else
-    reference. kernels_used(model) says what runs on what.
+    model: a folder that planish compress wrote, or anything that compress takes (.bin weights with allow_pickle). dtype: of the arithmetic
+    (default: as stored). device: default cuda where there is one, else cpu. kernels: reference computes with the integer codes exactly as they were
+    measured, one code an element of dtype in memory; packed computes the same but for rounding, faster and in less memory, on the device that it was
+    loaded to; auto is what the environment's PLANISH_KERNELS says, else packed in bfloat16 on a CPU with AVX512-VNNI and in 16 bits on CUDA with
+    Triton, else reference. kernels_used(model) says what runs on what.
     The whole model is in memory; it does not train, and is saved by copying the folder. Raises PlanishError.
     """
     where = pick_device(device)
     with torch.device("cpu"):  # whatever torch's default is: what is read and prepared lies there
-        return _loaded(open_any(model), dtype, where, kernels)
+        return _loaded(open_any(model, allow_pickle=allow_pickle), dtype, where, kernels)
 
 
 def _loaded(checkpoint: Checkpoint, dtype: torch.dtype | None, where: torch.device, kernels: Kernels) -> PreTrainedModel:

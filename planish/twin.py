@@ -40,7 +40,9 @@ _OTHER = (
 )
 
 
-def twin_of(stored: StoredCheckpoint, model: str | Path, device: torch.device, progress: Progress, kept: Path) -> AbsorbedBlocks:
+def twin_of(
+    stored: StoredCheckpoint, model: str | Path, device: torch.device, *, allow_pickle: bool, progress: Progress, kept: Path
+) -> AbsorbedBlocks:
     """The twin's blocks. model: the original, as compress takes it. kept: a folder where what is learned for it is kept for the next.
 
     A checkpoint without planish's recipe is taken to have the original's weights in codes, nothing else. Raises PlanishError: as make_plan; steps
@@ -48,7 +50,7 @@ def twin_of(stored: StoredCheckpoint, model: str | Path, device: torch.device, p
     """
     file = stored.path / FOLDER / "recipe.yaml"
     recipe = load_recipe(file) if file.is_file() else _bare("none", ())
-    plan = make_plan(_absorbing(recipe, stored), model, device=str(device), dtype=_arithmetic(stored))
+    plan = make_plan(_absorbing(recipe, stored), model, device=str(device), dtype=_arithmetic(stored), allow_pickle=allow_pickle)
     check_made_from(plan.checkpoint, stored)
     return AbsorbedBlocks(plan, progress, plan.offload_dir, kept)
 

@@ -99,7 +99,12 @@ def test_pickle_weights(model: Path) -> None:
     torch.save(merge(model), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
     refuses(model, "pytorch_model.bin", "--allow-pickle")
-    assert invoke("compress", "w8a8", "--model", model, "--out", model.parent / "out", *SHORT, "--allow-pickle", "--quiet").code == 0
+    out = model.parent / "out"
+    assert invoke("compress", "w8a8", "--model", model, "--out", out, *SHORT, "--allow-pickle", "--quiet").code == 0
+    for command in ("verify", "eval", "layers"):
+        against = (command, out, "--against", model, "--length", "64", "--quiet")
+        assert "--allow-pickle" in invoke(*against).err
+        assert invoke(*against, "--allow-pickle").code == 0
 
 
 def test_quantized_model(model: Path) -> None:
