@@ -142,8 +142,8 @@ class EvalJob:
             raise PlanishError(f"batch size is {self.batch_size}, but must be at least 1.")
         if self.limit is not None and self.limit < 1:
             raise PlanishError(f"limit is {self.limit}, but must be at least 1. Leave it out for all documents.")
-        if not self.tasks and (self.text is None or self.include_path is not None):
-            raise PlanishError("no task is given. Name some with --tasks, or measure a text alone, without --include-path.")
+        if not self.tasks and (self.text is None or self.include_path is not None or self.limit is not None):
+            raise PlanishError("no task is given. Name some with --tasks, or measure a text alone, without --include-path and --limit.")
         check_apart({"--out": self.out, "--html": self.html, "--markdown": self.markdown})
         for file in (self.out, self.html, self.markdown):
             if file is not None:
@@ -188,6 +188,8 @@ class EvalJob:
         return nearest(task, tasks) if task else "No server tells whole distributions: leave that threshold out, or --server."
 
     def _connect(self, checkpoint: Checkpoint, windows: Windows | None) -> Server | None:
+        if self.server is None and self.served_name is not None:
+            raise PlanishError(f"served name {self.served_name}: no server is given that could have it. Add --server URL, or leave it out.")
         if self.server is None:
             return None
         server = connect(self.server, checkpoint, model=self.served_name, seconds=self.server_timeout)

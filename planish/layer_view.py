@@ -64,6 +64,8 @@ def layers(
         raise PlanishError(f"inputs is {inputs!r}, but errors are measured on the inputs of base or quantized.")
     if sites is not None and sites < 0:
         raise PlanishError(f"sites is {sites}, but it counts the sites to restore, from 0 on.")
+    if sites is None and evenly:
+        raise PlanishError("evenly chooses among the sites, but all are to be restored. Leave out one of --evenly and --all-sites.")
     stored, where = open_stored(checkpoint), pick_device(device)
     ids_NL = evaluation_windows(stored, text, windows, length)
     batches = list(torch.split(ids_NL, 1))

@@ -222,6 +222,8 @@ WRONG = [
     (("--tasks", "tiny_choice", "--include-path", "empty"), "include path empty: holds no task file"),
     (("--tasks", ","), "no name is given"),
     (("--text", "none"), "no task is given"),
+    (("--limit", 5), "or measure a text alone, without --include-path and --limit"),
+    (("--served-name", "other"), "served name other: no server is given"),
     (("--tasks", "tiny_choice", "--batch-size", 0), "batch size is 0"),
     (("--windows", 0), "windows is 0"),
     (("--stride", 0), "stride is 0"),

@@ -183,3 +183,8 @@ def test_the_page_has_every_site_and_says_what_was_not_measured(pair: tuple[Path
     page = layers_page(view)
     assert page.count(">int4 per channel, activations int4 per token<") == 12
     assert "layer-gains" not in page
+
+
+def test_all_sites_are_not_evenly_chosen_ones(pair: tuple[Path, Path]) -> None:
+    with pytest.raises(PlanishError, match="Leave out one of --evenly and --all-sites"):
+        planish.layers(pair[1], pair[0], sites=None, evenly=True)
