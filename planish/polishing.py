@@ -38,6 +38,18 @@ class Flow:
     targets: Stream
     keep_T: Sequence[Tensor]
 
+    def squares(self, block: nn.Module, batch: int) -> tuple[Tensor, Tensor]:
+        """Of the error and of what should leave the block, over the tokens that count."""
+        out = self.calls[batch].run(block, self.index, self.inputs[batch]).flatten(0, 1).float()
+        target, keep_T = self.targets[batch].flatten(0, 1).float(), self.keep_T[batch]
+        return (out - target)[keep_T].square().sum(), target[keep_T].square().sum()
+
+
+def drawn(i: int, batches: int, seed: int) -> int:
+    """Which batch the i-th step of a descent learns from: all of them, in an order of their own each time that all have been used."""
+    generator = torch.Generator().manual_seed(seed + i // batches)
+    return int(torch.randperm(batches, generator=generator)[i % batches])
+
 
 @dataclass(frozen=True, slots=True)
 class Polished:
@@ -102,7 +114,7 @@ class _Descent:
             before = best = self._judged()
             kept = [number.clone() for number in self.numbers]
             for i in range(step.steps):
-                optimizer.step(self._slopes(self._batch(i)), (1 + math.cos(math.pi * i / step.steps)) / 2)
+                optimizer.step(self._slopes(drawn(i, self.learned, step.seed)), (1 + math.cos(math.pi * i / step.steps)) / 2)
                 for clip in self.clips:
                     clip.clamp_(*CLIP_RANGE)
                 if (i + 1) % max(1, step.steps // JUDGEMENTS) == 0 or i + 1 == step.steps:
@@ -116,14 +128,9 @@ class _Descent:
                 site.adopt(self.stored)
         return Polished(before, best)
 
-    def _batch(self, i: int) -> int:
-        """The batches in an order of their own each time that all have been used."""
-        generator = torch.Generator().manual_seed(self.step.seed + i // self.learned)
-        return int(torch.randperm(self.learned, generator=generator)[i % self.learned])
-
     def _slopes(self, batch: int) -> Sequence[Tensor]:
         with torch.enable_grad(), ordered_attention(self.numbers[0].device):
-            off, size = self._squares(batch)
+            off, size = self.flow.squares(self.block, batch)
             slopes = torch.autograd.grad(off / size, self.numbers)
         self._forget()
         return slopes
@@ -145,18 +152,10 @@ class _Descent:
         """The relative error on the batches held out."""
         off = size = 0.0
         for batch in range(self.learned, len(self.flow.calls)):
-            some_off, some_size = self._squares(batch)
+            some_off, some_size = self.flow.squares(self.block, batch)
             off, size = off + float(some_off), size + float(some_size)
             self._forget()
         return math.sqrt(off / size) if size else 0.0
-
-    def _squares(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Of the error and of what should leave the block, over the tokens that count."""
-        flow = self.flow
-        out = flow.calls[batch].run(self.block, flow.index, flow.inputs[batch]).flatten(0, 1).float()
-        target = flow.targets[batch].flatten(0, 1).float()
-        keep_T = flow.keep_T[batch]
-        return (out - target)[keep_T].square().sum(), target[keep_T].square().sum()
 
     def _forget(self) -> None:
         for site in self.sites.values():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .calib.precision import bfloat16_products, ordered_attention
 from .calib.walk import replaced, site_inputs
 from .flatten import SAMPLE_TOKENS, Known, Part
-from .polishing import Flow
+from .polishing import Flow, drawn
 from .quant.descent import Adam
 from .quant.straight_through import rounded_input, rounded_weight
 from .quant.transforms import Flat
@@ -162,7 +162,7 @@ class _Descent:
         before = best = self._judged()
         kept = self._as_it_stands(before, best)
         for i in range(self.step.steps):
-            optimizer.step(self._slopes(self._batch(i), optimizer.numbers), (1 + math.cos(math.pi * i / self.step.steps)) / 2)
+            optimizer.step(self._slopes(drawn(i, self.learned, self.step.seed), optimizer.numbers), (1 + math.cos(math.pi * i / self.step.steps)) / 2)
             self._forget()
             if (i + 1) % max(1, self.step.steps // JUDGEMENTS) == 0 or i + 1 == self.step.steps:
                 error = self._judged()
@@ -173,14 +173,9 @@ class _Descent:
     def _as_it_stands(self, before: float, after: float) -> dict[str, Learned]:
         return {name: soft.learned(before, after) for name, soft in self.sites.items()}
 
-    def _batch(self, i: int) -> int:
-        """The batches in an order of their own each time that all have been used."""
-        generator = torch.Generator().manual_seed(self.step.seed + i // self.learned)
-        return int(torch.randperm(self.learned, generator=generator)[i % self.learned])
-
     def _slopes(self, batch: int, numbers: Sequence[Tensor]) -> Sequence[Tensor]:
         with torch.enable_grad(), bfloat16_products(True), ordered_attention(numbers[0].device):
-            off, size = self._squares(batch)
+            off, size = self.flow.squares(self.block, batch)
             return torch.autograd.grad(off / size, numbers, materialize_grads=True)
 
     @torch.no_grad()
@@ -188,20 +183,12 @@ class _Descent:
         """The relative error on the batches held out; infinite where it is none."""
         off = size = 0.0
         for batch in range(self.learned, len(self.flow.calls)):
-            some_off, some_size = self._squares(batch)
+            some_off, some_size = self.flow.squares(self.block, batch)
             off, size = off + float(some_off), size + float(some_size)
             self._forget()
         if not math.isfinite(off):
             return math.inf
         return math.sqrt(off / size) if size else 0.0
-
-    def _squares(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Of the error and of what should leave the block, over the tokens that count."""
-        flow = self.flow
-        out = flow.calls[batch].run(self.block, flow.index, flow.inputs[batch]).flatten(0, 1).float()
-        target = flow.targets[batch].flatten(0, 1).float()
-        keep_T = flow.keep_T[batch]
-        return (out - target)[keep_T].square().sum(), target[keep_T].square().sum()
 
     def _forget(self) -> None:
         for soft in self.sites.values():
