@@ -36,11 +36,10 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Between two answers: mean and largest absolute difference of next-token log-probabilities, and of the logits of the recorded top tokens."""
+    """Between two answers: mean and largest absolute difference of next-token log-probabilities, and the largest of the top tokens' logits."""
 
     logprob_mean: float
     logprob_max: float
-    logit_mean: float
     logit_max: float
 
 
@@ -171,4 +170,4 @@ def _answer(
 
 def _difference(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Difference:
     logprobs, logits = ((a - b).abs() for a, b in zip(one, other, strict=True))
-    return Difference(logprobs.mean().item(), logprobs.max().item(), logits.mean().item(), logits.max().item())
+    return Difference(logprobs.mean().item(), logprobs.max().item(), logits.max().item())

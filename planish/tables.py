@@ -1,7 +1,7 @@
 """Plans, results and verifications as people read them."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.table import Table
@@ -28,11 +28,6 @@ def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
     for key, value in rows:
         table.add_row(f"  {key}", Text(value))
     return table
-
-
-def recipes_table(descriptions: Mapping[str, str]) -> Table:
-    """Shipped recipes."""
-    return _pairs(descriptions.items())
 
 
 def plan_table(plan: Plan, model: str, *, evaluate: bool = True) -> Table:

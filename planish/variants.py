@@ -1,7 +1,7 @@
 """Variants of recipes over settings: every combination of the values that `--vary PATH=V1,V2` names, as recipes with names of their own."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -39,11 +39,6 @@ def named_recipes(recipes: Sequence[Recipe | str | Path], settings: Sequence[str
     if len(found) > MOST:
         raise PlanishError(f"--vary makes {len(found)} recipes of {len(recipes)}, and {MOST} is the most. Leave some values out.")
     return found
-
-
-def varied(vary: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
-    """The values by path."""
-    return dict(map(_axis, vary))
 
 
 def _axis(text: str) -> tuple[str, tuple[str, ...]]:

@@ -11,7 +11,7 @@ from helpers_reports import comparison_report, row
 from planish.pareto import COSTS, front, picks
 from planish.quant.errors import PlanishError
 from planish.recipe import digest, load_recipe, with_settings
-from planish.variants import named_recipes, varied
+from planish.variants import named_recipes
 
 
 def test_a_grid_has_every_combination_once() -> None:
@@ -29,7 +29,6 @@ def test_nothing_varied_is_the_recipe_itself() -> None:
 
 
 def test_commas_in_brackets_belong_to_a_value() -> None:
-    assert varied(["solver.gptq.damping=[0.01, 0.05],0.1"]) == {"solver.gptq.damping": ("[0.01, 0.05]", "0.1")}
     found = named_recipes(["w8a8"], [], ["solver.gptq.damping=[0.01, 0.05],0.1"])
     assert list(found) == ["w8a8-damping=-0.01-0.05", "w8a8-damping=0.1"]
     assert found["w8a8-damping=-0.01-0.05"].solver.damping == (0.01, 0.05)  # type: ignore[union-attr]
