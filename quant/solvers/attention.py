@@ -12,7 +12,7 @@ holds for all weights of the head in the order of rows, then columns: the loss i
 The sum falls in two: row o first takes the whole rows before it, r_o = w_o + sum_{p<o} d_p M_op / M_oo, and r_o is then rounded as GPTQ does any row.
 G = I is GPTQ.
 
-This counts all pairs of tokens alike (query_metric, key_metric), and holds for attention without positions. RoPE turns q and k by angles that depend
+This counts all pairs of tokens alike, and holds for attention without positions. RoPE turns q and k by angles that depend
 on their tokens, and softmax sees a score's error only as far as its probability p and its distance from the mean; softmax_metrics knows both. To
 second order the divergence of a query's probabilities is ds' (diag p - p p') ds / 2, so with keys k~ and queries q~ as RoPE has turned them, by R,
 
@@ -40,24 +40,6 @@ from .gptq import Gptq, assembled, chosen
 from .moments import Moments, Solution, require_moments
 
 TOKENS = 256  # whose products of channels are in memory at a time on a CPU
-
-
-def query_metric(k_TND: Tensor, group: int = 1) -> Tensor:
-    """G of every query head: (N * group, D, D) float64. k_TND: keys; `group` query heads in turn read the same one (grouped-query attention)."""
-    return _second(k_TND).repeat_interleave(group, dim=0)
-
-
-def key_metric(q_TND: Tensor, group: int = 1) -> Tensor:
-    """G of every key head: (N / group, D, D) float64. q_TND: queries; `group` heads in turn read the same key."""
-    if q_TND.shape[1] % group:
-        raise PlanishError(f"{q_TND.shape[1]} query heads do not share keys in groups of {group}.")
-    metric_NDD = _second(q_TND)
-    return metric_NDD.reshape(-1, group, *metric_NDD.shape[1:]).sum(1)
-
-
-def _second(x_TND: Tensor) -> Tensor:
-    x_NTD = x_TND.double().transpose(0, 1)
-    return x_NTD.mT @ x_NTD
 
 
 @torch.no_grad()

@@ -32,12 +32,6 @@ UNIFORM = 1.8
 """The kurtosis of uniform values."""
 
 
-def learn_rotation(x_TC: Tensor, start_CC: Tensor, objective: Objective, steps: int, lr: float, *, batch: int | None = None, seed: int = 0) -> Tensor:
-    """The best rotation of all channels met on the way: (C, C) float64; as `learn_rotations` with one part."""
-    found_CC: Tensor = learn_rotations(x_TC, start_CC[None], objective, steps, lr, batch=batch, seed=seed)[0]
-    return found_CC
-
-
 def learn_rotations(
     x_TC: Tensor, start_KEE: Tensor, objective: Objective, steps: int, lr: float, *, batch: int | None = None, seed: int = 0
 ) -> Tensor:

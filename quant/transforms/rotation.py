@@ -1,4 +1,4 @@
-"""Random rotations: signs, orthogonal matrices, and the signed Hadamard matrix (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, section 3).
+"""Random rotations: signs, as of a Hadamard matrix (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, section 3), and orthogonal matrices.
 
 The same seed gives the same rotation on every device: numbers are drawn on the CPU.
 
@@ -7,9 +7,6 @@ Shape suffixes: n width.
 
 import torch
 from torch import Tensor
-
-from .factors import Hadamard
-from .hadamard import hadamard_block
 
 
 def random_signs(n: int, seed: int) -> Tensor:
@@ -31,8 +28,3 @@ def orthonormal(matrix_nn: Tensor) -> Tensor:
     Q_nn: Tensor
     Q_nn, R_nn = torch.linalg.qr(matrix_nn)
     return Q_nn * torch.where(R_nn.diagonal() < 0, -1.0, 1.0).to(Q_nn.dtype)
-
-
-def signed_hadamard(n: int, seed: int) -> Hadamard:
-    """x -> (x * signs) H, H in the largest blocks that fit n, see `hadamard_block`. Without signs an offset shared by all channels would add up."""
-    return Hadamard(hadamard_block(n), random_signs(n, seed))

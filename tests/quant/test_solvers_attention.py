@@ -11,7 +11,7 @@ from torch import Tensor
 from planish.quant.errors import PlanishError
 from planish.quant.formats import WeightFormat
 from planish.quant.solvers import Gptaq, Gptq, Moments
-from planish.quant.solvers.attention import Heads, key_metric, query_metric, softmax_metrics, solve_among, solve_heads
+from planish.quant.solvers.attention import Heads, softmax_metrics, solve_among, solve_heads
 
 INT4 = WeightFormat(bits=4)
 FORMATS = [
@@ -24,6 +24,16 @@ FORMATS = [
 
 def moments(x_TI: Tensor) -> Moments:
     return Moments(second_II=second(x_TI), tokens=len(x_TI))
+
+
+def query_metric(k_TND: Tensor, group: int = 1) -> Tensor:
+    """G = K' K of every query head; `group` of them in turn read the same key."""
+    return torch.einsum("tnd,tne->nde", k_TND, k_TND).repeat_interleave(group, dim=0)
+
+
+def key_metric(q_TND: Tensor, group: int) -> Tensor:
+    """G = sum Q' Q of every key head, over the query heads that read it."""
+    return query_metric(q_TND).unflatten(0, (-1, group)).sum(1)
 
 
 def heads(count: int, size: int, tokens: int = 60) -> Tensor:
@@ -231,5 +241,3 @@ def test_refused() -> None:
     }.items():
         with pytest.raises(PlanishError, match=words):
             solve_heads(*arguments, Gptq(), torch.float32)
-    with pytest.raises(PlanishError, match="groups of 2"):
-        key_metric(torch.zeros(4, 3, 5), 2)

@@ -1,6 +1,7 @@
 """Learned rotations: objectives value by value, a step against SpinQuant's formula, and the promises: orthogonal, never worse, the same again."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,16 @@ from torch import Tensor
 from planish.quant.errors import PlanishError
 from planish.quant.transforms import learned
 from planish.quant.transforms.hadamard import hadamard
-from planish.quant.transforms.learned import Objective, learn_rotation, learn_rotations, objective_of, turned
+from planish.quant.transforms.learned import Objective, learn_rotations, objective_of, turned
 from planish.quant.transforms.rotation import random_orthogonal
 
 OBJECTIVES: tuple[Objective, ...] = ("range", "kurtosis", "whip")
+
+
+def learn_rotation(x_TC: Tensor, start_CC: Tensor, objective: Objective, steps: int, lr: float, **batches: Any) -> Tensor:
+    """One rotation of all channels: a part of its own."""
+    found_CC: Tensor = learn_rotations(x_TC, start_CC[None], objective, steps, lr, **batches)[0]
+    return found_CC
 
 
 def textbook(y_TC: Tensor, objective: str) -> float:

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from planish.quant.transforms.factors import Hadamard
 from planish.quant.transforms.hadamard import hadamard, hadamard_block
-from planish.quant.transforms.rotation import orthonormal, random_orthogonal, random_signs, signed_hadamard
+from planish.quant.transforms.rotation import orthonormal, random_orthogonal, random_signs
 
 
 def gram_schmidt(matrix_nn: Tensor) -> Tensor:
@@ -50,9 +51,9 @@ def test_signs() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 7, 12, 18, 172])
-def test_signed_hadamard(n: int) -> None:
-    factor = signed_hadamard(n, 3)
+def test_a_hadamard_with_signs(n: int) -> None:
     size = hadamard_block(n)
+    factor = Hadamard(size, random_signs(n, 3))
     T_CC = torch.diag(random_signs(n, 3).double()) @ torch.block_diag(*[hadamard(size)] * (n // size))
     x_TC = normal(4, n)
     torch.testing.assert_close(factor.on_input(x_TC), x_TC @ T_CC, rtol=0, atol=1e-12)
@@ -61,4 +62,4 @@ def test_signed_hadamard(n: int) -> None:
 
 def test_signs_keep_a_shared_sum_from_adding_up() -> None:
     x_C = torch.ones(1024, dtype=torch.float64)
-    assert float(signed_hadamard(1024, 0).on_input(x_C).abs().max()) < 5
+    assert float(Hadamard(1024, random_signs(1024, 0)).on_input(x_C).abs().max()) < 5
