@@ -24,8 +24,7 @@ from ..calib.stored import StoredCheckpoint, open_stored
 from ..quant.errors import PlanishError
 from ..quant.kernels.joined import Part
 from ..quant.linear import Parts, QuantizedLinear, share_input
-from . import VLLM_FAMILIES
-from .vllm_plugin import METHOD
+from . import METHOD, VLLM_FAMILIES
 from .vllm_prefix import store_prefix
 
 try:  # a name that torch.compile keeps out of what it compiles, so that all layers share it

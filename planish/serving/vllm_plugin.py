@@ -5,9 +5,7 @@ every prompt, unseen by clients, and where vLLM caches their keys and values, th
 vLLM's own prefix caching are right by themselves, and a request pays for the prefix as for that many tokens, once.
 """
 
-from typing import Any
-
-METHOD = "planish"
+from . import METHOD
 
 
 def register() -> None:
@@ -21,8 +19,3 @@ def register() -> None:
 
     quantization.register_quantization_config(METHOD)(PlanishConfig)
     vllm_prefix.install()
-
-
-def is_ours(config: Any) -> bool:
-    """Whether vLLM's quant_config is of a checkpoint of planish."""
-    return config is not None and config.get_name() == METHOD

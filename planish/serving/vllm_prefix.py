@@ -18,7 +18,7 @@ from vllm.v1.engine.input_processor import InputProcessor  # pyright: ignore[rep
 from ..calib.prefix import tensor_names
 from ..calib.stored import StoredCheckpoint
 from ..quant.errors import PlanishError
-from .vllm_plugin import is_ours
+from . import is_ours
 
 
 def install() -> None:
