@@ -29,7 +29,7 @@ class Calibration:
     """The text a model is calibrated on.
 
     source: see documents.py; model: the model writes it (own_text.py). samples: windows. length: tokens of each. seed: None takes the windows in
-    order. batch_size: windows run at once.
+    order; where the model writes them it is 0. batch_size: windows run at once.
     """
 
     source: str = "builtin"

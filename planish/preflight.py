@@ -95,7 +95,7 @@ def make_plan(
     """Check that the recipe can be carried out on the model and say what it will take. Of the weights, reads embeddings, first and last block.
 
     Raises PlanishError: anything wrong with model or recipe, a topology that does not hold, groups that do not divide, patterns without a site,
-    too little text, disk or memory. ids_NL: the calibration's tokens, where they are known already.
+    too little text, disk or memory. ids_NL: the calibration's tokens, if known already; where the model writes them it is run for that.
     """
     _begin(out, offload_dir)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)

@@ -50,9 +50,10 @@ class Override:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
-    """The written checkpoint. layout auto: one code a byte (int-quantized) with 8-bit activations, else packed.
+    """The written checkpoint. format: compressed-tensors, to which planish adds what that cannot say, where a recipe needs it (docs/serving.md).
 
-    shard_size: of one file at most, such as 5GB or 500MiB.
+    layout auto: one code a byte (int-quantized) where activations are quantized, packed where they are not and wherever planish alone runs the
+    checkpoint. shard_size: of one file at most, such as 5GB or 500MiB.
     """
 
     format: Literal["compressed-tensors"] = "compressed-tensors"

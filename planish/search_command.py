@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Arithmetic, AsJson, Device, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
+from .options import AsJson, Device, Dtype, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
 from .progress import showing
 from .terminal import Traceback, err_console, out_console
 
@@ -23,6 +23,7 @@ Candidates = Annotated[
     str | None, typer.Option("--candidates", metavar="LIST", help="Weight formats to choose from, such as 4,4-g64,4-g32-asym,8,keep.")
 ]
 ForServer = Annotated[str, typer.Option("--target", metavar="NAME", help="Who is to run the checkpoint: vllm, transformers or planish.")]
+Numbers = Annotated[Dtype | None, typer.Option("--dtype", help="Arithmetic of the search. Default: float32.")]
 Every = Annotated[bool, typer.Option("--every", help="Measure every candidate's divergence, not one a site: slower, a little more exact.")]
 
 
@@ -39,7 +40,7 @@ def search(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     settings: Settings = None,
     device: Device = None,
-    dtype: Arithmetic = None,
+    dtype: Numbers = None,
     offload_dir: Offload = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
