@@ -151,7 +151,7 @@ def plan(
 def verify(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder of a compressed checkpoint.")],
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="The original model, to measure what the compression cost.")] = None,
-    text: Annotated[str, typer.Option(metavar="FILE", help="Text to measure on: a .txt, .jsonl or .parquet file, or builtin.")] = "builtin",
+    text: Annotated[str, typer.Option(metavar="FILE", help="Text to measure on: a .txt, .jsonl or .parquet file, hub:NAME, or builtin.")] = "builtin",
     windows: Annotated[int, typer.Option(min=1, help="How many windows of it, at most.")] = 4,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each, at most.")] = 2048,
     server: Annotated[str | None, typer.Option(metavar="vllm", help="Let a real server score the same tokens, and compare.")] = None,

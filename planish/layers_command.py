@@ -22,7 +22,7 @@ Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write
 def layers(
     checkpoint: Checkpoint,
     against: Against,
-    text: Annotated[str, typer.Option(metavar="FILE", help="Text to measure on: a .txt, .jsonl or .parquet file, or builtin.")] = "builtin",
+    text: Annotated[str, typer.Option(metavar="FILE", help="Text to measure on: a .txt, .jsonl or .parquet file, hub:NAME, or builtin.")] = "builtin",
     windows: Annotated[int, typer.Option(min=1, help="How many windows of it, at most.")] = 2,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each, at most.")] = 512,
     inputs: Inputs = "base",
