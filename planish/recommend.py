@@ -1,7 +1,8 @@
 """A recipe for one model, from what an inspection measured: a shipped recipe of the wanted bits, changed where this model's figures say so.
 
 Rules, in their order:
-- bits: the shipped recipe with the same bits is the start; its solver is at home with what rounding costs here.
+- bits: the shipped recipe with the same bits is the start, for w4a4 that of w4a8, which transforms nothing at run time; its solver is at home with
+  what rounding costs here.
 - activations: dynamic per token. A static range would have to hold the sink tokens' values, or clip them.
 - smooth: at the sites (by name) where activations make most of the error, and where it falls with smoothing by at least GAIN, both in the median over
   blocks. Where 4-bit weights make most of it, smoothing looks well with rounding to nearest and is a loss with a solver (demo model, W4A8: perplexity
