@@ -43,6 +43,16 @@ def test_products_are_switched_back() -> None:
 
 
 @pytest.mark.parametrize("on", [True, False])
+def test_products_of_bfloat16_add_in_float32_meanwhile(on: bool) -> None:
+    cuda = torch.backends.cuda.matmul
+    before = cuda.allow_bf16_reduced_precision_reduction
+    with bfloat16_products(on):
+        assert not cuda.allow_bf16_reduced_precision_reduction
+    assert before
+    assert cuda.allow_bf16_reduced_precision_reduction
+
+
+@pytest.mark.parametrize("on", [True, False])
 def test_products_of_bfloat16_values_are_exact_either_way(on: bool) -> None:
     a, b = torch.randint(-255, 256, (2, 64, 64)).float()
     with bfloat16_products(on):

@@ -32,8 +32,10 @@ def test_least_cost_is_that_of_trying_everything(places: Places, share: float) -
     assert sum(cost[c] for cost, c in zip(costs, chosen, strict=True)) == pytest.approx(brute(places, budget), abs=2e-5)
 
 
-def test_the_dearest_place_gets_the_bits() -> None:
-    assert allocate([[1.0, 0.0], [9.0, 0.0], [2.0, 0.0]], [[1, 2], [1, 2], [1, 2]], 4) == [0, 1, 0]
+@pytest.mark.parametrize("unit", [1e-12, 1.0, 1e12])
+def test_the_dearest_place_gets_the_bits(unit: float) -> None:
+    """Whatever costs are counted in, though the solver's tolerances are absolute."""
+    assert allocate([[1.0 * unit, 0.0], [2.0 * unit, 0.0], [9.0 * unit, 0.0]], [[1, 2], [1, 2], [1, 2]], 4) == [0, 0, 1]
 
 
 def test_of_options_that_cost_the_same_the_smaller() -> None:

@@ -128,6 +128,27 @@ def test_small_float16_scales_are_kept() -> None:
     assert torch.equal(found.scale.half().float(), found.scale)
     assert (found.dequantize() - w_OI).norm() < 0.02 * w_OI.norm()
 
+    least = torch.full((1, 2), 7 * 2.0**-24)  # the smallest number there is, as a scale
+    assert torch.equal(quantized(least, WeightFormat(bits=4), torch.float16).dequantize(), least)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_zero_points_are_codes(bits: int, dtype: torch.dtype) -> None:
+    """Where storing rounds a scale down as far as it can, a range on one side of zero has more steps than there are codes."""
+    below = 1 + 0.49 * torch.finfo(dtype).eps
+    for low, high in ((-below, 0.0), (0.0, below)):
+        scale, zero = scale_and_zero(torch.tensor([low * (2**bits - 1)]), torch.tensor([high * (2**bits - 1)]), bits, symmetric=False, dtype=dtype)
+        assert scale == 1
+        assert zero == code_range(bits)[high == 0]
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
+def test_some_rows_of_a_weight(fmt: WeightFormat) -> None:
+    whole = quantized(weights(6, 24), fmt)
+    for some in (slice(2, 4), slice(None, None, 3), slice(5, None)):
+        assert torch.equal(whole.rows(some).dequantize(), whole.dequantize()[some])
+
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 4), st.booleans(), st.integers(0, 99))
 def test_odd_sizes_group_by_group(rows: int, size: int, groups: int, symmetric: bool, seed: int) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat
 from planish.quant.linear import Kept, QuantizedLinear, Side, StaticGrid, quantize_input, without_first
@@ -85,11 +85,24 @@ def test_slopes_of_scales_are_those_of_the_layer_with_other_scales(groups: int) 
         assert (ends[0] - ends[1]) / 0.02 == pytest.approx(float(slope_OG[o, g]), rel=2e-2, abs=2e-2)
 
 
+@pytest.mark.parametrize("act", [None, ActivationFormat(bits=8, granularity="tensor", dynamic=False)], ids=["none", "static"])
+def test_slopes_of_the_input_are_those_of_all_that_it_is_multiplied_by(act: ActivationFormat | None) -> None:
+    """Codes, low-rank path and kept channels; a static grid counts as the identity. Kept channels that are codes themselves pass nothing back."""
+    x, pull, low, high_OR = drawn(T, I).requires_grad_(), drawn(T, O, seed=9), LowRank(drawn(3, I, seed=4), drawn(O, 3, seed=5)), drawn(O, 4, seed=6)
+    fmt, static = WeightFormat(bits=4), None if act is None else StaticGrid(torch.tensor([[0.03]]), None)
+    codes_OI = weight(fmt, 4).dequantize()
+    whole_OI = codes_OI + low.product().float() + nn.functional.pad(high_OR, (0, I - 4))
+    coded = Rtn().solve(high_OR, fmt, None, torch.float32).weight
+    for side, wanted_OI in ((Side(low, Kept(high_OR)), whole_OI), (Side(None, Kept(coded, TOKEN)), codes_OI)):
+        (slope,) = torch.autograd.grad((soft(fmt, act, static, side=side)[0](x) * pull).sum(), [x])
+        torch.testing.assert_close(slope, pull @ wanted_OI, rtol=1e-4, atol=1e-4)
+
+
 def test_readers_share_the_codes_of_one_input() -> None:
     source = SoftInput(TOKEN, None, (), 0, False)
     x = drawn(T, I)
     assert source(x)[1] is source(x)[1]
     torch.testing.assert_close(source(x)[1], quantize_input(x, TOKEN).dequantize())
-    assert source(x.clone())[1] is not None
+    torch.testing.assert_close(source(2 * x)[1], quantize_input(2 * x, TOKEN).dequantize())
     source.forget()
     assert source._last is None

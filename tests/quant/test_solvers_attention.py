@@ -48,12 +48,12 @@ def score_error(w_OI: Tensor, hat_OI: Tensor, H_II: Tensor, metric_NDD: Tensor) 
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
-@pytest.mark.parametrize("block_size", [5, 128])
-def test_equals_the_explicit_inverse_of_the_whole_hessian(fmt: WeightFormat, block_size: int) -> None:
+@pytest.mark.parametrize(("block_size", "damping"), [(5, 0.01), (128, 0.1)])
+def test_equals_the_explicit_inverse_of_the_whole_hessian(fmt: WeightFormat, block_size: int, damping: float) -> None:
     w_OI, told, metric_NDD = weights(10, 12), moments(inputs(80, 12)), heads(2, 5)
-    fast = solve_heads(w_OI, fmt, told, metric_NDD, Gptq(block_size=block_size), torch.float32)
-    torch.testing.assert_close(hat(fast.weight), obq_heads(w_OI, told.second_II, metric_NDD, fmt, 0.01, torch.float32), rtol=1e-6, atol=1e-9)
-    assert (fast.damping, fast.repairs) == (0.01, 0)
+    fast = solve_heads(w_OI, fmt, told, metric_NDD, Gptq(block_size=block_size, damping=damping), torch.float32)
+    torch.testing.assert_close(hat(fast.weight), obq_heads(w_OI, told.second_II, metric_NDD, fmt, damping, torch.float32), rtol=1e-6, atol=1e-9)
+    assert (fast.damping, fast.repairs) == (damping, 0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -158,10 +158,12 @@ def test_softmax_metrics_pair_by_pair(turned: int, every: int, monkeypatch: pyte
     expected = naive_metrics(q_TND, k_TKD, turn, seen_TS, before_PKD, range(min(every, 7) - 1, 7, every))
     for metrics in zip(found, expected, strict=True):
         torch.testing.assert_close(*metrics, rtol=1e-9, atol=1e-12)
-    alone = softmax_metrics(q_TND, k_TKD, cos_TD, sin_TD, 1.0, every=every)
-    expected = naive_metrics(q_TND, k_TKD, turn, torch.ones(7, 7).tril() > 0, before_PKD[:0], range(min(every, 7) - 1, 7, every))
-    for metrics in zip(alone, expected, strict=True):
-        torch.testing.assert_close(*metrics, rtol=1e-9, atol=1e-12)
+    for past in (0, 2):  # with no mask a query attends to all of the prefix, itself and all before it
+        before, seen_TS = before_PKD[:past], torch.ones(7, past + 7).tril(past) > 0
+        found = softmax_metrics(q_TND, k_TKD, cos_TD, sin_TD, 1.0, before_PKD=before if past else None, every=every)
+        expected = naive_metrics(q_TND, k_TKD, turn, seen_TS, before, range(min(every, 7) - 1, 7, every))
+        for metrics in zip(found, expected, strict=True):
+            torch.testing.assert_close(*metrics, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("fmt", [FORMATS[0], FORMATS[3]], ids=format_name)

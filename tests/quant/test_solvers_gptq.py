@@ -115,6 +115,35 @@ def test_scale_of_the_hessian_does_not_matter():
     assert torch.equal(solve(w_OI, H_II, INT4).weight.codes, solve(w_OI, H_II * 2.0**-30, INT4).weight.codes)
 
 
+def test_damping_is_relative_to_what_ordinary_tokens_make_of_the_hessian():
+    """The rest of its trace is of a massive activation, which would drown all channels but its own in damping."""
+    w_OI, H_II = weights(7, 24), second(inputs(80, 24))
+    H_II[3, 3] += 99 * H_II.trace()
+    told = Moments(second_II=H_II, tokens=1, ordinary=0.01)
+    solution = Gptq(damping=0.5).solve(w_OI, INT4, told, torch.float32)
+    assert solution.damping == pytest.approx(0.005)
+    assert torch.equal(solution.weight.codes, solve(w_OI, H_II, INT4, damping=0.005).weight.codes)
+    assert not torch.equal(solution.weight.codes, solve(w_OI, H_II, INT4, damping=0.5).weight.codes)
+
+
+@pytest.mark.parametrize("order", ["natural", "diagonal"])
+@pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
+def test_rows_in_pieces_are_rows_together(fmt, order, monkeypatch):
+    """One scale for the whole weight is fitted to all of it."""
+    w_OI, H_II = weights(7, 36), second(inputs(80, 36))
+    together = solve(w_OI, H_II, fmt, order=order).weight
+    monkeypatch.setattr("planish.quant.solvers.gptq.PIECE", 2 * 36)
+    apart = solve(w_OI, H_II, fmt, order=order).weight
+    assert apart.scale.shape == together.scale.shape
+    torch.testing.assert_close(hat(apart), hat(together), rtol=1e-6, atol=1e-9)
+
+
+def test_where_all_channels_were_always_zero_weights_are_rounded_to_nearest():
+    w_OI = weights(6, 12).float()
+    found = solve(w_OI, torch.zeros(12, 12), INT4)
+    assert torch.equal(found.weight.codes, Rtn().solve(w_OI, INT4, None, torch.float32).weight.codes)
+
+
 def test_dead_channels_get_weight_zero_and_leave_the_grid_alone():
     w_OI, x = weights(7, 24), inputs(80, 24)
     x[:, [2, 9]] = 0
@@ -165,6 +194,32 @@ def test_a_hessian_that_is_not_positive_definite_is_repaired(H_II, least, most, 
         assert error == rounded
     elif (torch.linalg.eigvalsh(H_II.double()) > -1e-9).all():
         assert error < rounded
+
+
+@pytest.mark.parametrize(
+    ("short", "damping", "found"),
+    [
+        (0.0, 0.0, (1e-4, 1)),
+        (3e-3, 0.0, (0.01, 3)),
+        (3e-2, 2e-3, (0.2, 2)),
+        (3.0, 2e-3, (math.inf, 4)),
+        (30.0, 0.0, (math.inf, 7)),
+        (30.0, 5.0, (math.inf, 1)),
+    ],
+)
+def test_damping_is_raised_tenfold_until_it_is_enough(short, damping, found):
+    """The least eigenvalue is -short, mean diagonal 1."""
+    solved = factor(torch.tensor([[1.0, 1 + short], [1 + short, 1.0]], dtype=torch.float64), damping)
+    assert (solved.damping, solved.repairs) == (pytest.approx(found[0]), found[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_pivot_that_is_noise_is_not_taken_for_one(dtype):
+    """Two channels are equal, and what rounding leaves of the second is as often above zero as below."""
+    for seed in range(12):
+        x_TI = inputs(50, 12, seed)
+        x_TI[:, 7] = x_TI[:, 4]
+        assert factor(second(x_TI).to(dtype), 0.0).damping == 1e-4
 
 
 def test_float64_is_tried_before_the_damping_is_raised():

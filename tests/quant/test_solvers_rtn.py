@@ -8,13 +8,16 @@ from helpers_solvers import FORMATS, format_name, weights
 
 from planish.quant.errors import PlanishError
 from planish.quant.formats import WeightFormat, code_range
-from planish.quant.solvers import SOLVERS, Rtn
+from planish.quant.solvers import SOLVERS, Clip, Rtn
+from planish.quant.solvers.clip import fit_grid
 
 
+@pytest.mark.parametrize("clip", [None, Clip()], ids=["plain", "clip"])
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
-def test_every_weight_goes_to_the_nearest_point_of_its_grid(fmt):
+def test_every_weight_goes_to_the_nearest_point_of_its_grid(fmt, clip):
     w_OI = weights(5, 36).float()
-    weight = Rtn().solve(w_OI, fmt, None, torch.float32).weight
+    weight = Rtn(clip=clip).solve(w_OI, fmt, None, torch.bfloat16).weight
+    assert torch.equal(weight.scale, fit_grid(w_OI, fmt, clip, torch.bfloat16)[0])
     qmin, qmax = code_range(fmt.bits)
     for o in range(5):
         for i in range(36):
