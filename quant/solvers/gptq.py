@@ -59,7 +59,7 @@ def piece(device: torch.device) -> int:
 class Plan:
     """How the columns of every row make up for each other; (I, I) matrices in the order of rounding.
 
-    shares_II: what column k takes of each deviation before it, (1 - beta) L_kj / L_kk: lower, with a diagonal of 1. offsets_II: as Gptq._offsets
+    shares_II: what column k takes of each deviation before it, (1 - beta) L_kj / L_kk: lower, its diagonal of no matter. offsets_II: as Gptq._offsets
     says. targets_II: P where rows aim at w + w P from the start, instead of offsets. order_I: None for the natural one. dead_I: channels that were
     always zero, unless all were. damping, repairs: as in Solution.
     """
@@ -168,7 +168,7 @@ class Gptq:
             targets_II = torch.linalg.solve_triangular(shares_II.T, offsets_II, upper=True, left=False, unitriangular=True)
             offsets_II = None
         if beta:
-            shares_II.mul_(1 - beta).diagonal().fill_(1)
+            shares_II.mul_(1 - beta)
         some_dead = bool(dead_I.any() and not dead_I.all())
         return Plan(shares_II, offsets_II, targets_II, order_I, dead_I if some_dead else None, found.damping, found.repairs)
 
@@ -256,7 +256,7 @@ class Columns:
 
     def expected(self, start: int, stop: int) -> Tensor:
         """What columns start:stop would round if none of them deviated from it: (stop - start, O). All before start is settled."""
-        if not start and self.offsets_II is None:
+        if not start:
             return self.original_IO[:stop]  # nothing has moved them yet
         moved_IO = self.weights_IO[start:stop] - self.original_IO[start:stop]
         solved_IO: Tensor = torch.linalg.solve_triangular(self.shares_II[start:stop, start:stop], moved_IO, upper=False, unitriangular=True)
