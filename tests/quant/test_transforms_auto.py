@@ -13,7 +13,7 @@ from torch import Tensor
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.transforms.auto import Auto, Candidate, cost, written
-from planish.quant.transforms.factors import Blocks, Hadamard, Permutation, Scale, Shift
+from planish.quant.transforms.factors import Blocks, Hadamard, Kronecker, Permutation, Reflection, Scale, Shift
 from planish.quant.transforms.inputs import Cat, Center, SiteView, Wush, chain_of
 from planish.quant.transforms.inputs import Hadamard as HadamardStep
 from planish.quant.trial import ROWS, STAND_IN, Trial, decided, output_error
@@ -154,6 +154,7 @@ def test_costs_rise_from_diagonals_over_hadamards_to_blocks() -> None:
     assert 0 == cost(()) < cost((diagonal,)) == cost((Shift(torch.ones(64)),)) == cost((Permutation(torch.arange(64)),))
     assert cost((diagonal,)) < cost((hadamard,)) < cost((Hadamard(64, torch.ones(64)),)) < cost((blocks,))
     assert cost((diagonal, hadamard)) == cost((diagonal,)) + cost((hadamard,))
+    assert cost((Kronecker(torch.eye(4), torch.eye(16)), Reflection(torch.zeros(64, 3)))) == 4 + 16 + 2 * 3
 
 
 def test_blocks_of_one_channel_are_a_scale() -> None:

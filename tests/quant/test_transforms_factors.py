@@ -24,6 +24,7 @@ from planish.quant.transforms.factors import (
     on_input,
     on_weight,
     restore,
+    rounded,
     store,
 )
 from planish.quant.transforms.hadamard import hadamard_block
@@ -98,13 +99,14 @@ def test_an_empty_chain_does_nothing() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_the_result_is_as_x_and_computed_in_float32_or_wider(kind: str, dtype: torch.dtype) -> None:
+    """Of 16 bits only the result is rounded, once."""
     factor, x_TC = make(kind, 3, 5, 0, torch.float32), normal(4, 15).to(dtype)
     before_TC = x_TC.clone()
     true_TC = (x_TC.double() - (factor.center_C.double() if isinstance(factor, Shift) else 0)) @ dense(factor, 15)
     true_weight_TC = x_TC.double() @ torch.linalg.inv(dense(factor, 15)).T
     for found_TC, wanted_TC in ((factor.on_input(x_TC), true_TC), (factor.on_weight(x_TC), true_weight_TC)):
         assert found_TC.dtype is dtype
-        assert float((found_TC.double() - wanted_TC).norm() / wanted_TC.norm()) < 4 * torch.finfo(dtype).eps
+        assert float((found_TC.double() - wanted_TC).norm() / wanted_TC.norm()) < (0.51 if dtype.itemsize == 2 else 4) * torch.finfo(dtype).eps
     assert torch.equal(x_TC, before_TC)
 
 
@@ -118,6 +120,16 @@ def test_store_and_restore(kinds: list[str], left: int, right: int, seed: int) -
     x_TC = normal(3, left * right)
     assert torch.equal(on_input(again, x_TC), on_input(chain, x_TC))
     assert torch.equal(on_weight(again, x_TC)[0], on_weight(chain, x_TC)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rounded_chain_is_what_a_checkpoint_in_that_type_holds(kind: str) -> None:
+    """In its own type, so that weights are made for what will run."""
+    (found,), factor = rounded((make(kind, 3, 5, 0, torch.float32),), torch.bfloat16), make(kind, 3, 5, 0, torch.float32)
+    for name, tensor in factor.tensors().items():
+        assert found.tensors()[name].dtype is tensor.dtype
+        assert torch.equal(found.tensors()[name], tensor.bfloat16().to(tensor.dtype) if tensor.is_floating_point() else tensor)
+    assert found.numbers() == factor.numbers()
 
 
 def test_names_in_a_checkpoint() -> None:

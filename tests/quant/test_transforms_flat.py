@@ -4,6 +4,8 @@ worse than the start, the same again.
 Shape suffixes: T tokens, C channels, O out channels.
 """
 
+import math
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from helpers_transforms import assert_layer_stays, dense_chain, normal, outliers, second
 from torch import Tensor
 
+from planish.quant.descent import Adam
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.linear import quantize_input
@@ -84,6 +87,15 @@ def assert_close_products(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_a_step_moves_each_axis_by_lr_of_its_length() -> None:
+    """Adam's first step changes every number alike; a channel's size moves a tenth as fast."""
+    for shape in shapes(view(), "identity"):
+        for numbers, rate in shape.groups(0.04):
+            for change in numbers:
+                expected = 0.04 if change.ndim > 1 else 0.004 * math.sqrt(24)
+                torch.testing.assert_close(torch.full_like(change, rate).norm(dim=-1), torch.full(change.shape[:-1], expected))
+
+
 def test_starts() -> None:
     seen, eye = view(), torch.eye(24, dtype=torch.float64)
     for shape in shapes(seen, "identity"):
@@ -147,16 +159,20 @@ def shaped(structure: str, block: int, **settings: Any) -> Flat:
     return Flat(structure=structure, **({"block": block} if structure == "blocks" else {}), **settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("learns", [True, False])
 @pytest.mark.parametrize("structure", ["blocks", "kronecker"])
-def test_loss_and_slope_are_those_of_dense_matrices(structure: str) -> None:
+def test_loss_and_slope_are_those_of_dense_matrices(structure: str, learns: bool) -> None:
     """With all tokens and rows in a step, and from a place off the start: T built by torch.kron and torch.block_diag, inverted whole."""
-    seen, settings = view(40, 12, (7, 9)), shaped(structure, 4, start="identity", balance=0.5)
+    settings = shaped(structure, 4, start="identity", balance=0.5, clip=learns)
+    scheme = Scheme(weights=W4A4.weights, activations=ActivationFormat(bits=4, symmetric=False, clip=0.9))
+    seen = view(40, 12, (7, 9), scheme)
     shape: Shape = KroneckerShape.of(seen, "identity", 0.02, 0) if structure == "kronecker" else BlockShape.of(seen, "identity", 0.02, 4)
     shaken(shape)
-    descent = module._Descent(settings, seen, shape, W4A4)
+    descent = module._Descent(settings, seen, shape, scheme)
     changes = [change for numbers, _ in shape.groups(1.0) for change in numbers]
+    learned = [*changes, *descent.logits[not learns :]]
     found = descent._loss()
-    found_slopes = torch.autograd.grad(found, [*changes, *descent.logits])
+    found_slopes = torch.autograd.grad(found, learned)
     if structure == "kronecker":
         T = torch.diag(changes[2].exp()) @ torch.kron(torch.eye(3) + changes[0], torch.eye(4) + changes[1])
     else:
@@ -164,13 +180,71 @@ def test_loss_and_slope_are_those_of_dense_matrices(structure: str) -> None:
     x_TC, held_TC, w_OC = seen.sample_TC[:30], seen.sample_TC[30:], torch.cat(seen.weights)
     y_TC, z_OC = x_TC @ T, w_OC @ torch.linalg.inv(T).T
     clip, weight_clip = (1 / (1 + (-logit).exp()) for logit in descent.logits)
+    clip = clip if learns else torch.tensor(0.9)
     inputs = ((twin_rounded(y_TC, clip, False) - y_TC) @ z_OC.T).square().sum()
     weights = (y_TC @ (twin_rounded(z_OC, weight_clip, True) - z_OC).T).square().sum()
     wanted = (inputs + 0.5 * weights) / len(x_TC) / ((held_TC @ w_OC.T).square().sum() / len(held_TC))
     assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
-    twin_slopes = torch.autograd.grad(wanted, [*changes, *descent.logits])
+    twin_slopes = torch.autograd.grad(wanted, learned)
     for mine, twin in zip(found_slopes, twin_slopes, strict=True):
         torch.testing.assert_close(mine, twin, rtol=0, atol=1e-3 * float(twin.abs().max()))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_chains_are_judged_and_clips_begun_with_on_tokens_held_out(seed: int) -> None:
+    seen = view(160, 12, (7, 9), seed=seed)
+    shape = KroneckerShape.of(seen, "cat", 0.02, 0)
+    shaken(shape)
+    descent = module._Descent(Flat(balance=0.5), seen, shape, W4A4)
+    T = dense_chain(shape.chain(), 12).float()
+    held_TC, w_OC = seen.sample_TC[120:], torch.cat(seen.weights)
+    y_TC, z_OC = held_TC @ T, w_OC @ torch.linalg.inv(T).T
+
+    def inputs(clip: float) -> float:
+        return float(((twin_rounded(y_TC, torch.tensor(clip), False) - y_TC) @ z_OC.T).square().sum())
+
+    weights = min(float((y_TC @ (twin_rounded(z_OC, torch.tensor(clip), True) - z_OC).T).square().sum()) for clip in (1.0, 0.9, 0.8, 0.7, 0.6))
+    size = float((held_TC @ w_OC.T).square().sum())
+    for clip in (1.0, 0.7):
+        assert descent._judged(shape.chain(), clip) == pytest.approx((inputs(clip) + 0.5 * weights) / size, rel=1e-3)
+    best = min((1 - i / 40 for i in range(13)), key=inputs)
+    assert float(descent.fixed) == pytest.approx(best)
+    assert descent.best.clip == best
+    assert descent.logits[0].sigmoid().item() == pytest.approx(min(best, 0.98))
+
+
+def test_some_tokens_and_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a step and where a chain is judged; here all are alike."""
+    x_TC, w_OC = outliers(1, 24).float().expand(64, 24), normal(1, 24).float().expand(40, 24)
+    seen = SiteView(x_TC, second(x_TC) / 64, x_TC.mean(0), (w_OC,), W4A4)
+
+    def losses() -> tuple[float, float]:
+        descent = module._Descent(Flat(start="identity"), seen, KroneckerShape.of(seen, "identity", 0.02, 0), W4A4)
+        return descent._loss().item(), descent._judged(descent.best.chain, descent.best.clip)
+
+    whole = losses()
+    for name, few in (("BATCH", 16), ("ROWS", 8), ("JUDGED_TOKENS", 4), ("JUDGED_ROWS", 8)):
+        monkeypatch.setattr(module, name, few)
+    assert losses() == pytest.approx(whole, rel=1e-4)
+
+
+def test_steps_fall_to_nothing_as_a_cosine_and_multiply_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, precisions, loss = [], [], module._Descent._loss
+
+    class Noted(Adam):
+        def step(self, slopes: Sequence[Tensor], part: float) -> None:
+            parts.append(part)
+            super().step(slopes, part)
+
+    def noted(descent: module._Descent) -> Tensor:
+        precisions.append(torch.get_float32_matmul_precision())
+        return loss(descent)
+
+    monkeypatch.setattr(module, "Adam", Noted)
+    monkeypatch.setattr(module._Descent, "_loss", noted)
+    Flat(steps=4).learned(view())
+    assert precisions == ["medium"] * 4
+    assert parts == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
 
 
 @pytest.mark.parametrize("structure", ["blocks", "kronecker"])
@@ -185,6 +259,21 @@ def test_learns_is_exact_and_the_same_again(structure: str, start: str) -> None:
     assert (found.clip, found.after) == (again.clip, again.after)
     for mine, twin in zip(found.chain, again.chain, strict=True):
         assert all(torch.equal(mine.tensors()[name], twin.tensors()[name]) for name in mine.tensors())
+
+
+@pytest.mark.parametrize(("steps", "judged"), [(3, [1, 2, 3]), (9, [2, 4, 6, 8, 9])])
+def test_a_chain_is_judged_some_times_and_at_the_end(steps: int, judged: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    done, descend = [0], module._Descent._steps
+    seen: list[int] = []
+
+    def counted(descent: module._Descent) -> Iterator[int]:
+        for done[0] in descend(descent):
+            yield done[0]
+
+    monkeypatch.setattr(module._Descent, "_steps", counted)
+    monkeypatch.setattr(module._Descent, "_judge", lambda _descent: seen.append(done[0]))
+    Flat(steps=steps).learned(view())
+    assert seen == judged
 
 
 def test_more_steps_learn_more() -> None:

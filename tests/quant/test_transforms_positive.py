@@ -23,10 +23,11 @@ def test_blocks_are_cut_out_and_damped(block: int) -> None:
             torch.testing.assert_close(found_KBB[k], wanted_BB, rtol=1e-6, atol=1e-6 * float(cut_BB.abs().max()))
 
 
-def test_a_block_that_is_zero_in_one_is_the_identity_in_both() -> None:
+@pytest.mark.parametrize("zero", [0, 1], ids=["input", "weights"])
+def test_a_block_that_is_zero_in_one_is_the_identity_in_both(zero: int) -> None:
     x_CC, w_CC = second(outliers(20, 6)), second(normal(9, 6))
-    x_CC[2:4] = 0
-    x_CC[:, 2:4] = 0
+    (x_CC, w_CC)[zero][2:4] = 0
+    (x_CC, w_CC)[zero][:, 2:4] = 0
     x_KBB, w_KBB, alive_K = positive_blocks(x_CC, w_CC, 2, 0.01)
     assert alive_K.tolist() == [True, False, True]
     assert torch.equal(x_KBB[1], torch.eye(2))
