@@ -21,9 +21,10 @@ from planish.quant.linear import quantize_input
 from planish.quant.solvers import Rtn
 from planish.quant.transforms import Cat, Flat
 from planish.quant.transforms import flat as module
+from planish.quant.transforms.cat import cat_blocks
 from planish.quant.transforms.factors import Blocks, Hadamard, Kronecker, Scale, on_input
 from planish.quant.transforms.flat import input_error, weight_error
-from planish.quant.transforms.flat_shapes import BlockShape, KroneckerShape, Shape
+from planish.quant.transforms.flat_shapes import BlockShape, KroneckerShape, Shape, _cat_factors
 from planish.quant.transforms.inputs import SiteView
 
 W4A4 = Scheme(weights=WeightFormat(bits=4), activations=ActivationFormat(bits=4, symmetric=False))
@@ -123,6 +124,23 @@ def test_a_kronecker_product_starts_with_equal_moments_where_they_are_products()
     inverse = torch.linalg.inv(T)
     found, wanted = T.T @ x_CC @ T, inverse @ w_CC @ inverse.T
     torch.testing.assert_close(found / found.trace(), wanted / wanted.trace(), rtol=0, atol=1e-4)
+
+
+def test_a_kronecker_product_starts_with_each_factor_on_moments_summed_over_the_other() -> None:
+    """The left one's first; the right one's are of what is behind the left one."""
+    seen = view(channels=12)
+    x_CC, w_CC, eye_BB = seen.second_CC.double(), seen.readers_CC.double(), torch.eye(4, dtype=torch.float64)
+
+    def factor(x_CC: Tensor, w_CC: Tensor, over: str) -> Tensor:
+        x_NN, w_NN = (torch.einsum(over, moments.reshape(3, 4, 3, 4)) for moments in (x_CC, w_CC))
+        return cat_blocks(x_NN, w_NN, len(x_NN), 0.02).matrix_KBB[0].double()
+
+    left_AA = factor(x_CC, w_CC, "ikjk->ij")
+    T, inverse = torch.kron(left_AA, eye_BB), torch.kron(torch.linalg.inv(left_AA).contiguous(), eye_BB)
+    right_BB = factor(T.T @ x_CC @ T, inverse @ w_CC @ inverse.T, "kikj->ij")
+    found_AA, found_BB = _cat_factors(seen, (3, 4), 0.02)
+    torch.testing.assert_close(found_AA.double(), left_AA, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found_BB.double(), right_BB, rtol=1e-4, atol=1e-5)
 
 
 class _ByHand(torch.autograd.Function):

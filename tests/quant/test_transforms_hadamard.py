@@ -106,12 +106,13 @@ def test_largest_block(n: int, block: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
+    """Of 16 bits only the result is rounded, once: by a quarter of a step on average."""
     x = torch.randn(64, 960).to(dtype)
     before = x.clone()
     found, true = rotate(x), x.double() @ hadamard(960)
     assert found.dtype is dtype
     assert torch.equal(x, before)
-    assert float((found.double() - true).norm() / true.norm()) < 2 * torch.finfo(dtype).eps
+    assert float((found.double() - true).norm() / true.norm()) < (0.25 if dtype.itemsize == 2 else 2) * torch.finfo(dtype).eps
     assert hadamard(20, dtype).dtype is dtype
 
 
