@@ -182,11 +182,10 @@ def shaped(structure: str, block: int, **settings: Any) -> Flat:
 def test_loss_and_slope_are_those_of_dense_matrices(structure: str, learns: bool) -> None:
     """With all tokens and rows in a step, and from a place off the start: T built by torch.kron and torch.block_diag, inverted whole."""
     settings = shaped(structure, 4, start="identity", balance=0.5, clip=learns)
-    scheme = Scheme(weights=W4A4.weights, activations=ActivationFormat(bits=4, symmetric=False, clip=0.9))
-    seen = view(40, 12, (7, 9), scheme)
+    seen = view(40, 12, (7, 9))
     shape: Shape = KroneckerShape.of(seen, "identity", 0.02, 0) if structure == "kronecker" else BlockShape.of(seen, "identity", 0.02, 4)
     shaken(shape)
-    descent = module._Descent(settings, seen, shape, scheme)
+    descent = module._Descent(settings, seen, shape, W4A4)
     changes = [change for numbers, _ in shape.groups(1.0) for change in numbers]
     learned = [*changes, *descent.logits[not learns :]]
     found = descent._loss()
@@ -198,7 +197,7 @@ def test_loss_and_slope_are_those_of_dense_matrices(structure: str, learns: bool
     x_TC, held_TC, w_OC = seen.sample_TC[:30], seen.sample_TC[30:], torch.cat(seen.weights)
     y_TC, z_OC = x_TC @ T, w_OC @ torch.linalg.inv(T).T
     clip, weight_clip = (1 / (1 + (-logit).exp()) for logit in descent.logits)
-    clip = clip if learns else torch.tensor(0.9)
+    clip = clip if learns else ONE
     inputs = ((twin_rounded(y_TC, clip, False) - y_TC) @ z_OC.T).square().sum()
     weights = (y_TC @ (twin_rounded(z_OC, weight_clip, True) - z_OC).T).square().sum()
     wanted = (inputs + 0.5 * weights) / len(x_TC) / ((held_TC @ w_OC.T).square().sum() / len(held_TC))
@@ -231,13 +230,14 @@ def test_chains_are_judged_and_clips_begun_with_on_tokens_held_out(seed: int) ->
     assert descent.logits[0].sigmoid().item() == pytest.approx(min(best, 0.98))
 
 
-def test_some_tokens_and_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", [W4A4, Scheme(weights=W4A4.weights)], ids=["w4a4", "w4"])
+def test_some_tokens_and_rows_stand_for_all(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a step and where a chain is judged; here all are alike."""
     x_TC, w_OC = outliers(1, 24).float().expand(64, 24), normal(1, 24).float().expand(40, 24)
-    seen = SiteView(x_TC, second(x_TC) / 64, x_TC.mean(0), (w_OC,), W4A4)
+    seen = SiteView(x_TC, second(x_TC) / 64, x_TC.mean(0), (w_OC,), scheme)
 
     def losses() -> tuple[float, float]:
-        descent = module._Descent(Flat(start="identity"), seen, KroneckerShape.of(seen, "identity", 0.02, 0), W4A4)
+        descent = module._Descent(Flat(start="identity"), seen, KroneckerShape.of(seen, "identity", 0.02, 0), scheme)
         return descent._loss().item(), descent._judged(descent.best.chain, descent.best.clip)
 
     whole = losses()

@@ -45,8 +45,19 @@ def textbook(y_TC: Tensor, objective: str) -> float:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_objectives(objective: Objective) -> None:
     y_TC = outliers(9, 7) * normal(9, 1).exp()
+    y_TC = torch.cat([y_TC, y_TC.abs(), -y_TC.abs()])  # tokens on one side of zero too
     assert objective_of(y_TC, objective) == pytest.approx(textbook(y_TC, objective), rel=1e-12)
     assert objective_of(torch.cat([y_TC, torch.zeros(3, 7)]), objective) == objective_of(y_TC, objective)
+
+
+def test_range_descends_by_a_soft_maximum() -> None:
+    """Above the true range by at most 2 log(channels) / sharpness."""
+    y_TC = outliers(9, 7)
+    y_TC = y_TC / y_TC.square().mean(1, keepdim=True).sqrt()
+    ranges = [sum(math.log(sum(math.exp(sign * 5 * v) for v in token)) / 5 for sign in (1, -1)) for token in y_TC.tolist()]
+    assert float(learned._DESCENT["range"](y_TC)) == pytest.approx(sum(found**2 for found in ranges) / 9)
+    for found, token in zip(ranges, y_TC.tolist(), strict=True):
+        assert max(token) - min(token) < found < max(token) - min(token) + 2 * math.log(7) / 5
 
 
 def test_the_range_decides_the_error_of_an_asymmetric_grid() -> None:
