@@ -150,6 +150,23 @@ def test_parts_that_do_not_divide_the_channels_are_refused() -> None:
         learn_rotations(torch.ones(2, 10), torch.eye(3).expand(2, 3, 3), "range", 1, 0.1)
 
 
+def test_a_pass_goes_over_the_tokens_once() -> None:
+    x_TC = torch.arange(30.0)[:, None]
+    batches = list(learned._batches(x_TC, 7, 6, 0))
+    assert [last for _, last in batches] == [False, False, False, True, False, True]
+    assert len(torch.cat([batch_TC for batch_TC, _ in batches[:4]]).unique()) == 28
+    assert not torch.equal(batches[0][0], batches[4][0])
+
+
+def test_rotations_are_judged_by_all_tokens() -> None:
+    """However well one of them does, by the steps of a batch of one."""
+    x_TC = normal(20, 8)
+    best_CC = learn_rotation(x_TC, hadamard(8), "range", 60, 0.1)
+    for seed in range(3):
+        found_CC = learn_rotation(x_TC, best_CC, "range", 100, 1.0, batch=1, seed=seed)
+        assert objective_of(x_TC @ found_CC, "range") <= objective_of(x_TC @ best_CC, "range") * (1 + 1e-9)
+
+
 def test_the_same_again() -> None:
     x_TC = outliers(100, 12)
     first, again, other = (learn_rotation(x_TC, hadamard(12), "range", 12, 0.1, batch=16, seed=seed) for seed in (1, 1, 2))

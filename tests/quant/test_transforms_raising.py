@@ -19,7 +19,7 @@ def test_none_that_is_left_gains_more_than_one_that_is_taken(pairs: dict[int, tu
     assert all(gains[left] <= gains[key] for left in gains.keys() - taken for key in taken)
 
 
-@pytest.mark.parametrize(("share", "sites", "count"), [(0.05, 120, 6), (0.05, 19, 0), (0.25, 12, 3), (1.0, 7, 7), (0.1, 30, 3)])
+@pytest.mark.parametrize(("share", "sites", "count"), [(0.05, 120, 6), (0.05, 19, 0), (0.25, 12, 3), (1.0, 7, 7), (0.1, 30, 3), (0.29, 100, 29)])
 def test_a_share_is_never_exceeded(share: float, sites: int, count: int) -> None:
     assert RaiseActivations(share=share).count(sites) == count
 
