@@ -42,6 +42,13 @@ def test_dead_channels_keep_1_and_all_scales_are_usable(x: list[float], w: list[
         assert bool((found[(x_C == 0) | (w_C == 0)] == 1).all())
 
 
+def test_dead_channels_and_the_size_of_everything_do_not_count() -> None:
+    x_C, w_C = torch.tensor([1.0, 4.0, 9.0, 0.0, 5.0]), torch.tensor([8.0, 2.0, 3.0, 5.0, 0.0])
+    alone = smoothing_scale(x_C[:3], w_C[:3], 0.5)
+    for size in (1.0, 1e-12, 1e12):
+        torch.testing.assert_close(smoothing_scale(size * x_C, size * w_C, 0.5), torch.cat([alone, torch.ones(2)]), rtol=1e-4, atol=0)
+
+
 def test_no_channels() -> None:
     assert smoothing_scale(torch.zeros(0), torch.zeros(0), 0.5).shape == (0,)
 

@@ -100,6 +100,7 @@ def test_slopes_of_the_input_are_those_of_all_that_it_is_multiplied_by(act: Acti
 
 def test_readers_share_the_codes_of_one_input() -> None:
     source = SoftInput(TOKEN, None, (), 0, False)
+    assert source.clip is None
     x = drawn(T, I)
     assert source(x)[1] is source(x)[1]
     torch.testing.assert_close(source(x)[1], quantize_input(x, TOKEN).dequantize())

@@ -233,6 +233,15 @@ def test_float32_is_as_good_as_float64_and_the_scale_of_the_metric_does_not_matt
     assert torch.equal(scaled.codes, found.codes)
 
 
+def test_repairs_of_the_hessian_are_told() -> None:
+    x_TI = inputs(80, 12)
+    x_TI[:, 3] = x_TI[:, 8]
+    ours = solve_heads(weights(10, 12), INT4, moments(x_TI), heads(2, 5), Gptq(damping=0.0), torch.float32)
+    plain = Gptq(damping=0.0).solve(weights(10, 12), INT4, moments(x_TI), torch.float32)
+    assert (ours.damping, ours.repairs) == (plain.damping, plain.repairs)
+    assert ours.repairs > 0
+
+
 def test_refused() -> None:
     told = moments(inputs(80, 12))
     for words, arguments in {

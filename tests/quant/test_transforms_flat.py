@@ -26,6 +26,7 @@ from planish.quant.transforms.factors import Blocks, Hadamard, Kronecker, Scale,
 from planish.quant.transforms.flat import input_error, weight_error
 from planish.quant.transforms.flat_shapes import BlockShape, KroneckerShape, Shape, _cat_factors
 from planish.quant.transforms.inputs import SiteView
+from planish.quant.transforms.rotate import mixing
 
 W4A4 = Scheme(weights=WeightFormat(bits=4), activations=ActivationFormat(bits=4, symmetric=False))
 ONE = torch.tensor(1.0)
@@ -141,6 +142,9 @@ def test_a_kronecker_product_starts_with_each_factor_on_moments_summed_over_the_
     found_AA, found_BB = _cat_factors(seen, (3, 4), 0.02)
     torch.testing.assert_close(found_AA.double(), left_AA, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found_BB.double(), right_BB, rtol=1e-4, atol=1e-5)
+    shape = KroneckerShape.of(seen, "cat", 0.02, 1)  # behind a divisor, and then mixed
+    for found, start in zip((shape.left_AA, shape.right_BB), _cat_factors(seen.through(shape.front), (3, 4), 0.02), strict=True):
+        torch.testing.assert_close(found.double(), start.double() @ dense_chain(mixing(len(start), "hadamard", 1), len(start)), rtol=1e-4, atol=1e-5)
 
 
 class _ByHand(torch.autograd.Function):
@@ -338,6 +342,8 @@ def test_without_a_scheme_or_anything_to_hold_small_it_is_the_start() -> None:
 def test_a_clip_that_is_not_learned_is_the_formats() -> None:
     scheme = Scheme(weights=W4A4.weights, activations=ActivationFormat(bits=4, clip=0.8))
     assert Flat(steps=4, clip=False).learned(view(scheme=scheme)).clip is None
+    static = Scheme(weights=W4A4.weights, activations=ActivationFormat(bits=8, granularity="tensor", dynamic=False))
+    assert Flat(steps=4).learned(view(scheme=static)).clip is None
 
 
 @pytest.mark.parametrize("wrong", [{"steps": -1}, {"lr": 0.0}, {"tokens": 3}, {"balance": 2.0}, {"damping": 0.0}, {"block": 0}])

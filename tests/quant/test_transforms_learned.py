@@ -167,6 +167,20 @@ def test_rotations_are_judged_by_all_tokens() -> None:
         assert objective_of(x_TC @ found_CC, "range") <= objective_of(x_TC @ best_CC, "range") * (1 + 1e-9)
 
 
+def test_the_best_of_all_that_were_judged_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_TC, judged = normal(20, 8), []
+
+    def noted(y_TC: Tensor, objective: Objective) -> float:
+        judged.append(objective_of(y_TC, objective))
+        return judged[-1]
+
+    monkeypatch.setattr(learned, "objective_of", noted)
+    found_CC = learn_rotation(x_TC, hadamard(8), "whip", 60, 3.0, batch=1, seed=1)
+    assert objective_of(x_TC @ found_CC, "whip") == pytest.approx(min(judged), rel=1e-9)
+    assert len(judged) == 4
+    assert min(judged) < judged[-1] < judged[0]
+
+
 def test_the_same_again() -> None:
     x_TC = outliers(100, 12)
     first, again, other = (learn_rotation(x_TC, hadamard(12), "range", 12, 0.1, batch=16, seed=seed) for seed in (1, 1, 2))

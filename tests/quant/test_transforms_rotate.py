@@ -12,7 +12,7 @@ from planish.quant.transforms import FoldNorms, Rotate
 from planish.quant.transforms.factors import Scale, on_input
 from planish.quant.transforms.hadamard import hadamard
 from planish.quant.transforms.inputs import SiteView
-from planish.quant.transforms.rotate import Kind, across_heads, mean_keeping, mixing, rotation_at, turned_back
+from planish.quant.transforms.rotate import Kind, Learning, across_heads, mean_keeping, mixing, rotation_at, turned_back
 
 KINDS: tuple[Kind, ...] = ("hadamard", "orthogonal")
 kinds = st.sampled_from(KINDS)
@@ -100,6 +100,11 @@ def test_settings_are_checked() -> None:
     ):
         with pytest.raises(PlanishError, match=message):
             make()
+
+
+def test_what_is_left_out_of_learning_is_usual() -> None:
+    assert Rotate(at="value", kind="learned", steps=7).learning == Learning(steps=7)
+    assert Rotate(at="value", kind="learned", tokens=9, objective="whip").learning == Learning(tokens=9, objective="whip")
 
 
 def test_the_rotation_at_a_place() -> None:

@@ -43,5 +43,6 @@ def test_dead_channels_keep_1_and_all_scales_are_usable(dtype: torch.dtype) -> N
     found_C = rms_scale(x_C, w_C, 1.0)
     assert found_C[[0, 1, 3]].tolist() == [1, 1, 1]
     assert bool((found_C.isfinite() & (found_C > 0)).all())
+    assert float(found_C[[2, 4, 5]].double().log().mean()) == pytest.approx(0, abs=1e-5)  # the size of those alive is kept
     assert torch.equal(rms_scale(torch.zeros(3), torch.ones(3), 1.0), torch.ones(3))
     assert rms_scale(torch.zeros(0), torch.zeros(0), 1.0).shape == (0,)

@@ -10,8 +10,9 @@ from torch import Tensor
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat
 from planish.quant.linear import quantize_input
+from planish.quant.transforms import Lorc, Quad, Resq, SuperWeights, Svdquant
 from planish.quant.transforms.factors import Reflection, on_input, on_weight
-from planish.quant.transforms.subspace import reflected
+from planish.quant.transforms.subspace import _eigenvectors, reflected
 
 
 def top_projector(H_CC: Tensor, rank: int) -> Tensor:
@@ -41,6 +42,12 @@ def test_a_reflection_where_the_channels_are_the_eigenvectors_already() -> None:
         torch.testing.assert_close(energies, torch.tensor([8.5, 8.5, 1, 1]))
 
 
+def test_eigenvectors_have_a_sign() -> None:
+    """So that the same moments give the same basis, whoever computes it."""
+    basis_CC = _eigenvectors(second(inputs(200, 24)), 4)
+    assert all(column_C[column_C.abs().argmax()] > 0 for column_C in basis_CC.T)
+
+
 def test_it_quantizes_better() -> None:
     x_TC = inputs(200, 24).float()
     y_TC = on_input(reflected(second(x_TC), 4), x_TC)
@@ -65,3 +72,11 @@ def test_impossible_ranks_are_refused(rank: int) -> None:
 def test_nan_is_named() -> None:
     with pytest.raises(PlanishError, match="NaN or Inf"):
         reflected(torch.full((4, 4), math.nan), 1)
+
+
+def test_what_is_kept_and_what_it_takes() -> None:
+    """In bits, of a layer of 24 input and 10 output channels whose numbers of full precision have 16."""
+    assert [Resq(share=0.125).kept(width) for width in (4, 12, 1000)] == [1, 2, 125]
+    assert [Quad(rank=4).kept(width) for width in (12, 1000)] == [4, 4]
+    steps = (Quad(rank=4), Resq(share=0.25, bits=8), Lorc(rank=3), Svdquant(rank=3), SuperWeights())
+    assert [step.side_bits(10, 24, 16) for step in steps] == [4 * 10 * 16, 10 * (6 * 8 + 16), 3 * 34 * 16, 3 * 34 * 16, 0]
