@@ -79,6 +79,15 @@ def test_equals_fake_quantization(fmt: WeightFormat, act: ActivationFormat | Non
         assert float((half.double() - same_input).norm() / same_input.norm()) < 0.01
 
 
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=activation_name)
+def test_tokens_in_pieces_are_tokens_together(act: ActivationFormat | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = inputs(15, 24).float()
+    layer = QuantizedLinear(rounded(10, 24, WeightFormat(bits=8)), None, act, static_of(x, act))
+    together = layer(x)
+    monkeypatch.setattr("planish.quant.pieces.CACHED", 4 * 24)
+    assert torch.equal(layer(x), together)
+
+
 @pytest.mark.parametrize("act", [None, ActivationFormat(bits=8), ActivationFormat(bits=8, symmetric=False)], ids=activation_name)
 def test_sums_of_codes_are_beyond_float16(act: ActivationFormat | None) -> None:
     weight, x = rounded(64, 4096, WeightFormat(bits=8)), inputs(9, 4096).half()

@@ -13,7 +13,7 @@ from torch import Tensor
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.transforms.auto import Auto, Candidate, cost, written
-from planish.quant.transforms.factors import Blocks, Hadamard, Kronecker, Permutation, Reflection, Scale, Shift
+from planish.quant.transforms.factors import Blocks, Hadamard, Kronecker, Permutation, Reflection, Scale, Shift, rounded
 from planish.quant.transforms.inputs import Cat, Center, SiteView, Wush, chain_of
 from planish.quant.transforms.inputs import Hadamard as HadamardStep
 from planish.quant.trial import ROWS, STAND_IN, Trial, decided, output_error
@@ -86,6 +86,21 @@ def test_steps_before_and_after_are_part_of_what_is_measured() -> None:
     found = decided(auto, [Center()], [Cat(block=8)], given)
     for candidate, error in zip(auto.tried, found.errors, strict=True):
         assert error == pytest.approx(output_error(chain_of([Center(), *candidate, Cat(block=8)], given.fit), given))
+
+
+def test_candidates_are_measured_as_they_will_be_stored() -> None:
+    given = replace(trial(), stored=torch.bfloat16)
+    found = decided(Auto(candidates=((Cat(block=8),),)), [Center()], (), given)
+    first = rounded(chain_of([Center()], given.fit), torch.bfloat16)
+    behind = rounded(chain_of([Cat(block=8)], given.fit.through(first)), torch.bfloat16)
+    assert found.errors == pytest.approx((output_error(first, given), output_error((*first, *behind), given)), rel=1e-9)
+
+
+def test_a_clip_that_is_not_searched_is_the_formats() -> None:
+    assert W4A4.activations is not None
+    clipped = replace(W4A4, activations=replace(W4A4.activations, clip=0.8))
+    assert output_error((), trial(clipped, ratios=(1.0,))) == output_error((), trial(W4A4, ratios=(0.8,)))
+    assert output_error((), trial(clipped, ratios=(1.0,))) != output_error((), trial(W4A4, ratios=(1.0,)))
 
 
 def test_what_is_kept_out_of_the_codes_costs_nothing() -> None:

@@ -11,7 +11,7 @@ from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat
 from planish.quant.linear import quantize_input
 from planish.quant.transforms import Lorc, Quad, Resq, SuperWeights, Svdquant
-from planish.quant.transforms.factors import Reflection, on_input, on_weight
+from planish.quant.transforms.factors import Hadamard, Reflection, on_input, on_weight
 from planish.quant.transforms.subspace import _eigenvectors, reflected
 
 
@@ -28,6 +28,8 @@ def test_a_reflection_has_the_same_first_channels(channels: int, rank: int) -> N
     x_TC, w_OC = inputs(200, channels).float(), weights(7, channels).float()
     chain = reflected(second(x_TC.double()), rank)
     assert isinstance(chain[0], Reflection)
+    blocks = [factor.block for factor in chain[1:] if isinstance(factor, Hadamard)]
+    assert blocks == {(16, 4): [4], (24, 8): [8]}.get((channels, rank), [])  # the largest that both parts can be mixed in
     T_CC = on_input(chain, torch.eye(channels)).double()
     torch.testing.assert_close(T_CC @ T_CC.T, torch.eye(channels, dtype=torch.float64), rtol=0, atol=1e-5)
     torch.testing.assert_close(T_CC[:, :rank] @ T_CC[:, :rank].T, top_projector(second(x_TC.double()), rank), rtol=0, atol=1e-5)
