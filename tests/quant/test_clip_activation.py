@@ -64,6 +64,12 @@ def test_a_ratio_below_1_wins_for_4_bits_of_a_gaussian_and_none_for_8_bits_of_a_
     assert best_clip(x_TC, eye, ActivationFormat(bits=8)).clip == 1
 
 
+def test_inputs_of_half_precision_are_judged_in_float32() -> None:
+    x_TC, w_OC = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0))
+    half_TC, readers_CC, fmt = x_TC.bfloat16(), w_OC.T @ w_OC, ActivationFormat(bits=4)
+    torch.testing.assert_close(clip_errors(half_TC, readers_CC, fmt), clip_errors(half_TC.float(), readers_CC, fmt), rtol=1e-6, atol=0)
+
+
 def test_readers_decide() -> None:
     """A large channel that no reader looks at is clipped away; one that they all look at is not."""
     x_TC = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))

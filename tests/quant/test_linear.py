@@ -11,7 +11,7 @@ from torch import Tensor
 
 from planish.calib.precision import bfloat16_products
 from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat, scale_and_zero
-from planish.quant.linear import Kept, QuantizedLinear, Side, StaticGrid, quantize_input, without_first
+from planish.quant.linear import Kept, QuantizedLinear, Side, StaticGrid, quantize_input, share_input, without_first
 from planish.quant.low_rank import LowRank
 from planish.quant.solvers import Rtn
 from planish.quant.transforms.factors import Scale
@@ -107,6 +107,34 @@ def test_readers_share_the_quantized_input(act: ActivationFormat) -> None:
     left = layers[0].left(quantized)
     for layer in layers:
         assert torch.equal(layer.multiply(quantized, left), layer(x))
+
+
+def test_readers_that_prepare_an_input_alike_share_it_as_long_as_it_is_the_same() -> None:
+    x, act = inputs(15, 24).float(), ActivationFormat(bits=4, symmetric=False)
+    shared, alone = ([QuantizedLinear(rounded(10, 24, WeightFormat(bits=4), seed), None, act) for seed in range(3)] for _ in range(2))
+    share_input(shared)
+    for mine, twin in zip(shared, alone, strict=True):
+        assert torch.equal(mine(x), twin(x))
+        x *= torch.linspace(0.5, 2, 24)  # changed in place: another input
+    assert shared[0].shared is shared[2].shared is not None
+
+
+def test_readers_that_prepare_an_input_otherwise_do_not_share_it() -> None:
+    weight, act, static = (
+        rounded(10, 24, WeightFormat(bits=4)),
+        ActivationFormat(bits=8),
+        ActivationFormat(bits=8, granularity="tensor", dynamic=False),
+    )
+    grids = [StaticGrid(torch.full((1, 1), scale), None) for scale in (0.1, 0.2)]
+    pairs = (
+        (QuantizedLinear(weight, None, act), QuantizedLinear(weight, None, ActivationFormat(bits=4))),
+        (QuantizedLinear(weight, None, act), QuantizedLinear(weight, None, act, side=Side(None, Kept(weights(10, 4).float())))),
+        (QuantizedLinear(weight, None, static, grids[0]), QuantizedLinear(weight, None, static, grids[1])),
+    )
+    for one, other in pairs:
+        share_input((one, other))
+        assert one.shared is None
+        assert other.shared is None
 
 
 @pytest.mark.parametrize(("weight_symmetric", "act_symmetric"), list(itertools.product([True, False], repeat=2)))
