@@ -54,7 +54,7 @@ class PrefixCache(Cache):
         self.blocks[index].is_initialized = True
 
     def tensors(self, index: int) -> dict[str, Tensor]:
-        """What a checkpoint holds of block `index`."""
+        """What a checkpoint holds of block `index`: key, then value."""
         block = self.blocks[index]
         assert block.keys is not None
         assert block.values is not None
@@ -84,7 +84,25 @@ class PrefixStream:
         assert isinstance(layer, DynamicLayer)
         assert layer.keys is not None
         assert layer.values is not None
-        self.cache.put(index, *(tensor.to(self._stored).to(tensor.dtype) for tensor in (layer.keys, layer.values)))
+        self.cache.put(index, self._rounded(layer.keys), self._rounded(layer.values))
+
+    def turn_values(self, index: int, heads: int, turn: Callable[[Tensor], Tensor]) -> None:
+        """Let the values of block `index` go through what the rows of v have taken in. turn: of the channels of o's input, (P, C), C = heads * E.
+
+        They are float32 then, not rounded; `round_values` does that. Query heads that share a key-value head are turned alike.
+        """
+        keys, values = self.cache.tensors(index).values()
+        shared = heads // values.shape[1]
+        x_PC = values[0].float().repeat_interleave(shared, dim=0).transpose(0, 1).flatten(1)
+        self.cache.put(index, keys, turn(x_PC).view(len(x_PC), heads, -1)[:, ::shared].transpose(0, 1)[None].contiguous())
+
+    def round_values(self, index: int) -> None:
+        """To what is stored, in the keys' dtype."""
+        keys, values = self.cache.tensors(index).values()
+        self.cache.put(index, keys, self._rounded(values).to(keys.dtype))
+
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._stored).to(tensor.dtype)
 
 
 def prefix_ids(tokens: Sequence[str | int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -137,6 +137,8 @@ class BlockCompressor:
                 if self.streams.prefix is not None:
                     self.streams.prefix.advance(block, index)
                 self._forward(block, index, self.streams.full)
+                if self.streams.prefix is not None:
+                    self.streams.prefix.cache.put(index, *(tensors[part].to(self.runner.dtype) for part in tensor_names(name)))
                 load_rest(block, name, tensors)
                 chains, inputs = self._chains(record, tensors), self._inputs(record)
                 layers = quantized_readers(name, tensors, packed, chains, inputs, self.runner.dtype)
@@ -203,7 +205,7 @@ class Turn:
         self.observation = looked() if self.looks is None else self.looks.observe(block, self.index, streams.full, streams.before, squares, looked)
         self.record.sink_tokens = self.observation.sink_tokens
         passed = streams.probe.run(block, self.index, hidden)
-        probe = Probe(streams.probe, self.index, hidden, ~sinks(original(hidden).flatten(0, 1), original(passed).flatten(0, 1)))
+        probe = Probe(streams.probe, self.index, hidden, ~sinks(original(hidden).flatten(0, 1), original(passed).flatten(0, 1)), streams.prefix)
         schemes = {name: None if packed is None else packed.scheme for name, packed in self.packed.items()}
         block.float()
         absorbed = self.steps.absorb(block, known, schemes, self.observation, probe, self.stored)

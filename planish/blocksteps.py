@@ -29,7 +29,7 @@ from .quant.transforms import (
     Smooth,
     Step,
 )
-from .quant.transforms.factors import Blocks, Chain, on_input, placed
+from .quant.transforms.factors import Blocks, Chain, Permutation, Scale, on_input, placed
 from .quant.transforms.inputs import InputStep, SiteView, divisor
 from .quant.transforms.permute import zigzag, zigzag_in_heads
 from .quant.transforms.rotate import AcrossHeads, across_heads
@@ -101,17 +101,30 @@ class BlockSteps:
 
         def change() -> None:
             scales.update(absorb_scales(block, sites, chosen, stored))
+            values: Chain = (Scale(scales["o"]),) if "o" in scales else ()
             for step, site in orders:
                 magnitude_C = observed.seen[site.name].absmax_C / scales.get(site.name, 1)
-                permute(block, site, _order(step, site, known, magnitude_C))
+                index_C = _order(step, site, known, magnitude_C)
+                permute(block, site, index_C)
+                values += (Permutation(index_C),) if site.name == "o" else ()
             if self.value:
                 rotate_values(block, known, [self.value] * len(head_rows(known)))
+            if probe.prefix is not None and (values or self.value):
+                probe.prefix.turn_values(probe.index, known.heads, partial(self._turned, values, known.heads))
 
         if not (orders or self.value or any(scaling.scale_C is not None for scaling in chosen.values())):
             return Absorbed(0.0, chosen, scales)
         touched = dict.fromkeys([*(name for name, scaling in chosen.items() if scaling.scale_C is not None), *(site.name for _, site in orders)])
         what = f"{', '.join(self.names)} at block {probe.index} ({', '.join(touched)})"
-        return Absorbed(checked(block, probe, what, change), chosen, scales)
+        off = checked(block, probe, what, change)
+        if probe.prefix is not None:
+            probe.prefix.round_values(probe.index)
+        return Absorbed(off, chosen, scales)
+
+    def _turned(self, chain: Chain, heads: int, x_TC: Tensor) -> Tensor:
+        """Channels of o's input behind the chain, and then what heads' values are turned by."""
+        x_TC = on_input(chain, x_TC)
+        return on_input(placed(self.value, x_TC.device), x_TC.view(len(x_TC) * heads, -1)).view_as(x_TC)
 
     def _behind(self, known: Topology, index: int, name: str, x_TC: Tensor) -> Chain:
         """What the site's input goes through whatever its scale: rotations."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .calib.observe import Observation
 from .calib.precision import bfloat16_products
+from .calib.prefix import PrefixStream
 from .calib.recorded import recording
 from .calib.runner import Call
 from .calib.sites import Site, absorb, exact_scale, reader_bias, reader_weight, tie
@@ -33,12 +34,13 @@ TOLERANCE = 1e-3  # relative error of a transformed block in float32; right mapp
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Probe:
-    """A few tokens that go through block `index` again and again. keep_T: the tokens that are no sinks."""
+    """A few tokens that go through block `index` again and again. keep_T: the tokens that are no sinks; prefix: what stands before all."""
 
     call: Call
     index: int
     hidden_PLD: Tensor
     keep_T: Tensor
+    prefix: PrefixStream | None = None
 
     def run(self, block: nn.Module) -> Tensor:
         """A float32 block's output on the tokens kept: (kept, D)."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_compress import distance, ids, quick, source
+from helpers_front import tree
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
@@ -15,6 +16,7 @@ import planish
 from planish.calib.stored import open_stored
 from planish.eval.score import score
 from planish.quant.errors import PlanishError
+from planish.records import BlockRecord
 
 FINE = ("scheme.weights.bits=8", "scheme.activations.bits=8", "solver=rtn")  # so that last bits move nothing
 NEW = 6
@@ -140,3 +142,30 @@ def test_other_families(family: str, tmp_path: Path) -> None:
             generate(model, ids(), cache_implementation="static")
     else:
         assert torch.equal(generate(model, padded, attention_mask=mask)[:, 3:], expected)
+
+
+ABSORBED = "smooth: {strength: 0.5}, permute: {block: 4}, rotate: {at: value}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3"])
+def test_its_values_follow_what_the_rows_of_v_absorb(family: str, tmp_path: Path) -> None:
+    """The block stays what it was, the model is that with the prefix's tokens in its text, and a run that goes on ends in the same bytes."""
+    model = source(family, tmp_path / "model", torch.float32)
+    recipe = quick("w4a4-best", f"steps=[prefix: {{tokens: [5, 7]}}, {ABSORBED}]", *FINE)
+    done = planish.compress(recipe, model, tmp_path / "out")
+    assert all(block.equivalence < 1e-5 for block in done.blocks)
+    found, original = planish.load(tmp_path / "out"), planish.load(model)
+    before = torch.tensor([[5, 7]]).expand(2, -1)
+    assert distance(found(ids()).logits, original(torch.cat([before, ids()], 1)).logits[:, 2:]) < 0.1
+    with pytest.raises(KeyboardInterrupt):
+        planish.compress(recipe, model, tmp_path / "again", callbacks=[Stopping()])
+    planish.compress(recipe, model, tmp_path / "again")
+    assert tree(tmp_path / "again") == tree(tmp_path / "out")
+
+
+class Stopping(planish.Callback):
+    """Interrupts behind the first block."""
+
+    def on_block(self, record: BlockRecord) -> None:
+        raise KeyboardInterrupt
