@@ -331,12 +331,12 @@ class Turn:
     def _polish(self, step: Polish, block: nn.Module, streams: Streams) -> None:
         """Move what may be moved of the block together, then let the batches go through it as it will run."""
         flow = Flow(self.index, streams.calls, streams.quant, streams.full, self.observation.keep_T)
-        readers = {name: found for name, found in self.readers.items() if matches(step.sites, self.index, name)}
-        done = polish(step, block, readers, flow, self.stored)
-        self.record.polished = None if done is None else [done.before, done.after]
-        layers = {path: layer for found in self.readers.values() for path, layer in found.layers(self.dtype).items()}
-        with replaced(block, layers), Workers(self.workers) as crew:
-            self._finish(crew.map(lambda pass_: pass_.run(), self.passes(block, streams, streams.quant), ahead=not streams.replay), streams)
+        with replaced(block, {path: layer for found in self.readers.values() for path, layer in found.whole_layers(self.dtype, self.stored).items()}):
+            done = polish(step, block, self.readers, flow, self.stored)
+            self.record.polished = None if done is None else [done.before, done.after]
+            layers = {path: layer for found in self.readers.values() for path, layer in found.layers(self.dtype).items()}
+            with replaced(block, layers), Workers(self.workers) as crew:
+                self._finish(crew.map(lambda pass_: pass_.run(), self.passes(block, streams, streams.quant), ahead=not streams.replay), streams)
 
     def input_steps(self, name: str) -> tuple[list[InputStep | Auto], ClipSearch | None]:
         """The steps that transform the input of this site, and the search of its clip."""

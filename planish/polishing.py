@@ -21,6 +21,7 @@ from .calib.walk import replaced
 from .quant.descent import Adam
 from .quant.soft import SoftInput, SoftLinear
 from .quant.transforms import Polish
+from .resolve import matches
 from .solving import Readers, held_batches
 
 JUDGEMENTS = 4  # how often what is learned is held against the batches held out
@@ -60,12 +61,16 @@ class Polished:
 
 
 def polish(step: Polish, block: nn.Module, readers: Mapping[str, Readers], flow: Flow, stored: torch.dtype) -> Polished | None:
-    """Move the scales and clips of these sites' readers, in place. None where there is nothing to move, or only one batch to learn from."""
-    sites = {name: _Soft(site, step.clip) for name, site in readers.items() if site.solved}
+    """Move the scales and clips of the step's sites, in place. None where there is nothing to move, or only one batch to learn from.
+
+    readers: of all the block's sites, for those that are not moved run as codes too.
+    """
+    moved = {name: matches(step.sites, flow.index, name) for name, site in readers.items() if site.solved}
     held = held_batches(len(flow.calls), step.held_out) if len(flow.calls) > 1 else 0
-    if not (sites and held):
+    if not (any(moved.values()) and held):
         return None
-    descent = _Descent(step, block, sites, flow, len(flow.calls) - held, stored)
+    sites = {name: _Soft(readers[name], step.clip and moved[name]) for name in moved}
+    descent = _Descent(step, block, sites, [name for name in sites if moved[name]], flow, len(flow.calls) - held, stored)
     return descent.run()
 
 
@@ -98,12 +103,15 @@ class _Soft:
 
 
 class _Descent:
-    """The search for the best scales and clips."""
+    """The search for the best scales and clips. moved: the names of the sites that have them."""
 
-    def __init__(self, step: Polish, block: nn.Module, sites: Mapping[str, _Soft], flow: Flow, learned: int, stored: torch.dtype) -> None:
+    def __init__(
+        self, step: Polish, block: nn.Module, sites: Mapping[str, _Soft], moved: Sequence[str], flow: Flow, learned: int, stored: torch.dtype
+    ) -> None:
         self.step, self.block, self.sites, self.flow, self.learned, self.stored = step, block, sites, flow, learned, stored
-        self.clips = [site.source.clip for site in sites.values() if site.source.clip is not None]
-        self.numbers = [scale for site in sites.values() for scale in site.scales] + self.clips
+        self.moved = [sites[name] for name in moved]
+        self.clips = [site.source.clip for site in self.moved if site.source.clip is not None]
+        self.numbers = [scale for site in self.moved for scale in site.scales] + self.clips
 
     def run(self) -> Polished:
         """Descend; the best met is what the readers have afterwards."""
@@ -124,7 +132,7 @@ class _Descent:
         if best < before:
             for number, value in zip(self.numbers, kept, strict=True):
                 number.copy_(value)
-            for site in self.sites.values():
+            for site in self.moved:
                 site.adopt(self.stored)
         return Polished(before, best)
 
@@ -139,7 +147,7 @@ class _Descent:
     def _candidate(self) -> tuple[float, list[Tensor]]:
         """The error with what is learned by now, as it will be stored; descent goes on from what it had."""
         going = [number.clone() for number in self.numbers]
-        for site in self.sites.values():
+        for site in self.moved:
             site.round(self.stored)
         found = [number.clone() for number in self.numbers]
         error = self._judged()

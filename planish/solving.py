@@ -135,6 +135,17 @@ class Readers:
             for path, weight in self.solved.items()
         }
 
+    def whole_layers(self, dtype: torch.dtype, stored: torch.dtype) -> dict[str, nn.Linear]:
+        """The readers that stay in full precision as modules, as they will run."""
+        layers: dict[str, nn.Linear] = {}
+        for path in self.weights.keys() - self.solved.keys():
+            w_OI, bias_O = self.weights[path].to(stored).to(dtype), self.biases[path]
+            layers[path] = nn.Linear(w_OI.shape[1], len(w_OI), bias=bias_O is not None, device="meta")
+            layers[path].weight = nn.Parameter(w_OI, requires_grad=False)
+            if bias_O is not None:
+                layers[path].bias = nn.Parameter(bias_O.to(dtype), requires_grad=False)
+        return layers
+
     def drop_solved(self) -> int:
         """Give back the float32 weights that have become codes, and say how many bytes that is."""
         dropped = sum(self.weights[path].nbytes for path in self.solved)

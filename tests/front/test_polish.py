@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers_compress import outlying, quick, source
 from helpers_front import tree
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import planish
@@ -120,6 +121,20 @@ def test_it_goes_with_what_runs_beside_the_codes(steps: str, tmp_path: Path) -> 
     recipe = polished(f'steps=[{steps},{{"polish":{{"steps":8}}}}]')
     done = planish.compress(recipe, outlying(tmp_path / "model"), tmp_path / "out")
     assert all(block.polished is not None and block.polished[1] <= block.polished[0] for block in done.blocks)
+
+
+@pytest.mark.usefixtures("pythons_text")
+def test_some_sites_alone(tmp_path: Path) -> None:
+    """The other sites run as codes and keep their scales; a block without a site of the step's is left as it is."""
+    model = outlying(tmp_path / "model")
+    recipe = polished("calibration.samples=16", "steps.polish.sites=['*.down', '0.qkv']", "overrides=[{sites: ['2.down'], keep: true}]")
+    without = with_settings(recipe, [f"steps={[{'shift': {}}, {'hadamard': {}}, {'clip': {}}]}"])
+    done = planish.compress(recipe, model, tmp_path / "out")
+    planish.compress(without, model, tmp_path / "without")
+    assert [block.polished is None for block in done.blocks] == [False, False, True]
+    found, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "without"))
+    first = [name.split(".")[-2] for name in found if name.startswith("model.layers.0.") and not found[name].equal(plain[name])]
+    assert set(first) == {"q_proj", "k_proj", "v_proj", "down_proj"}
 
 
 class Stop(Exception):
