@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from ..calib.packing import OWN, is_own
+from ..calib.packing import OWN, is_own, other_grid
 from ..calib.runner import HEAD_TOKENS, BlockRunner
 from ..calib.shards import read_json
 from ..calib.stored import StoredCheckpoint
@@ -97,6 +97,8 @@ def by_itself() -> Iterator[None]:
 
 def _why_not(checkpoint: StoredCheckpoint, own: bool) -> str | None:
     """Why stock transformers cannot be asked, None if it can."""
+    if not own and any(other_grid(how.scheme.activations) for how in checkpoint.packed.values()):
+        return "symmetric dynamic activations of fewer than 8 bits have another grid in transformers, which computes something else"
     skeleton = checkpoint.skeleton(torch.float32)
     plain = [name for name in checkpoint.packed if not isinstance(skeleton.get_submodule(name), nn.Linear)]
     if plain and not own:

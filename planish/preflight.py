@@ -20,7 +20,7 @@ from .calib.device import free_bytes, own_memory, pick_device
 from .calib.heap import separate_large, trim
 from .calib.key_values import check_key_values
 from .calib.own_text import SOURCE, own_text
-from .calib.packing import Layout, Packed, default_layout
+from .calib.packing import Layout, Packed, default_layout, other_grid
 from .calib.precision import bfloat16_products, working_dtype
 from .calib.prefix import prefix_ids
 from .calib.proof import check_structure, prove
@@ -291,6 +291,11 @@ def _warnings(packed: dict[Address, Packed | None], topology: Topology, extended
     if any(layout == "pack-quantized" for layout, _ in quantized):
         return (
             "export.layout pack-quantized: vLLM and SGLang load it and leave activations as they are, without a word. layout auto prevents that.",
+        )
+    if any(other_grid(act) for _, act in quantized):
+        return (
+            "symmetric dynamic activations of fewer than 8 bits: transformers loads the checkpoint, but divides their ranges otherwise, so that it "
+            "computes something else; vLLM refuses it. symmetric: false is the same everywhere.",
         )
     if any(act.bits != 8 for _, act in quantized):
         return ("activations of other than 8 bits: transformers simulates them, vLLM refuses the checkpoint.",)

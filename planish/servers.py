@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from .calib.packing import Packed
+from .calib.packing import Packed, other_grid
 from .resolve import SERVED_GROUPS
 
 PLAIN_LINEARS = ("gpt2",)  # families whose linear layers are transposed Conv1D modules, which servers and transformers refuse quantized
@@ -23,9 +23,11 @@ def servers(packed: Iterable[Packed | None], family: str) -> tuple[str, ...]:
 
 
 def runs_in_transformers(how: Packed) -> bool:
-    """Whether transformers runs linears that are stored like this."""
+    """Whether transformers runs linears that are stored like this, with the arithmetic that planish measures."""
     fmt = how.scheme.weights
     assert fmt is not None
+    if other_grid(how.scheme.activations):
+        return False
     return how.layout == "int-quantized" or fmt.symmetric or fmt.granularity == "tensor"  # it has no room for packed zero points (5.23)
 
 

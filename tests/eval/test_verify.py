@@ -143,6 +143,14 @@ def test_an_original_whose_comparison_is_no_number(tmp_path: Path) -> None:
     assert [name for name, ok in states(found).items() if ok is False] == ["against"]
 
 
+def test_a_grid_that_transformers_does_not_have(tmp_path: Path) -> None:
+    few = Scheme(weights=WeightFormat(bits=8), activations=ActivationFormat(bits=4))
+    found = verify(build(tmp_path, few), text=text(tmp_path))
+    assert found.ok, found.to_dict()
+    assert found["transformers"].ok is None
+    assert "another grid" in found["transformers"].message
+
+
 def test_the_probe_in_bfloat16(tmp_path: Path) -> None:
     out = build(tmp_path, W8A8)
     add_probe(out, torch.bfloat16)

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[WeightFormat, ActivationFormat | None, Layout, str | None
     "w4a8, static": (FOUR, STATIC, PLAIN, None),
     "w4a8, weights per tensor": (WeightFormat(bits=4, granularity="tensor"), OWN_RANGE, PLAIN, None),
     "w4a4": (FOUR, ActivationFormat(bits=4), PLAIN, None),
+    "w4a4, asymmetric": (FOUR, ActivationFormat(bits=4, symmetric=False), PLAIN, None),
     "w4a16": (FOUR, None, "pack-quantized", "vLLM"),
     "w4a16, asymmetric": (WeightFormat(bits=4, symmetric=False), None, "pack-quantized", "vLLM"),
     "w4a16, groups of 64": (WeightFormat(bits=4, granularity="group", group_size=64), None, "pack-quantized", "vLLM"),
@@ -52,7 +53,8 @@ def test_of_several() -> None:
     assert servers([packed("w8a8"), packed("w4a16")], "llama") == ("planish", "transformers", "vLLM")
     assert servers([packed("w8a8"), packed("w4a8")], "llama")[-1] == "vLLM (CPU)"
     assert servers([packed("w4a8"), packed("w8a16")], "llama") == ("planish", "transformers")
-    assert servers([packed("w8a8"), packed("w4a4")], "llama") == ("planish", "transformers")
+    assert servers([packed("w8a8"), packed("w4a4, asymmetric")], "llama") == ("planish", "transformers")
+    assert servers([packed("w8a8"), packed("w4a4")], "llama") == ("planish",)  # transformers has another grid
     assert servers([packed("w4a16, asymmetric")], "llama") == ("planish", "vLLM")  # transformers has no room for packed zero points
     one = Packed(Scheme(weights=WeightFormat(bits=4, symmetric=False, granularity="tensor")), "pack-quantized")  # whose zero point is not packed
     assert servers([one], "llama") == ("planish", "transformers")
