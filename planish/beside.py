@@ -18,6 +18,7 @@ from .calib.sites import reader_weight
 from .calib.super_weights import search
 from .journal import once
 from .quant.errors import PlanishError
+from .quant.formats import Scheme
 from .quant.low_rank import LowRank, lorc, svdquant, weighted_lorc
 from .quant.solvers import Moments, Rtn, Solution, Solver
 from .quant.solvers.attention import Heads
@@ -28,6 +29,7 @@ from .quant.transforms import (
     Keeping,
     Lorc,
     Prefix,
+    Resq,
     Rotate,
     SideStep,
     Step,
@@ -124,9 +126,12 @@ def _correction(step: Lorc, error_OC: Tensor, moments: Moments | None) -> LowRan
 def check_beside(steps: Sequence[Step], packed: Mapping[Address, Packed | None], runner: BlockRunner) -> None:
     """Refuse what the quantized sites have no room for: ranks, kept channels that another step would mix, places of no weight. PlanishError."""
     sites = {site.name: site for site in runner.topology.sites}
-    for address in (address for address, how in packed.items() if how is not None):
+    for address, how in packed.items():
+        if how is None:
+            continue
         mine = [step for step in steps if _at(step, address)]
         _check_order(mine, f"site {address[0]}.{address[1]}")
+        _check_bits(mine, how.scheme, f"site {address[0]}.{address[1]}")
         for path in sites[address[1]].readers:
             shape = reader_weight(runner.blocks[address[0]].get_submodule(path)).shape
             for step in mine:
@@ -151,6 +156,14 @@ def _check_order(steps: Sequence[Step], where: str) -> None:
     moving = [step for step in steps if isinstance(step, Rotate | InputChoice | Keeping)]
     if any(isinstance(step, Keeping) for step in moving[:-1]):
         raise PlanishError(f"steps: at {where} another transform follows quad or resq and would mix the channels that they keep. Put it before them.")
+
+
+def _check_bits(steps: Sequence[Step], scheme: Scheme, where: str) -> None:
+    """Of the steps at one site."""
+    most = max(fmt.bits for fmt in (scheme.weights, scheme.activations) if fmt is not None)
+    for step in (step for step in steps if isinstance(step, Resq)):
+        if step.bits < most:
+            raise PlanishError(f"steps: resq.bits is {step.bits}, but {where} has {most} bits, and the channels kept need no fewer. Give more.")
 
 
 def _check_room(step: Step, shape: Sequence[int], where: str) -> None:

@@ -209,6 +209,7 @@ def test_damaged_side_paths_are_named(tmp_path: Path) -> None:
         ("[quad: {rank: 8}, resq]", "Put it before them"),
         ("[resq: {share: 1}]", "resq.share is 1"),
         ("[resq: {bits: 16}]", "resq.bits is 16"),
+        ("[resq: {bits: 3}]", "resq.bits is 3, but site 0.qkv has 4 bits"),
         ("[super_weight: {z: 0}]", "super_weight.z is 0"),
         ("[fold_norms, rotate: {at: residual}, super_weight]", "rotate at residual moves weights"),
         ("[super_weight, permute]", "permute moves weights"),
