@@ -38,6 +38,7 @@ from .resolve import Address, Resolved, resolve
 from .servers import PLAIN_LINEARS, servers
 from .units import size
 
+ARITHMETIC = (torch.float32, torch.bfloat16)  # of the walk; float16 has no room for massive activations
 AVAILABLE_SHARE = 0.6  # of the memory that is free, what a run may take before its streams move to disk
 PROOF_TOKENS = 8  # evenly from the whole vocabulary
 
@@ -160,6 +161,8 @@ def _check_disk(out: Path | None, written: int, elsewhere: Path | None, moved: i
 
 def _opened(model: str | Path, device: str | None, dtype: torch.dtype | None, allow_pickle: bool) -> BlockRunner:
     """The model, checked as far as names and shapes go, and how it will be computed."""
+    if dtype is not None and dtype not in ARITHMETIC:
+        raise PlanishError(f"dtype is {dtype!r}, but the arithmetic of a compression is torch.float32 or torch.bfloat16. Give one, or leave it out.")
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     check_language(checkpoint, "compress it")
     where = pick_device(device)

@@ -2,6 +2,7 @@
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,12 @@ def test_public_name(name: str) -> None:
 def test_unknown_name() -> None:
     with pytest.raises(AttributeError, match="no attribute 'squash'"):
         planish.squash  # noqa: B018
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, "bfloat16"])
+def test_an_arithmetic_that_no_compression_has(dtype: Any, original: Path, tmp_path: Path) -> None:
+    with pytest.raises(planish.PlanishError, match=r"but the arithmetic of a compression is torch.float32 or torch.bfloat16"):
+        planish.compress(RECIPE, original, tmp_path / "out", dtype=dtype)
 
 
 def test_load_is_what_was_measured(original: Path, tmp_path: Path) -> None:
