@@ -28,6 +28,7 @@ from .calib.runner import BlockRunner
 from .calib.sites import Topology, reader_weight
 from .estimate import Memory, Sizes, resident
 from .fused import Fused, fused
+from .idle import idle
 from .outfile import check_writable
 from .quant.errors import PlanishError
 from .quant.formats import Scheme
@@ -129,7 +130,7 @@ def make_plan(
         packed=packed,
         ids=ids,
         prefix=_prefix(recipe, checkpoint),
-        notes=resolved.notes + notes + raising + _warnings(packed, topology, recipe.extended),
+        notes=(*resolved.notes, *idle(recipe.steps, resolved.schemes), *notes, *raising, *_warnings(packed, topology, recipe.extended)),
         servers=("planish",) if recipe.extended else servers(packed.values(), topology.family),
         quantized=sizes.quantized,
         bits_per_weight=sizes.bits,
