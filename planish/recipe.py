@@ -19,7 +19,7 @@ from .quant.errors import PlanishError, nearest
 from .quant.formats import Scheme
 from .quant.key_values import HeldKeyValues, KvCache
 from .quant.solvers import SOLVERS, Gptq, Solver
-from .quant.transforms import STEPS, Center, Polish, RaiseActivations, ScaleRms, Smooth, Step
+from .quant.transforms import STEPS, Center, Flat, Polish, RaiseActivations, ScaleRms, Smooth, Step
 from .quant.transforms.rotate import rotation_at
 from .shipped import shipped as shipped
 from .shipped import shipped_text as shipped_text
@@ -134,6 +134,7 @@ class Recipe:
             users = {
                 "solver: settings are to be chosen": bool(self.solver.held_share),
                 "steps: polish is to be judged": any(isinstance(step, Polish) for step in self.steps),
+                "steps: flat with objective block is to be judged": any(isinstance(step, Flat) and step.objective == "block" for step in self.steps),
             }
             for user in (user for user, holds_out in users.items() if holds_out):
                 raise PlanishError(

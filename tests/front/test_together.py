@@ -8,6 +8,7 @@ from helpers_front import tree
 
 import planish
 from planish.compression import Silent
+from planish.quant.errors import PlanishError
 from planish.recipe import Recipe
 
 
@@ -51,3 +52,8 @@ def test_a_resumed_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
     cut = planish.compress(learned(), model, tmp_path / "cut")
     assert cut.blocks == whole.blocks
     assert tree(cut.out)["model.safetensors"] == tree(whole.out)["model.safetensors"]
+
+
+def test_one_batch_is_nothing_to_judge_by() -> None:
+    with pytest.raises(PlanishError, match="flat with objective block is to be judged by text that is held out, but calibration has one batch"):
+        quick("w4a4-fast", 'steps=[{"flat":{"objective":"block"}}]', "calibration.batch_size=4")
