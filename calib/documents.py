@@ -73,10 +73,20 @@ def builtin(part: Part) -> list[str]:
 
 
 def _documents(source: str, part: Part, characters: int | None) -> Iterator[Document]:
+    check_source(source)
     if source == "builtin":
         return iter(builtin(part))
     if source.startswith("hub:"):
         return _hub(source)
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
+    return _text(path, characters) if suffix == ".txt" else _READERS[suffix](path)
+
+
+def check_source(source: str | None) -> None:
+    """PlanishError for a source of no known kind, or a file that cannot be opened. What is in it comes later. None: there is none to look at."""
+    if source is None or source == "builtin" or source.startswith("hub:"):
+        return
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if not suffix and not path.exists():
@@ -85,11 +95,8 @@ def _documents(source: str, part: Part, characters: int | None) -> Iterator[Docu
         path.open("rb").close()
     except OSError as error:
         raise PlanishError(f"Text source {path} cannot be read: {error.strerror}. {_HOW}") from error
-    if suffix == ".txt":
-        return _text(path, characters)
-    if suffix not in _READERS:
+    if suffix != ".txt" and suffix not in _READERS:
         raise PlanishError(f"Text source {path} ends in {suffix or 'no suffix'}, so its format is unknown. {_HOW}")
-    return _READERS[suffix](path)
 
 
 def _text(path: Path, characters: int | None) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """From the model argument to a local folder, and from the folder to its weight files."""
 
-import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -8,10 +7,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 
 from ..quant.errors import PlanishError
 from .convert import convert_gguf, convert_pickles
-from .demo import DEMOS, find_demo
+from .demo import find_demo
+from .given import DEMO, check_model
 from .shards import INDEX_FILE, SINGLE_FILE, read_index
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 TOKENIZER_FILES = (
@@ -43,20 +42,14 @@ def resolve(model: str | Path, *, allow_pickle: bool = False) -> Path:
 
     Errors: nothing of these, or it cannot be fetched.
     """
-    if isinstance(model, str) and model.startswith("demo:"):
-        demo = find_demo(model.removeprefix("demo:"))
+    check_model(model)
+    if isinstance(model, str) and model.startswith(DEMO):
+        demo = find_demo(model.removeprefix(DEMO))
         return demo.convert(demo.path(), demo.card)
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    if path.is_file():
-        if path.suffix.lower() == ".gguf":
-            return convert_gguf(path)
-        raise PlanishError(f"{model}: a file. Give the folder that holds config.json and the weights, or a .gguf file.")
-    if isinstance(model, str) and path.suffix.lower() != ".gguf" and HUB_NAME.fullmatch(model):
-        return _download(model, allow_pickle=allow_pickle)
-    demos = ", ".join(f"demo:{name}" for name in DEMOS)
-    raise PlanishError(f"{model}: no such folder. A model is a local folder, a Hub name (org/name), a .gguf file or one of {demos}.")
+    return convert_gguf(path) if path.is_file() else _download(str(model), allow_pickle=allow_pickle)
 
 
 def _download(name: str, *, allow_pickle: bool) -> Path:

@@ -207,7 +207,7 @@ def _side_needed(name: str, extension: Extension, known: Topology) -> Iterator[s
 
 def open_any(model: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     """A compressed checkpoint if the local folder holds one, else what open_checkpoint opens."""
-    path = Path(model)
+    path = Path(model).expanduser()
     if (path / "config.json").is_file() and is_compressed(path):
         return open_stored(path)
     return open_checkpoint(model, allow_pickle=allow_pickle)

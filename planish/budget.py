@@ -8,10 +8,12 @@ to read. Left out are the keys and values of the text, several texts at once and
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from .calib.runner import BlockRunner
 from .quant.errors import PlanishError
+
+if TYPE_CHECKING:
+    from .calib.runner import BlockRunner
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _BUDGET = re.compile(rf"{_NUMBER} ?(bpw|kB|MB|GB|TB|x|tok/s)", re.IGNORECASE)
@@ -30,7 +32,7 @@ class Weights:
     read: int
 
     @classmethod
-    def of(cls, runner: BlockRunner, chosen: int) -> "Weights":
+    def of(cls, runner: "BlockRunner", chosen: int) -> "Weights":
         """Of a runner's model. The table of token embeddings is read only where it is the head too."""
         checkpoint, table = runner.checkpoint, runner.model.get_input_embeddings()
         fixed = checkpoint.nbytes - chosen * checkpoint.dtype.itemsize

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from .calib.documents import check_source
+from .calib.given import check_checkpoint, check_model, check_models
 from .compare_command import compare
 from .eval_command import evaluate_command
 from .inspect_command import inspect
 from .layers_command import layers
-from .options import Arithmetic, AsJson, Device, Gates, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
+from .options import Arithmetic, AsJson, Device, Gates, Model, Offload, Pickle, Quiet, Settings, complete_recipe, gate_of, starting, torch_dtype
 from .progress import showing, stages
-from .quant.errors import PlanishError, nearest
 from .report_command import report
 from .search_command import search
+from .shipped import check_recipe
 from .terminal import Front, Traceback, end_by, err_console, out_console
 
 if TYPE_CHECKING:
@@ -100,7 +102,7 @@ def compress(
 
     After an interruption the same command goes on at the block where it was. Exit code 3: the gate is missed; the checkpoint is there all the same.
     """
-    loaded = _recipe(recipe, settings, gate)
+    loaded = _recipe(recipe, settings, gate, model=model)
     with starting():
         from .job import Job
 
@@ -133,7 +135,7 @@ def plan(
     traceback: Traceback = False,
 ) -> None:
     """Say what a compression would do and take, without doing it: sites, formats, memory, disk, time, servers."""
-    loaded = _recipe(recipe, settings)
+    loaded = _recipe(recipe, settings, model=model)
     with starting():
         from .preflight import make_plan
         from .report import plan_report
@@ -165,11 +167,13 @@ def verify(
     traceback: Traceback = False,
 ) -> None:
     """Reload a compressed checkpoint from disk and check it. Exit code 1: a check failed; 3: none failed, but the gate is missed."""
+    check_checkpoint(checkpoint)
+    check_models(against)
+    check_source(text)
+    thresholds = gate_of(gate)
     with starting():
         from .eval.measured import COMPARED, figures_metrics
-        from .thresholds import read_gate
 
-        thresholds = read_gate(gate or ())
         if against:
             thresholds.check_measured(COMPARED, "planish verify", "planish eval measures tasks.")
         else:
@@ -276,13 +280,11 @@ def _run(job: "Job", plan: "Plan", ids: "Tensor | None", as_json: bool, quiet: b
     end_by(outcome.report.gate, f"The checkpoint {job.out} is there all the same.")
 
 
-def _recipe(name: str, settings: list[str] | None = None, gate: list[str] | None = None) -> "Recipe":
-    """The recipe, with settings and thresholds. Read before what works with it is imported: a slip of the pen is refused at once."""
-    from .shipped import shipped_texts
-
-    path = Path(name)
-    if name not in shipped_texts() and len(path.parts) == 1 and not path.suffix and not path.exists():
-        raise PlanishError(f"recipe {name}: neither a shipped recipe nor a file. {nearest(name, shipped_texts())}")
+def _recipe(name: str, settings: list[str] | None = None, gate: list[str] | None = None, *, model: str = DEMO) -> "Recipe":
+    """The recipe, with settings and thresholds. Read before what works with it is imported: a slip of the pen is refused at once, in it and in the
+    model's name."""
+    check_recipe(name)
+    check_model(model)
     with starting():
         from .recipe import load_recipe, with_settings
         from .thresholds import with_thresholds

@@ -1,15 +1,23 @@
 """`planish compare`: several recipes on one model, in one table."""
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .calib.given import check_model
 from .options import Arithmetic, AsJson, Device, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
+from .outfile import check_comparison
 from .progress import showing
+from .shipped import check_recipes
 from .terminal import Traceback, err_console, out_console
+from .texts import named_texts
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 
 def _print_schema(value: bool) -> None:
@@ -61,19 +69,19 @@ def compare(
 
     It is also written as a page, Markdown, JSON and a picture. After an interruption the same command goes on where it was; recipes may be added.
     """
+    texts = _checked(recipes, model, text or (), out)
+    loaded = _named(recipes, settings or (), vary or ())
     with starting():
         from .compare_job import CompareJob
-        from .compare_plan import named_texts
         from .compare_tables import comparison_plan_tables, comparison_tables
         from .compression import Silent
         from .schemas import plain
-        from .variants import named_recipes
 
         job = CompareJob(
-            recipes=named_recipes(recipes, settings or (), vary or ()),
+            recipes=loaded,
             model=model,
             out=out,
-            texts=named_texts(text or ()),
+            texts=texts,
             windows=windows,
             length=length,
             jobs=jobs,
@@ -93,3 +101,19 @@ def compare(
         print(json.dumps(plain(report), allow_nan=False))
     else:
         out_console().print(*comparison_tables(report, job.folder.files), sep="\n")
+
+
+def _checked(recipes: Sequence[str], model: str, texts: Sequence[str], out: Path) -> Mapping[str, str]:
+    """The texts by name. PlanishError for what can be refused before libraries are imported."""
+    check_recipes(*recipes)
+    check_model(model)
+    check_comparison(out)
+    return named_texts(texts)
+
+
+def _named(recipes: Sequence[str], settings: Sequence[str], vary: Sequence[str]) -> "Mapping[str, Recipe]":
+    """The recipes by name, read before what works with them is imported."""
+    with starting():
+        from .variants import named_recipes
+
+        return named_recipes(recipes, settings, vary)

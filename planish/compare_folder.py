@@ -18,11 +18,10 @@ from .calib.shards import read_json
 from .comparison import Done
 from .decode import decode
 from .journal import write_text
-from .outfile import check_writable
+from .outfile import ABOUT
 from .quant.errors import PlanishError
 from .schemas import plain
 
-ABOUT = "about.json"
 FILES = ("comparison.html", "comparison.json", "comparison.md", "comparison.svg")
 
 
@@ -73,12 +72,6 @@ class Folder:
     def checkpoint(self, name: str) -> Path:
         """Where a recipe's checkpoint is kept."""
         return self.path / "checkpoints" / name
-
-    def check_free(self) -> None:
-        """PlanishError if something else than a comparison is there, or nothing can be written."""
-        if (self.path.exists() or self.path.is_symlink()) and not (self.path / ABOUT).is_file():
-            raise PlanishError(f"{self.path}: exists and is no comparison, and planish overwrites nothing. Choose another output folder.")
-        check_writable(self.path / ABOUT)
 
     def check(self, about: Mapping[str, Any], recipes: Mapping[str, tuple[str, str | None]]) -> None:
         """PlanishError if another comparison is there: about something else, or with results of other recipes. recipes: by name, the digests of the

@@ -20,7 +20,7 @@ from .calib.workers import threads
 from .compare_child import IDS, Task
 from .compare_folder import Folder
 from .compare_parent import Started, run_child
-from .compare_plan import ComparisonPlan, named_texts, notes, plan_comparison
+from .compare_plan import ComparisonPlan, notes, plan_comparison
 from .compare_text import markdown, picture, quality_words
 from .comparison import Base, ComparisonReport, Done, Quality, Row
 from .comparison_page import comparison_page
@@ -30,12 +30,14 @@ from .eval.reference import make_reference
 from .eval.score import Comparison
 from .journal import locked
 from .lanes import side_by_side
+from .outfile import check_comparison
 from .page_links import beside
 from .pareto import COSTS, WITHIN, front, picks
 from .preflight import AVAILABLE_SHARE, check_room
 from .quant.errors import PlanishError
 from .recipe import Recipe
 from .schemas import to_json
+from .texts import named_texts
 from .units import duration
 from .variants import named_recipes
 
@@ -113,7 +115,7 @@ class CompareJob:
         """Plan all recipes. Raises PlanishError for all that can be refused beforehand."""
         if self.jobs < 1 or not self.within >= 0:
             raise PlanishError(f"jobs is {self.jobs} and within {self.within}, but at least one job runs, and perplexity may rise by 0 or more.")
-        self.folder.check_free()
+        check_comparison(self.out)
         with self._threads():
             plan = plan_comparison(
                 self.recipes,

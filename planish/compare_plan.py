@@ -23,11 +23,10 @@ from .estimate import LENGTH, Memory, products_per_second, resident
 from .eval.verify import evaluation_windows
 from .looks import alike
 from .preflight import Plan, make_plan
-from .quant.errors import PlanishError
 from .recipe import Recipe, digest
+from .texts import BUILTIN
 
 LIBRARIES = ("planish", "torch", "transformers", "compressed-tensors")
-BUILTIN = "builtin"
 STARTING = 8.0  # seconds in which a process imports its libraries and plans
 
 
@@ -116,22 +115,6 @@ class ComparisonPlan:
 def sha256(ids_NL: Tensor) -> str:
     """Of token numbers."""
     return hashlib.sha256(ids_NL.numpy().tobytes()).hexdigest()
-
-
-def named_texts(texts: Sequence[str]) -> dict[str, str]:
-    """Sources by name, from NAME=FILE or FILE alone, whose name is then the file's; the built-in text before them. Raises PlanishError."""
-    found = {BUILTIN: BUILTIN}
-    for given in texts:
-        name, sign, source = given.partition("=")
-        name, source = (name, source) if sign else (Path(given).stem, given)
-        if source == BUILTIN:
-            raise PlanishError(f"--text {given}: the built-in text is measured anyway. Leave it out.")
-        if not name or not source:
-            raise PlanishError(f"--text {given!r} is no text. Write NAME=FILE, such as wiki=wiki.test.txt.")
-        if name in found:
-            raise PlanishError(f"--text {given}: there is a text named {name} already. Write NAME=FILE with another name.")
-        found[name] = source
-    return found
 
 
 def plan_comparison(

@@ -1,6 +1,7 @@
 """`planish eval`: what a compression cost, on a text and on tasks."""
 
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
@@ -8,11 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import AsJson, Device, Dtype, Gates, Pickle, Quiet, starting, torch_dtype
+from .calib.documents import check_source
+from .calib.given import check_models
+from .options import AsJson, Device, Dtype, Gates, Pickle, Quiet, gate_of, starting, torch_dtype
+from .outfile import check_outfiles
 from .progress import showing
 from .terminal import Traceback, end_by, err_console, out_console
+from .texts import NO_TEXT
 
 if TYPE_CHECKING:
+    from .eval.gate import Gate
     from .eval.text_score import TextSettings
     from .eval_job import EvalJob, EvalPlan
 
@@ -88,9 +94,9 @@ def evaluate_command(
     What the base model says is kept, so that the next checkpoint of it costs half. Tasks need the extra planish\\[eval].
     Exit code 3: the gate is missed.
     """
+    thresholds = _checked(checkpoint, against, text, {"--out": out, "--html": html, "--markdown": markdown}, force, gate)
     with starting():
-        from .eval_job import NO_TEXT, EvalJob
-        from .thresholds import read_gate
+        from .eval_job import EvalJob
 
         job = EvalJob(
             model=checkpoint,
@@ -110,10 +116,18 @@ def evaluate_command(
             server=server,
             served_name=served_name,
             server_timeout=server_timeout,
-            gate=read_gate(gate or ()),
+            gate=thresholds,
         )
         plan = job.plan()
     _run(job, plan, as_json, quiet)
+
+
+def _checked(model: str, against: str | None, text: str, files: Mapping[str, Path | None], force: bool, gate: list[str] | None) -> "Gate":
+    """The gate. PlanishError for what can be refused before libraries are imported."""
+    check_models(model, against)
+    check_source(None if text == NO_TEXT else text)
+    check_outfiles(files, replace=force)
+    return gate_of(gate)
 
 
 def _run(job: "EvalJob", plan: "EvalPlan", as_json: bool, quiet: bool) -> None:

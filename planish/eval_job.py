@@ -33,17 +33,16 @@ from .eval.text_score import BaseHidden, TextSettings, Windows, cut, hidden_stat
 from .eval_page import eval_markdown, eval_page
 from .journal import write_text
 from .loading import load
-from .outfile import check_apart, check_outfile
+from .outfile import check_outfiles
 from .page_links import beside
 from .quant.errors import PlanishError, nearest
 from .schemas import to_json
+from .texts import NO_TEXT
 from .thresholds import BY_TASK
 
 if TYPE_CHECKING:
     from .eval.harness import LoadedLM
     from .eval.served_lm import ServedLM
-
-NO_TEXT = "none"
 
 
 def evaluate(
@@ -144,10 +143,7 @@ class EvalJob:
             raise PlanishError(f"limit is {self.limit}, but must be at least 1. Leave it out for all documents.")
         if not self.tasks and (self.text is None or self.include_path is not None or self.limit is not None):
             raise PlanishError("no task is given. Name some with --tasks, or measure a text alone, without --include-path and --limit.")
-        check_apart({"--out": self.out, "--html": self.html, "--markdown": self.markdown})
-        for file in (self.out, self.html, self.markdown):
-            if file is not None:
-                check_outfile(file, replace=self.force)
+        check_outfiles({"--out": self.out, "--html": self.html, "--markdown": self.markdown}, replace=self.force)
         device = pick_device(self.device)
         if self.tasks:
             check_names(self.tasks, self.include_path)

@@ -1,13 +1,17 @@
 """`planish inspect`: what is wrong with a model before it is quantized."""
 
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .calib.documents import check_source
+from .calib.given import check_model
 from .options import Arithmetic, AsJson, Device, Offload, Pickle, Quiet, starting, torch_dtype
+from .outfile import check_outfiles
 from .progress import showing, stages
 from .terminal import Traceback, err_console, out_console
 
@@ -66,6 +70,7 @@ def inspect(
 
     Nothing is changed. A minute or two for a small model.
     """
+    _check(model, text, {"--html": html, "--markdown": markdown, "--recipe": recipe}, force)
     with starting():
         from .compression import Silent
         from .inspect_job import InspectJob
@@ -98,3 +103,10 @@ def inspect(
         print(json.dumps(to_dict(found), allow_nan=False))
     else:
         out_console().print(*inspect_tables(found, base, job.files), sep="\n")
+
+
+def _check(model: str, text: str | None, files: Mapping[str, Path | None], force: bool) -> None:
+    """PlanishError for what can be refused before libraries are imported."""
+    check_model(model)
+    check_source(text)
+    check_outfiles(files, replace=force)

@@ -17,7 +17,7 @@ from .eval.pictures import plotly_script
 from .inspect_json import from_dict
 from .inspection import inspect
 from .journal import write_text
-from .outfile import check_apart, check_outfile
+from .outfile import check_outfiles
 from .page_links import beside
 from .quant.errors import PlanishError
 from .recommend import check_bits
@@ -58,9 +58,7 @@ class InspectJob:
 
     def check(self) -> OutlierReport | None:
         """Refuse what can be refused before the work; the report to compare with, if it is in a file."""
-        check_apart({"--html": self.html, "--markdown": self.markdown, "--recipe": self.recipe})
-        for path in self.files:
-            check_outfile(path, replace=self.force)
+        check_outfiles({"--html": self.html, "--markdown": self.markdown, "--recipe": self.recipe}, replace=self.force)
         if self.html is not None:
             plotly_script()  # says so if it is not installed
         self._limits()

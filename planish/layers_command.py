@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from .calib.documents import check_source
+from .calib.given import check_checkpoint, check_model
 from .options import AsJson, Device, Pickle, Quiet, starting
+from .outfile import check_outfile
 from .progress import showing
 from .terminal import Traceback, err_console, out_console
 
@@ -41,6 +44,11 @@ def layers(
 
     Of each site: how far its readers' outputs are off, by weights and by activations; and what the model would gain if it alone stayed as it was.
     """
+    check_checkpoint(checkpoint)
+    check_model(against)
+    check_source(text)
+    if html is not None:
+        check_outfile(html, replace=force)
     with starting():
         from .compression import Silent
         from .eval.layers_page import layers_page
@@ -48,11 +56,9 @@ def layers(
         from .journal import write_text
         from .layer_view import layers as run
         from .layers_tables import layers_tables
-        from .outfile import check_outfile
         from .schemas import plain
 
         if html is not None:
-            check_outfile(html, replace=force)
             plotly_script()  # says so if it is not installed
     with nullcontext(Silent()) if quiet else showing(err_console()) as progress:
         found = run(

@@ -13,6 +13,8 @@ from .terminal import err_console, hush
 if TYPE_CHECKING:
     import torch
 
+    from .eval.gate import Gate
+
 
 class Dtype(str, Enum):
     """Arithmetic of the walk."""
@@ -44,6 +46,14 @@ def complete_recipe(incomplete: str) -> list[str]:
     from .shipped import shipped_texts
 
     return [name for name in shipped_texts() if name.startswith(incomplete)]
+
+
+def gate_of(settings: list[str] | None) -> "Gate":
+    """The gate of such options. What takes seconds to import is imported only where a recipe is named."""
+    with err_console().status("starting"):
+        from .thresholds import read_gate
+
+        return read_gate(settings or ())
 
 
 @contextmanager

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from .quant.errors import PlanishError
 
+ABOUT = "about.json"
+"""The file that makes a folder a comparison's."""
+
 
 def check_outfile(file: Path, *, replace: bool = False, advice: str = "Choose another name, or add --force.") -> None:
     """PlanishError if a file cannot be written there: no folder, or something is there that is not to be replaced."""
@@ -16,6 +19,21 @@ def check_outfile(file: Path, *, replace: bool = False, advice: str = "Choose an
     if not replace and (file.exists() or file.is_symlink()):
         raise PlanishError(f"{file}: exists, and planish overwrites nothing unasked. {advice}")
     check_writable(file)
+
+
+def check_outfiles(files: Mapping[str, Path | None], *, replace: bool) -> None:
+    """As check_outfile and check_apart of all files. files: by what asks for each, such as --html; None: not asked for."""
+    check_apart(files)
+    for file in files.values():
+        if file is not None:
+            check_outfile(file, replace=replace)
+
+
+def check_comparison(folder: Path) -> None:
+    """PlanishError if something else than a comparison is there, or nothing can be written."""
+    if (folder.exists() or folder.is_symlink()) and not (folder / ABOUT).is_file():
+        raise PlanishError(f"{folder}: exists and is no comparison, and planish overwrites nothing. Choose another output folder.")
+    check_writable(folder / ABOUT)
 
 
 def check_apart(files: Mapping[str, Path | None]) -> None:

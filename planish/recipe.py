@@ -15,15 +15,15 @@ from typing import Annotated, Literal, TypeAlias
 from .calib.data import Calibration
 from .decode import Named, decode, encode
 from .eval.gate import Gate
-from .quant.errors import PlanishError, nearest
+from .quant.errors import PlanishError
 from .quant.formats import Scheme
 from .quant.key_values import HeldKeyValues, KvCache
 from .quant.solvers import SOLVERS, Gptq, Solver
 from .quant.transforms import STEPS, Center, Flat, Polish, RaiseActivations, ScaleRms, Smooth, Step
 from .quant.transforms.rotate import rotation_at
+from .shipped import check_recipe, shipped_texts
 from .shipped import shipped as shipped
 from .shipped import shipped_text as shipped_text
-from .shipped import shipped_texts
 from .steporder import check_order, needs_text, portable, step_name
 from .yamltext import dump_yaml, parse_yaml
 
@@ -179,6 +179,7 @@ def _name(chosen: object, classes: Mapping[str, type]) -> str:
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """The shipped recipe of that name, or the one in that YAML or JSON file. Raises PlanishError with the place of what is wrong."""
+    check_recipe(name_or_path)
     if str(name_or_path) in shipped_texts():
         return _read(shipped_texts()[str(name_or_path)], f"recipe {name_or_path}")
     path = Path(name_or_path)
@@ -186,10 +187,6 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         return _read(path.read_text(encoding="utf-8"), f"recipe {path}")
     except UnicodeDecodeError as error:
         raise PlanishError(f"recipe {path}: not a text file in UTF-8.") from error
-    except OSError as error:
-        if len(path.parts) == 1 and not path.suffix:
-            raise PlanishError(f"recipe {path}: neither a shipped recipe nor a file. {nearest(path.name, shipped_texts())}") from error
-        raise PlanishError(f"recipe {path}: cannot be read: {error.strerror}. Give a file, or one of {', '.join(shipped_texts())}.") from error
 
 
 def to_yaml(recipe: Recipe, *, defaults: bool = False) -> str:

@@ -7,12 +7,16 @@ from typing import Annotated
 
 import typer
 
+from .budget import Budget
+from .calib.given import check_model
 from .options import AsJson, Device, Dtype, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
+from .outfile import check_outfile
 from .progress import showing
+from .shipped import check_recipe
 from .terminal import Traceback, err_console, out_console
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a YAML or JSON file.", autocompletion=complete_recipe)]
-Budget = Annotated[
+Limit = Annotated[
     str,
     typer.Option(
         "--budget", metavar="SIZE", help="4.5bpw: bits per weight, scales included; 80MB: the whole checkpoint; 2x or 60tok/s: speed of writing."
@@ -30,7 +34,7 @@ Every = Annotated[bool, typer.Option("--every", help="Measure every candidate's 
 def search(
     recipe: RecipeName,
     model: Model,
-    budget: Budget,
+    budget: Limit,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The recipe to write, for planish compress.")],
     bandwidth: Bandwidth = None,
     candidates: Candidates = None,
@@ -51,17 +55,20 @@ def search(
 
     What each format costs at each site alone is measured; an integer program chooses. Readers of one input, such as q, k and v, get the same.
     """
+    check_recipe(recipe)
+    check_model(model)
+    Budget.of(budget, bandwidth)
+    check_outfile(out, replace=force)
     with starting():
+        from .recipe import load_recipe, to_yaml, with_settings
+
+        loaded = with_settings(load_recipe(recipe), settings or [])
+
         from .compression import Silent
         from .journal import write_text
-        from .outfile import check_outfile
-        from .recipe import load_recipe, to_yaml, with_settings
         from .schemas import plain
         from .search_tables import search_tables
         from .searching import search as run
-
-        loaded = with_settings(load_recipe(recipe), settings or [])
-        check_outfile(out, replace=force)
     with nullcontext(Silent()) if quiet else showing(err_console()) as progress:
         found = run(
             loaded,

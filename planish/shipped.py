@@ -1,6 +1,7 @@
 """The recipes that come with planish, as text. Light to import, so that listing them is quick."""
 
 from importlib import resources
+from pathlib import Path
 
 from .quant.errors import PlanishError, nearest
 from .yamltext import parse_yaml
@@ -24,6 +25,27 @@ def shipped_text(name: str) -> str:
     if name not in texts:
         raise PlanishError(f"recipe {name} is not shipped. {nearest(name, texts)}")
     return texts[name]
+
+
+def check_recipes(*names: str | Path) -> None:
+    """As check_recipe, of all of them."""
+    for name in names:
+        check_recipe(name)
+
+
+def check_recipe(name: str | Path) -> None:
+    """PlanishError if it is neither the name of a shipped recipe nor a file that can be opened."""
+    texts = shipped_texts()
+    if str(name) in texts:
+        return
+    path = Path(name)
+    try:
+        if not path.is_fifo():  # of a pipe, what is opened is taken
+            path.open("rb").close()
+    except OSError as error:
+        if len(path.parts) == 1 and not path.suffix and not path.exists():
+            raise PlanishError(f"recipe {path}: neither a shipped recipe nor a file. {nearest(path.name, texts)}") from error
+        raise PlanishError(f"recipe {path}: cannot be read: {error.strerror}. Give a file, or one of {', '.join(texts)}.") from error
 
 
 def _description(name: str, text: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from .decode import decode
 from .eval.gate import MEAN, METRICS, Gate, kind
 from .quant.errors import PlanishError
-from .recipe import load_recipe
+from .shipped import check_recipe
 from .yamltext import parse_yaml
 
 BY_TASK = ("recovery", "accuracy")
@@ -19,6 +19,9 @@ def read_gate(settings: Sequence[str]) -> Gate:
     for name in (setting for setting in settings if "=" not in setting):
         if kind(name) in METRICS:
             raise _missing(name, name)
+        check_recipe(name)
+        from .recipe import load_recipe  # torch comes with it
+
         gate = load_recipe(name).gate
         if not gate:
             raise PlanishError(f"--gate {name}: that recipe has no gate. Add one to it, or write thresholds, such as kl=0.1.")
