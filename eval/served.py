@@ -120,7 +120,7 @@ def said_of(server: Server, ids: list[int]) -> Said:
             f"{server.words}: gives no log-probabilities of a prompt's tokens, neither with prompt_logprobs nor with echo. "
             "Use a server that does, such as vLLM, or evaluate without one."
         )
-    return Said([float(value) for value in values], [value >= max(top.values()) for value, top in zip(values, tops, strict=True)], None)
+    return Said([_number(server, value) for value in values], [value >= max(top.values()) for value, top in zip(values, tops, strict=True)], None)
 
 
 def generate(server: Server, ids: list[int], settings: dict[str, Any]) -> str:
@@ -144,13 +144,24 @@ def _by_number(server: Server, ids: list[int], entries: list[dict[str, dict[str,
     for token, entry in zip(ids[1:], entries[1:], strict=False):
         if entry is None or str(token) not in entry:
             break
-        logprobs.append(float(entry[str(token)]["logprob"]))
+        logprobs.append(_number(server, entry[str(token)].get("logprob")))
         tops.append(int(min(entry.items(), key=lambda item: _order(item[1]))[0]))
     if len(logprobs) != len(ids) - 1:
         raise PlanishError(f"{server.words}: log-probabilities are not those of the tokens sent (of {len(ids) - 1}, {len(logprobs)} fit).")
     return Said(logprobs, [token == top for token, top in zip(ids[1:], tops, strict=True)], tops)
 
 
+def _number(server: Server, logprob: object) -> float:
+    """A log-probability. PlanishError: it is none, as where the served model's logits are NaN."""
+    if not isinstance(logprob, int | float) or math.isnan(logprob):
+        found = "NaN" if isinstance(logprob, float) else repr(logprob)
+        raise PlanishError(
+            f"{server.words}: a log-probability is {found}, so the model as it runs there is broken. `planish verify` says whether the checkpoint "
+            "is; if it is not, restart the server with another --dtype."
+        )
+    return float(logprob)
+
+
 def _order(entry: dict[str, Any]) -> tuple[float, float]:
     """By rank, for of equally likely tokens the first in rank is what the server would have taken."""
-    return entry.get("rank") or math.inf, -entry["logprob"]
+    return entry.get("rank") or math.inf, -(entry.get("logprob") or 0.0)

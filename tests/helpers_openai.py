@@ -19,7 +19,8 @@ from planish.calib.stored import open_any
 
 @dataclass
 class Ways:
-    """What the server does. numbers: prompt_logprobs is known; echo: echo with logprobs is. refuses: the unknown is an error. calls: paths asked."""
+    """What the server does. numbers: prompt_logprobs is known; echo: echo with logprobs is. refuses: the unknown is an error. spoilt: the
+    first log-probability, or with numbers all of them, in place of the right ones. calls: paths asked."""
 
     folder: Path
     names: tuple[str, ...] = ("tiny",)
@@ -33,6 +34,7 @@ class Ways:
     html: bool = False
     delay: float = 0.0
     shift: int = 0
+    spoilt: tuple[float | None, ...] = ()
     calls: list[str] = field(default_factory=list)
 
 
@@ -57,9 +59,9 @@ class Model:
             choice = {"index": 0, "text": self._text(ids, asked) if "stop" in asked else ""}
             likely_TV = self.model(torch.tensor([ids])).logits[0].log_softmax(1)
         if "prompt_logprobs" in asked and ways.numbers:
-            choice["prompt_logprobs"] = [None, *(_entry(likely_TV[i], ids[i + 1] + ways.shift) for i in range(len(ids) - 1))]
+            choice["prompt_logprobs"] = [None, *(_entry(likely_TV[i], ids[i + 1] + ways.shift, ways.spoilt) for i in range(len(ids) - 1))]
         if asked.get("echo") and ways.echo:
-            values = [likely_TV[i, ids[i + 1]].item() for i in range(len(ids) - 1)]
+            values = [*ways.spoilt, *(likely_TV[i, ids[i + 1]].item() for i in range(len(ids) - 1))][: len(ids) - 1]
             tops = [{"of all the likeliest": likely_TV[i].max().item(), "the one": values[i]} for i in range(len(ids) - 1)]
             choice["logprobs"] = {"token_logprobs": [None, *values, -0.5], "top_logprobs": [None, *tops, {"x": -0.5}]}
         return 200, {"choices": [choice]}
@@ -75,10 +77,11 @@ class Model:
         return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
 
-def _entry(likely_V: torch.Tensor, token: int) -> dict[str, dict[str, Any]]:
+def _entry(likely_V: torch.Tensor, token: int, spoilt: tuple[float | None, ...]) -> dict[str, dict[str, Any]]:
     top = int(likely_V.argmax())
     rank = int((likely_V >= likely_V[token]).sum())
-    return {str(token): {"logprob": likely_V[token].item(), "rank": rank}, str(top): {"logprob": likely_V[top].item(), "rank": 1}}
+    own, best = (spoilt[0] if spoilt else likely_V[number].item() for number in (token, top))
+    return {str(token): {"logprob": own, "rank": rank}, str(top): {"logprob": best, "rank": 1}}
 
 
 @contextmanager

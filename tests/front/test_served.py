@@ -197,6 +197,14 @@ def test_context_too_short(compressed: Path) -> None:
         assert planish.evaluate(compressed, server=url, **SHORT).served
 
 
+@pytest.mark.parametrize(("spoilt", "words"), [(math.nan, "a log-probability is NaN"), (None, "a log-probability is None")])
+def test_log_probabilities_that_are_no_numbers(spoilt: float | None, words: str, compressed: Path, original: Path) -> None:
+    with serving(compressed, spoilt=(spoilt,)) as (url, _):
+        refuses(compressed, url, words, "broken", "planish verify", against=original)
+    with serving(compressed, spoilt=(spoilt,), numbers=False) as (url, _):
+        refuses(compressed, url, words if spoilt is not None else "gives no log-probabilities")
+
+
 def test_slow_server(compressed: Path) -> None:
     with serving(compressed, delay=1.0) as (url, _):
         refuses(compressed, url, "no answer within 0.2 seconds", server_timeout=0.2)
