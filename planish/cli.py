@@ -277,7 +277,7 @@ def _run(job: "Job", plan: "Plan", ids: "Tensor | None", as_json: bool, quiet: b
         print(to_json(outcome.report))
     else:
         out_console().print(*result_table(outcome.result, outcome.evaluation, outcome.report, outcome.files), sep="\n")
-    end_by(outcome.report.gate, f"The checkpoint {job.out} is there all the same.")
+    end_by(outcome.report.gate, f"The checkpoint {job.out} is there all the same; planish eval --gate holds it to another threshold.")
 
 
 def _recipe(name: str, settings: list[str] | None = None, gate: list[str] | None = None, *, model: str = DEMO) -> "Recipe":

@@ -20,7 +20,7 @@ from .compress_page import compress_page, markdown
 from .compress_report import CompressReport
 from .compression import Progress, Result, carry_out, fingerprint
 from .decode import decode
-from .eval.gate import Judgement
+from .eval.gate import Judgement, kind
 from .eval.measured import COMPARED, comparison_metrics
 from .export import FOLDER, MANIFEST
 from .journal import BusyError, write_text
@@ -71,10 +71,7 @@ class Job:
 
     def plan(self) -> tuple[Plan, Tensor | None]:
         """The plan, and the windows of text to evaluate on. Raises PlanishError for all that can be refused beforehand."""
-        if self.evaluate:
-            self.recipe.gate.check_measured(COMPARED, "planish compress", "Ask planish eval for it, with the task, once the checkpoint is there.")
-        else:
-            self.recipe.gate.check_measured((), "planish compress --no-evaluate", "Leave out --no-evaluate, or the gate.")
+        self._check_gate()
         page = {"--html": self.html} if self.html is not None else {"the page": self.page}
         check_apart({"--out": self.out, "the report": report_path(self.out), **page, "--markdown": self.markdown})
         plan = make_plan(
@@ -90,6 +87,19 @@ class Job:
             self._kept(plan)
         self._check_files()
         return plan, windows(plan) if self.evaluate else None
+
+    def _check_gate(self) -> None:
+        """PlanishError if a threshold is about what will not be measured."""
+        measured = COMPARED if self.evaluate else ()
+        missing = next((name for name in self.recipe.gate.thresholds() if name not in measured), None)
+        if missing is None:
+            return
+        without = f"--set gate.{kind(missing)}=null leaves out what the recipe asks for."
+        if self.evaluate:
+            where, instead = "planish compress", f"planish eval measures it, with the task, once the checkpoint is there; {without}"
+        else:
+            where, instead = "planish compress --no-evaluate", f"Leave out --no-evaluate; or {without}"
+        self.recipe.gate.check_measured(measured, where, instead)
 
     def run(self, plan: Plan, ids_NL: Tensor | None, progress: Progress) -> Outcome:
         """Compress, evaluate on the windows, write the report. What is compressed already is only evaluated."""
