@@ -38,7 +38,8 @@ class ArithmeticReport:
 class PlanReport:
     """What was planned. recipe: with every setting. model: the folder. sites: by name, how they are stored. memory, memory_evaluating: estimated
     bytes by part, and in all. prefix: token numbers. offload: hidden states lay on disk; replay: blocks ran anew for each site. disk: bytes while it
-    runs; seconds: estimated. servers: who runs the checkpoint as it was measured. notes: what the user should know."""
+    runs; seconds, seconds_evaluating: estimated, of the compression and of measuring its result. servers: who runs the checkpoint as it was measured.
+    notes: what the user should know."""
 
     recipe: Mapping[str, Any]
     model: str
@@ -55,6 +56,7 @@ class PlanReport:
     replay: bool
     disk: int
     seconds: float
+    seconds_evaluating: float
     servers: tuple[str, ...]
     notes: tuple[str, ...]
 

@@ -26,7 +26,7 @@ from .calib.prefix import prefix_ids
 from .calib.proof import check_structure, prove
 from .calib.runner import BlockRunner
 from .calib.sites import Topology, reader_weight
-from .estimate import Memory, Sizes, resident
+from .estimate import Memory, Sizes, evaluating_seconds, resident
 from .fused import Fused, fused
 from .idle import idle
 from .outfile import check_writable
@@ -37,11 +37,12 @@ from .raising_check import check_raising
 from .recipe import Recipe, load_recipe
 from .resolve import Address, Resolved, resolve
 from .servers import PLAIN_LINEARS, servers
-from .units import size
+from .units import counted, size
 
 ARITHMETIC = (torch.float32, torch.bfloat16)  # of the walk; float16 has no room for massive activations
 AVAILABLE_SHARE = 0.6  # of the memory that is free, what a run may take before its streams move to disk
 PROOF_TOKENS = 8  # evenly from the whole vocabulary
+NAMED = 3  # of the tensors that are left out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +53,7 @@ class Plan:
     output; replay: blocks are run anew for each site instead of waiting inside.
     quantized: how many weights become codes; bits_per_weight: of these, transforms that come yet aside.
     memory: of the compression at its highest; evaluation: of measuring the result afterwards. out_bytes: of the new checkpoint's weights;
-    disk: bytes needed while the run lasts.
+    disk: bytes needed while the run lasts. seconds: of the compression; seconds_evaluating: of measuring.
     """
 
     recipe: Recipe
@@ -76,6 +77,7 @@ class Plan:
     out_bytes: int
     disk: int
     seconds: float
+    seconds_evaluating: float
 
     @property
     def source(self) -> Checkpoint:
@@ -130,7 +132,7 @@ def make_plan(
         packed=packed,
         ids=ids,
         prefix=_prefix(recipe, checkpoint),
-        notes=(*resolved.notes, *idle(recipe.steps, resolved.schemes), *notes, *raising, *_warnings(packed, topology, recipe.extended)),
+        notes=_unused(checkpoint) + resolved.notes + idle(recipe.steps, resolved.schemes) + notes + raising + _warnings(packed, topology, recipe.extended),
         servers=("planish",) if recipe.extended else servers(packed.values(), topology.family),
         quantized=sizes.quantized,
         bits_per_weight=sizes.bits,
@@ -142,6 +144,7 @@ def make_plan(
         out_bytes=sizes.out_bytes,
         disk=2 * sizes.out_bytes + moved,
         seconds=sizes.seconds(replay),
+        seconds_evaluating=evaluating_seconds(checkpoint, original.device),
     )
 
 
@@ -281,6 +284,16 @@ def check_room(needs: Mapping[Path, int]) -> None:
         free = shutil.disk_usage(parent).free
         if free < needed_on[disk]:
             raise PlanishError(f"{parent}: {size(free)} free, but the run needs {size(needed_on[disk])} there. Free some, or write elsewhere.")
+
+
+def _unused(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the files hold and the new checkpoint will not."""
+    names = checkpoint.unused
+    if not names:
+        return ()
+    more = f" and {counted(len(names) - NAMED, 'other')}" if len(names) > NAMED else ""
+    held = f"{counted(len(names), 'tensor')} that the model has no place for"
+    return (f"{checkpoint.path} holds {held}, left out of the output: {', '.join(names[:NAMED])}{more}.",)
 
 
 def _warnings(packed: dict[Address, Packed | None], topology: Topology, extended: bool) -> tuple[str, ...]:

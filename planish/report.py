@@ -116,6 +116,7 @@ def plan_report(plan: Plan) -> PlanReport:
         replay=plan.replay,
         disk=plan.disk,
         seconds=plan.seconds,
+        seconds_evaluating=plan.seconds_evaluating,
         servers=plan.servers,
         notes=plan.notes,
     )

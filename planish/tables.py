@@ -1,5 +1,6 @@
 """Plans, results and verifications as people read them."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.text import Text
 from .calib.packing import Packed
 from .compress_report import CompressReport
 from .compression import Result
-from .estimate import Memory, evaluating_seconds
+from .estimate import Memory
 from .eval.check import Verification
 from .eval.gate import Judgement
 from .preflight import Plan
@@ -51,7 +52,7 @@ def plan_table(plan: Plan, model: str, *, evaluate: bool = True) -> Table:
 
 def _evaluating(plan: Plan) -> str:
     """The time that comes on top."""
-    return f", then about {duration(evaluating_seconds(plan.checkpoint, plan.device))} to evaluate the result (--no-evaluate leaves that out)"
+    return f", then about {duration(plan.seconds_evaluating)} to evaluate the result (--no-evaluate leaves that out)"
 
 
 def _memory(memory: Memory, plan: Plan) -> str:
@@ -102,7 +103,7 @@ def result_table(result: Result, evaluation: Evaluation | None, report: Compress
     table.add_row("  bits per quantized weight", str(8 * result.plan.checkpoint.dtype.itemsize), f"{result.bits_per_weight:.2f}", "")
     if evaluation is not None:
         base, quantized = evaluation.comparison.base.perplexity, evaluation.comparison.quantized.perplexity
-        table.add_row("  perplexity", f"{base:.3f}", f"{quantized:.3f}", Text(f"{quantized / base - 1:+.2%}", style="dim"))
+        table.add_row("  perplexity", _perplexity(base), _perplexity(quantized), Text(f"{quantized / base - 1:+.2%}", style="dim"))
         table.add_row("  KL divergence per token", "", f"{evaluation.comparison.kl:.4f}", "")
         table.add_row("  same likeliest token", "", f"{evaluation.comparison.agreement:.1%}", "")
     took = f"{duration(result.seconds)}, peak memory {size(report.peak_bytes)}"
@@ -111,9 +112,15 @@ def result_table(result: Result, evaluation: Evaluation | None, report: Compress
     if evaluation is not None:
         text = f"{duration(evaluation.seconds)}, on {evaluation.words}, float32"
         rows.append(("evaluated in", text))
+        if math.isnan(evaluation.comparison.quantized.nll):
+            rows.append(("broken", f"its logits are no numbers (NaN): planish verify {result.out} says which tensors are broken"))
     if report.gate is not None:
         rows += gate_rows(report.gate)
     return table, _pairs([*rows, ("checkpoint", str(result.out)), *(("report", str(file)) for file in files)])
+
+
+def _perplexity(value: float) -> str:
+    return "NaN" if math.isnan(value) else f"{value:.3f}"
 
 
 def gate_rows(judgement: Judgement) -> list[tuple[str, str]]:

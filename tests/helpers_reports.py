@@ -60,6 +60,7 @@ def compress_report() -> CompressReport:
         replay=False,
         disk=300_000_000,
         seconds=70.0,
+        seconds_evaluating=20.0,
         servers=("planish",),
         notes=("planish alone runs this checkpoint: inputs are transformed at run time.", NASTY),
     )

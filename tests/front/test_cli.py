@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
+from helpers_checkpoint import merge, rewrite
 from helpers_front import SHORT, Ran, tree
 
 from planish.shipped import shipped, shipped_text
@@ -109,7 +111,17 @@ def test_plan(planish: Planish, original: Path, tmp_path: Path) -> None:
     assert plan["offload"]
     assert [row["blocks"] for row in plan["sites"]["down"]] == [[0, 2], [1]]
     assert plan["sites"]["down"][1]["weights"] is None
+    assert plan["seconds_evaluating"] > 0
+    assert not [note for note in plan["notes"] if "left out" in note]
     assert not tree(tmp_path)
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "holds 1 tensor that the model"), (5, "surplus.0, surplus.1, surplus.2 and 2 others.")])
+def test_plan_says_what_is_left_out(count: int, words: str, planish: Planish, model: Path) -> None:
+    rewrite(model, {**merge(model), **{f"surplus.{i}": torch.ones(2) for i in range(count)}})
+    ran = planish("plan", "w8a8", "--model", model, *SHORT, "--json")
+    (note,) = (note for note in json.loads(ran.out)["notes"] if "left out of the output" in note)
+    assert words in note
 
 
 def test_verify_fails_with_exit_code_1(planish: Planish, original: Path, tmp_path: Path) -> None:
