@@ -1,11 +1,10 @@
 """A comparison with the original model, by the names that gates and logs have for what was measured."""
 
-import math
 from collections.abc import Mapping
 
 from .check import Figure
 from .paired import Measured, mean
-from .score import Comparison
+from .score import Comparison, exponential
 
 COMPARED = ("perplexity", "perplexity_ratio", "kl", "agreement")
 """What a comparison with the original model measures."""
@@ -14,7 +13,7 @@ COMPARED = ("perplexity", "perplexity_ratio", "kl", "agreement")
 def comparison_metrics(found: Comparison) -> dict[str, Measured]:
     """COMPARED, of a comparison. The ratio's error is paired and over windows, to first order."""
     worse = mean([after - before for before, after in zip(found.base.windows, found.quantized.windows, strict=True)])
-    ratio = math.exp(worse.value) if worse.value < 700 else math.inf
+    ratio = exponential(worse.value)
     return {
         "perplexity": Measured(value=found.quantized.perplexity),
         "perplexity_ratio": Measured(value=ratio, error=None if worse.error is None else ratio * worse.error),

@@ -25,6 +25,11 @@ Report = Callable[[int, int], None]
 """report(done, total): so many steps (blocks, and heads) of all are done."""
 
 
+def exponential(nll: float) -> float:
+    """exp of it; infinite where that is more than a float holds, NaN where it is NaN."""
+    return math.inf if nll >= 700 else math.exp(nll)
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """A model on a text. nll: mean negative log-likelihood per token in nats. tokens: predictions made. windows: the mean of each window."""
@@ -35,8 +40,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll); infinite where that is more than a float holds."""
-        return math.exp(self.nll) if self.nll < 700 else math.inf
+        """exp(nll), see `exponential`."""
+        return exponential(self.nll)
 
     def to_dict(self) -> dict[str, object]:
         """As plain values, for JSON."""

@@ -24,7 +24,7 @@ from ..calib.runner import BlockRunner, Head
 from ..quant.errors import PlanishError
 from .evaluation import Bos, TextBase, TextResult
 from .paired import Measured, ratio
-from .score import Divergence, Report, arithmetic, check_vocabularies, final_hidden, next_log_probabilities, window_batches
+from .score import Divergence, Report, arithmetic, check_vocabularies, exponential, final_hidden, next_log_probabilities, window_batches
 
 SPARE = 64  # tokens read beyond those that are used: the last one may end where reading did, amid a word
 
@@ -187,8 +187,8 @@ def _ratio(sums: list[float], counts: list[float]) -> Measured:
 
 
 def _exp(figure: Measured) -> Measured:
-    """exp of it (infinite where that is more than a float holds), with the error to first order."""
-    value = math.exp(figure.value) if figure.value < 700 else math.inf
+    """exp of it, with the error to first order."""
+    value = exponential(figure.value)
     return Measured(value=value, error=None if figure.error is None else value * figure.error)
 
 

@@ -18,8 +18,8 @@ def change(share: float) -> str:
 
 
 def perplexity(value: float) -> str:
-    """Two decimals, more where there are only few digits before them, fewer where there are many."""
-    return f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"
+    """Two decimals, fewer where there are many digits before them; NaN."""
+    return "NaN" if math.isnan(value) else f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"
 
 
 def quality_words(quality: Quality) -> str:

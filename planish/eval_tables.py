@@ -51,8 +51,9 @@ def _table(*headings: str) -> Table:
 
 
 def figure(measured: Measured, digits: int, sign: bool = False) -> str:
-    """12.345 ± 0.012; infinite values and errors as they are."""
-    value = f"{measured.value:{'+' if sign else ''}.{digits}f}" if math.isfinite(measured.value) else "infinite"
+    """12.345 ± 0.012; infinite, or NaN."""
+    unusual = "NaN" if math.isnan(measured.value) else "infinite"
+    value = f"{measured.value:{'+' if sign else ''}.{digits}f}" if math.isfinite(measured.value) else unusual
     return value if measured.error is None or not math.isfinite(measured.error) else f"{value} ± {measured.error:.{digits}f}"
 
 

@@ -12,11 +12,26 @@ from transformers import PreTrainedModel
 
 from planish.calib.checkpoint import open_checkpoint
 from planish.calib.stored import open_stored
-from planish.eval.score import Divergence, compare, log_probabilities, next_log_probabilities, score
+from planish.eval.gate import Gate
+from planish.eval.measured import comparison_metrics
+from planish.eval.score import Comparison, Divergence, Score, compare, log_probabilities, next_log_probabilities, score
 from planish.quant.errors import PlanishError
 from planish.quant.formats import Scheme, WeightFormat
 
 IDS = tiny_models.tokens(samples=5, length=21)
+
+
+def test_perplexity_is_what_the_likelihood_is() -> None:
+    found = [Score(nll, 1, (nll,)).perplexity for nll in (0.0, 699.0, 700.0, math.inf, math.nan)]
+    assert found[:4] == [1.0, math.exp(699), math.inf, math.inf]
+    assert math.isnan(found[4])
+    broken = Comparison(base=Score(1.0, 1, (1.0,)), quantized=Score(math.nan, 1, (math.nan,)), kl=math.nan, agreement=0.0)
+    metrics = comparison_metrics(broken)
+    assert math.isnan(metrics["perplexity"].value)
+    assert math.isnan(metrics["perplexity_ratio"].value)
+    judged = Gate(perplexity_ratio=2).judge(metrics)
+    assert not judged.met
+    assert "perplexity_ratio could not be measured" in judged.sentence()
 
 
 @torch.no_grad()
