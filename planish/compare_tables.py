@@ -5,12 +5,12 @@ from pathlib import Path
 
 from rich.console import RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from .compare_plan import ComparisonPlan, notes
 from .compare_text import all_notes, change, perplexity, portable, text_words
 from .comparison import ComparisonReport, Row
+from .fitting import Table
 from .units import duration, size
 
 

@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from .eval.evaluation import Evaluation, MetricResult, TaskResult, TextResult, task_recovery
 from .eval.paired import Measured
+from .fitting import Table
 from .tables import gate_rows
 from .units import counted, duration
 

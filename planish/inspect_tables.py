@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from .calib.diagnosis import OutlierReport, SiteFigures
@@ -27,6 +26,7 @@ from .eval.outlier_view import (
     unchanged_quality,
     worst_first,
 )
+from .fitting import Table
 from .units import duration, size
 
 SHORT = {"plain": "nothing", "smooth": "smooth", "hadamard": "Hadamard", "both": "smooth+Hadamard"}

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from .eval.layers import LayerView, SiteView
+from .fitting import Table
 from .units import counted, duration
 
 

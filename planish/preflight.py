@@ -108,10 +108,7 @@ def make_plan(
     widths = {site.name: reader_weight(runner.blocks[0].get_submodule(site.readers[0])).shape[1] for site in topology.sites}
     resolved = resolve(recipe, topology, lambda _block, site: widths[site])
     packed = _packed(recipe, resolved, topology.family)
-    check_beside(recipe.steps, packed, runner)
-    raising = check_raising(recipe.steps, packed)
-    check_attention(recipe.solver, topology, packed)
-    _check_key_values(recipe, runner)
+    raising = _check(recipe, packed, runner)
     ids = None if recipe.calibration is None else _ids(recipe.calibration, runner, ids_NL)
     _prove(runner)
     trim()
@@ -132,7 +129,10 @@ def make_plan(
         packed=packed,
         ids=ids,
         prefix=_prefix(recipe, checkpoint),
-        notes=_unused(checkpoint) + resolved.notes + idle(recipe.steps, resolved.schemes) + notes + raising + _warnings(packed, topology, recipe.extended),
+        notes=(
+            *(*_unused(checkpoint), *resolved.notes, *idle(recipe.steps, resolved.schemes), *notes, *raising),
+            *_warnings(packed, topology, recipe.extended),
+        ),
         servers=("planish",) if recipe.extended else servers(packed.values(), topology.family),
         quantized=sizes.quantized,
         bits_per_weight=sizes.bits,
@@ -173,6 +173,14 @@ def _opened(model: str | Path, device: str | None, dtype: torch.dtype | None, al
     runner = BlockRunner(checkpoint, dtype or working_dtype(checkpoint.dtype, where), where)
     _check_structure(runner)
     return runner
+
+
+def _check(recipe: Recipe, packed: dict[Address, Packed | None], runner: BlockRunner) -> tuple[str, ...]:
+    """Whether the model can have what the recipe does to it; notes. PlanishError."""
+    check_beside(recipe.steps, packed, runner)
+    check_attention(recipe.solver, runner.topology, packed)
+    _check_key_values(recipe, runner)
+    return check_raising(recipe.steps, packed)
 
 
 def _check_key_values(recipe: Recipe, runner: BlockRunner) -> None:

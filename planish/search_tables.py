@@ -4,9 +4,9 @@ from collections import Counter
 from pathlib import Path
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from .fitting import Table
 from .searching import SearchResult
 from .units import duration, size
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from rich.table import Table
+from rich.console import RenderableType
 from rich.text import Text
 
 from .calib.packing import Packed
@@ -14,6 +14,7 @@ from .compression import Result
 from .estimate import Memory
 from .eval.check import Verification
 from .eval.gate import Judgement
+from .fitting import Table
 from .preflight import Plan
 from .report import Evaluation, described, schemes
 from .units import duration, size
@@ -21,7 +22,7 @@ from .units import duration, size
 MARKS = {True: Text("ok", style="green"), False: Text("FAILED", style="bold red"), None: Text("–", style="dim")}
 
 
-def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
+def _pairs(rows: Iterable[tuple[str, str]]) -> RenderableType:
     """Two columns: what, and its value."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
@@ -31,7 +32,7 @@ def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def plan_table(plan: Plan, model: str, *, evaluate: bool = True) -> Table:
+def plan_table(plan: Plan, model: str, *, evaluate: bool = True) -> RenderableType:
     """What a run would do and take. evaluate: the result is measured afterwards."""
     blocks = plan.topology.block_count
     where = f"on disk ({plan.offload_dir})" if plan.offload_dir else "on disk" if plan.offload else "in memory"
@@ -93,7 +94,9 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def result_table(result: Result, evaluation: Evaluation | None, report: CompressReport, files: Iterable[Path]) -> tuple[Table, Table]:
+def result_table(
+    result: Result, evaluation: Evaluation | None, report: CompressReport, files: Iterable[Path]
+) -> tuple[RenderableType, RenderableType]:
     """What the compression did to the model, and what it took."""
     before, after = result.plan.checkpoint.nbytes, result.stored_bytes
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
@@ -139,7 +142,7 @@ def _choices(result: Result) -> list[tuple[str, str]]:
     return [*rows, ("raised activations", ", ".join(raised))] if raised else rows
 
 
-def verification_table(verification: Verification) -> Table:
+def verification_table(verification: Verification) -> RenderableType:
     """Every check with its outcome."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)

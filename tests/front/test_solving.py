@@ -76,9 +76,7 @@ def expected(activations: ActivationFormat | None, inputs: list[Tensor]) -> list
 @pytest.mark.parametrize("strip", [5, 512])
 @pytest.mark.parametrize("replay", [False, True])
 @pytest.mark.parametrize("activations", [None, INT8, ActivationFormat(bits=4)])
-def test_moments_are_of_what_the_readers_get(
-    activations: ActivationFormat | None, replay: bool, strip: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_moments_are_of_what_the_readers_get(activations: ActivationFormat | None, replay: bool, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sinks count, and are told apart; the cross moment is of what full precision has more."""
     monkeypatch.setattr(solving, "STRIP", strip)
     full = [x + drawn(*x.shape, seed=3) / 10 for x in INPUTS]
