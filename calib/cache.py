@@ -22,12 +22,17 @@ def content_hash(files: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def kept(name: str) -> Path:
+    """Where `build_once` keeps what has this name, there or not."""
+    return cache_folder() / "models" / name
+
+
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
     """The folder `name` in the cache, made by `build(folder)` where it is not there yet.
 
     `build` fills a folder with a temporary name, which gets its own name once everything in it is on disk: the folder is whole or absent.
     """
-    final = cache_folder() / "models" / name
+    final = kept(name)
     if final.is_dir():
         return final
     try:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from .cache import build_once
+from .cache import build_once, kept
 from .checkpoint import Checkpoint
 from .outlier_tokens import start_token
 from .precision import working_dtype
@@ -27,13 +27,21 @@ FILE = "ids.safetensors"
 
 def own_text(checkpoint: Checkpoint, samples: int, length: int, seed: int, device: torch.device) -> Tensor:
     """(samples, length) int64. The whole model is in memory while it writes, and its keys and values of BATCH samples."""
-    name = f"text-{checkpoint.fingerprint()[:16]}-{samples}x{length}-{seed}"
 
     def build(folder: Path) -> None:
         logging.getLogger(__name__).info("the model writes %d x %d tokens to be calibrated on", samples, length)
         save_file({"ids": _written(checkpoint, samples, length, seed, device)}, folder / FILE)
 
-    return load_file(build_once(name, build) / FILE)["ids"]
+    return load_file(build_once(_name(checkpoint, samples, length, seed), build) / FILE)["ids"]
+
+
+def is_written(checkpoint: Checkpoint, samples: int, length: int, seed: int) -> bool:
+    """Whether it is in the cache already, so that nothing is to be written."""
+    return kept(_name(checkpoint, samples, length, seed)).is_dir()
+
+
+def _name(checkpoint: Checkpoint, samples: int, length: int, seed: int) -> str:
+    return f"text-{checkpoint.fingerprint()[:16]}-{samples}x{length}-{seed}"
 
 
 @torch.no_grad()

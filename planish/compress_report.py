@@ -37,9 +37,9 @@ class ArithmeticReport:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanReport:
     """What was planned. recipe: with every setting. model: the folder. sites: by name, how they are stored. memory, memory_evaluating: estimated
-    bytes by part, and in all. prefix: token numbers. offload: hidden states lay on disk; replay: blocks ran anew for each site. disk: bytes while it
-    runs; seconds, seconds_evaluating: estimated, of the compression and of measuring its result. servers: who runs the checkpoint as it was measured.
-    notes: what the user should know."""
+    bytes by part, and in all; memory_writing: while the model writes the text itself. prefix: token numbers. offload: hidden states lay on disk;
+    replay: blocks ran anew for each site. disk: bytes while it runs; seconds, seconds_evaluating: estimated, of the compression and of measuring its
+    result. servers: who runs the checkpoint as it was measured. notes: what the user should know."""
 
     recipe: Mapping[str, Any]
     model: str
@@ -51,6 +51,7 @@ class PlanReport:
     arithmetic: ArithmeticReport
     memory: Mapping[str, int]
     memory_evaluating: Mapping[str, int]
+    memory_writing: Mapping[str, int] | None
     prefix: tuple[int, ...]
     offload: bool
     replay: bool

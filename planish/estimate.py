@@ -11,7 +11,10 @@ import psutil
 import torch
 
 from .calib.checkpoint import Checkpoint
+from .calib.data import Calibration
+from .calib.own_text import BATCH
 from .calib.packing import Packed
+from .calib.precision import working_dtype
 from .calib.rewritten import Rewritten
 from .calib.runner import HEAD_TOKENS, BlockRunner
 from .calib.sites import reader_weight
@@ -35,6 +38,7 @@ KEPT = 24  # bytes for each token of a batch and channel of each site that the w
 ROUNDED = 32  # bytes for each weight that is rounded with a gradient
 ROUNDED_SECONDS = 5e-8  # for each weight, and each value of a batch, that is; measured
 SOFTMAX = 1200  # products in whose time both models' softmax and divergence are done, for each token and vocabulary entry; measured
+NEXT = 36  # bytes for each text that is written at once and vocabulary entry: logits, sorted, with places, softmax and sums; measured
 LOGITS = 10  # of a piece of tokens, in float32: of both models, their logarithms, probabilities and differences
 
 
@@ -259,6 +263,22 @@ class Sizes:
                 rows = attention.size if solver.attention and attention is not None and attention.q.module in known.readers else 0
                 found += (-(-site.weights // piece(device)) + rows) * launches(site.width, device)
         return found * seconds_per_launch(device)
+
+
+def writing(checkpoint: Checkpoint, calibration: Calibration, device: torch.device, program: int) -> Memory:
+    """While the model writes the text that it is calibrated on: all its weights, keys and values of the samples written at once (of one layer twice,
+    while they grow), and the next token's likelihoods."""
+    config, dtype = checkpoint.config.get_text_config(), working_dtype(checkpoint.dtype, device)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    at_once = min(BATCH, calibration.samples)
+    layers = 2 * heads * width * dtype.itemsize * (config.num_hidden_layers + 1)
+    return Memory(
+        program=program,
+        weights=checkpoint.nbytes // checkpoint.dtype.itemsize * dtype.itemsize,
+        waiting=at_once * (calibration.length + 1) * layers,
+        passing=NEXT * at_once * config.vocab_size,
+    )
 
 
 def evaluating_seconds(checkpoint: Checkpoint, device: torch.device) -> float:

@@ -19,14 +19,14 @@ from .calib.data import Calibration
 from .calib.device import free_bytes, own_memory, pick_device
 from .calib.heap import separate_large, trim
 from .calib.key_values import check_key_values
-from .calib.own_text import SOURCE, own_text
+from .calib.own_text import SOURCE, is_written, own_text
 from .calib.packing import Layout, Packed, default_layout, other_grid
 from .calib.precision import bfloat16_products, working_dtype
 from .calib.prefix import prefix_ids
 from .calib.proof import check_structure, prove
 from .calib.runner import BlockRunner
 from .calib.sites import Topology, reader_weight
-from .estimate import Memory, Sizes, evaluating_seconds, resident
+from .estimate import Memory, Sizes, evaluating_seconds, resident, writing
 from .fused import Fused, fused
 from .idle import idle
 from .outfile import check_writable
@@ -52,7 +52,8 @@ class Plan:
     fused: what the steps absorb into the weights before the walk, if anything. offload: the streams lie on disk, in offload_dir or (None) beside the
     output; replay: blocks are run anew for each site instead of waiting inside.
     quantized: how many weights become codes; bits_per_weight: of these, transforms that come yet aside.
-    memory: of the compression at its highest; evaluation: of measuring the result afterwards. out_bytes: of the new checkpoint's weights;
+    memory: of the compression at its highest; evaluation: of measuring the result afterwards; writing: of the model while it
+    writes the text, None where it writes none. out_bytes: of the new checkpoint's weights;
     disk: bytes needed while the run lasts. seconds: of the compression; seconds_evaluating: of measuring.
     """
 
@@ -74,6 +75,7 @@ class Plan:
     replay: bool
     memory: Memory
     evaluation: Memory
+    writing: Memory | None
     out_bytes: int
     disk: int
     seconds: float
@@ -109,6 +111,7 @@ def make_plan(
     resolved = resolve(recipe, topology, lambda _block, site: widths[site])
     packed = _packed(recipe, resolved, topology.family)
     raising = _check(recipe, packed, runner)
+    written = _writing(recipe.calibration, runner, ids_NL)
     ids = None if recipe.calibration is None else _ids(recipe.calibration, runner, ids_NL)
     _prove(runner)
     trim()
@@ -141,6 +144,7 @@ def make_plan(
         replay=replay,
         memory=sizes.compressing(program, offload, replay),
         evaluation=sizes.evaluating(program, offload),
+        writing=written,
         out_bytes=sizes.out_bytes,
         disk=2 * sizes.out_bytes + moved,
         seconds=sizes.seconds(replay),
@@ -248,6 +252,21 @@ def _ids(calibration: Calibration, runner: BlockRunner, known_NL: Tensor | None)
             "The tokenizer's files are another model's: copy the right ones there."
         )
     return ids
+
+
+def _writing(calibration: Calibration | None, runner: BlockRunner, known_NL: Tensor | None) -> Memory | None:
+    """What the model takes while it writes its text. PlanishError if there is no room, unless it is written already."""
+    if calibration is None or calibration.source != SOURCE:
+        return None
+    device = runner.device
+    memory = writing(runner.checkpoint, calibration, device, resident())
+    needed, free = memory.total - memory.program, free_bytes(device)
+    if known_NL is None and needed > free and not is_written(runner.checkpoint, calibration.samples, calibration.length, calibration.seed or 0):
+        raise PlanishError(
+            f"calibration.source: model: all of the model is in memory while it writes, about {size(needed)}, but {size(free)} are free on {device}. "
+            "Give another source, such as builtin, or fewer samples."
+        )
+    return memory
 
 
 def _tokens(calibration: Calibration, runner: BlockRunner) -> Tensor:

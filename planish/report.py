@@ -111,6 +111,7 @@ def plan_report(plan: Plan) -> PlanReport:
         arithmetic=ArithmeticReport(dtype=str(plan.dtype).removeprefix("torch."), device=str(plan.device)),
         memory={**asdict(plan.memory), "total": plan.memory.total},
         memory_evaluating={**asdict(plan.evaluation), "total": plan.evaluation.total},
+        memory_writing=None if plan.writing is None else {**asdict(plan.writing), "total": plan.writing.total},
         prefix=plan.prefix,
         offload=plan.offload,
         replay=plan.replay,

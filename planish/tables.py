@@ -41,7 +41,7 @@ def plan_table(plan: Plan, model: str, *, evaluate: bool = True) -> RenderableTy
         ("recipe", f"{plan.recipe.name}: {plan.recipe.description}".rstrip(": ")),
         *((", ".join(names), what) for what, names in _sites(plan).items()),
         ("checkpoint", f"about {size(plan.out_bytes)}, {plan.bits_per_weight:.2f} bits per quantized weight"),
-        ("memory", f"about {_memory(plan.memory, plan)} at most, activations {where}; {_memory(plan.evaluation, plan)} while evaluating"),
+        ("memory", f"about {_memory(plan.memory, plan)} at most, activations {where}; {_otherwise(plan)}"),
         ("disk", f"about {size(plan.disk)} while it runs"),
         ("time", f"about {duration(plan.seconds)} in {_short(plan.dtype)} on {plan.device}{_evaluating(plan) if evaluate else ''}"),
         ("runs in", ", ".join(plan.servers)),
@@ -54,6 +54,12 @@ def plan_table(plan: Plan, model: str, *, evaluate: bool = True) -> RenderableTy
 def _evaluating(plan: Plan) -> str:
     """The time that comes on top."""
     return f", then about {duration(plan.seconds_evaluating)} to evaluate the result (--no-evaluate leaves that out)"
+
+
+def _otherwise(plan: Plan) -> str:
+    """The memory besides the compression's."""
+    written = "" if plan.writing is None else f"; {_memory(plan.writing, plan)} while the model writes its text, which is kept"
+    return f"{_memory(plan.evaluation, plan)} while evaluating{written}"
 
 
 def _memory(memory: Memory, plan: Plan) -> str:

@@ -55,6 +55,7 @@ def compress_report() -> CompressReport:
         arithmetic=ArithmeticReport(dtype="bfloat16", device="cpu"),
         memory={"program": 500_000_000, "total": 700_000_000},
         memory_evaluating={"program": 500_000_000, "total": 800_000_000},
+        memory_writing=None,
         prefix=(1,),
         offload=False,
         replay=False,

@@ -1,5 +1,6 @@
 """Text that a model writes itself: drawn as the model has it likely, the same again, and written once."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from planish.calib import own_text as module
 from planish.calib.checkpoint import open_checkpoint
 from planish.calib.outlier_tokens import start_token
 from planish.calib.own_text import own_text
+from planish.preflight import make_plan
+from planish.quant.errors import PlanishError
 from planish.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -52,6 +55,30 @@ def test_it_is_written_once_and_the_same_again(tmp_path: Path, monkeypatch: pyte
     assert torch.equal(first, again)
     monkeypatch.setattr(module, "_written", None)
     assert torch.equal(own_text(checkpoint, 2, 9, 0, CPU), first)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_plan_says_what_writing_takes(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys and values are those of the cache that the model leaves; one layer's are there twice."""
+    folder, recipe = source(family, tmp_path / "model"), quick("w8a8", "calibration.source=model")
+    with monkeypatch.context() as patch:
+        patch.setattr("planish.preflight.free_bytes", lambda _device: 1000)
+        with pytest.raises(PlanishError, match=r"calibration.source: model: all of the model is in memory while it writes, about .* 1.0 kB are free"):
+            make_plan(recipe, folder, device="cpu")
+    found = make_plan(recipe, folder, device="cpu").writing
+    assert found is not None
+    checkpoint, calibration = open_checkpoint(folder), recipe.calibration
+    assert calibration is not None
+    model = module._model(checkpoint, CPU)
+    assert found.weights == sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    with torch.no_grad():
+        layers = model(torch.zeros(calibration.samples, calibration.length + 1, dtype=torch.int64), use_cache=True).past_key_values.layers
+    held = sum(part.numel() * part.element_size() for layer in layers for part in (layer.keys, layer.values))
+    assert found.waiting == held // len(layers) * (len(layers) + 1)
+    assert make_plan(quick("w8a8"), folder, device="cpu").writing is None
+    with monkeypatch.context() as patch:  # it is written by now
+        patch.setattr("planish.preflight.writing", lambda *_args: replace(found, weights=10**15))
+        assert make_plan(recipe, folder, device="cpu").writing is not None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
