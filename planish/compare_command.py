@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .calib.documents import check_source
 from .calib.given import check_model
 from .options import Arithmetic, AsJson, Device, Model, Offload, Pickle, Quiet, Settings, complete_recipe, starting, torch_dtype
 from .outfile import check_comparison
@@ -108,7 +109,10 @@ def _checked(recipes: Sequence[str], model: str, texts: Sequence[str], out: Path
     check_recipes(*recipes)
     check_model(model)
     check_comparison(out)
-    return named_texts(texts)
+    named = named_texts(texts)
+    for source in named.values():
+        check_source(source)
+    return named
 
 
 def _named(recipes: Sequence[str], settings: Sequence[str], vary: Sequence[str]) -> "Mapping[str, Recipe]":

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .calib.documents import check_source
 from .quant.errors import PlanishError
 
 BUILTIN = "builtin"
@@ -24,6 +23,4 @@ def named_texts(texts: Sequence[str]) -> dict[str, str]:
         if name in found:
             raise PlanishError(f"--text {given}: there is a text named {name} already. Write NAME=FILE with another name.")
         found[name] = source
-    for source in found.values():
-        check_source(source)
     return found

@@ -19,10 +19,10 @@ from tiny_models import tiny
 
 from planish import compare_parent
 from planish.compare_folder import Folder
-from planish.compare_plan import named_texts
 from planish.comparison import Done
 from planish.quant.errors import PlanishError
 from planish.recipe import load_recipe, with_settings
+from planish.texts import named_texts
 from planish.variants import named_recipes
 
 BLOCKS = 12
