@@ -174,11 +174,8 @@ def verify(
     with starting():
         from .eval.measured import COMPARED, figures_metrics
 
-        if against:
-            thresholds.check_measured(COMPARED, "planish verify", "planish eval measures tasks.")
-        else:
-            thresholds.check_measured((), "planish verify without --against", "Add --against MODEL, the original model.")
-
+        alone = ((), "planish verify without --against", "Add --against MODEL, the original model.")
+        thresholds.check_measured(*(alone if against is None else (COMPARED, "planish verify", "planish eval measures tasks.")))
         from .calib.device import pick_device
         from .compression import Silent
         from .eval.verify import verify as run_checks

@@ -132,10 +132,7 @@ def make_plan(
         packed=packed,
         ids=ids,
         prefix=_prefix(recipe, checkpoint),
-        notes=(
-            *(*_unused(checkpoint), *resolved.notes, *idle(recipe.steps, resolved.schemes), *notes, *raising),
-            *_warnings(packed, topology, recipe.extended),
-        ),
+        notes=(*_unused(checkpoint), *resolved.notes, *idle(recipe.steps, resolved.schemes), *notes, *raising, *_warnings(packed, topology, recipe)),
         servers=("planish",) if recipe.extended else servers(packed.values(), topology.family),
         quantized=sizes.quantized,
         bits_per_weight=sizes.bits,
@@ -323,8 +320,8 @@ def _unused(checkpoint: Checkpoint) -> tuple[str, ...]:
     return (f"{checkpoint.path} holds {held}, left out of the output: {', '.join(names[:NAMED])}{more}.",)
 
 
-def _warnings(packed: dict[Address, Packed | None], topology: Topology, extended: bool) -> tuple[str, ...]:
-    if extended:
+def _warnings(packed: dict[Address, Packed | None], topology: Topology, recipe: Recipe) -> tuple[str, ...]:
+    if recipe.extended:
         return (
             "transforms at run time, clips, side paths, a prefix, or keys and values in codes: others run the checkpoint only with planish "
             "(docs/serving.md).",
