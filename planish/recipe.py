@@ -19,13 +19,15 @@ from .quant.errors import PlanishError
 from .quant.formats import Scheme
 from .quant.key_values import HeldKeyValues, KvCache
 from .quant.solvers import SOLVERS, Gptq, Solver
-from .quant.transforms import STEPS, Center, Flat, Polish, RaiseActivations, ScaleRms, Smooth, Step
+from .quant.transforms import STEPS, Center, Flat, Lorc, Polish, Prefix, RaiseActivations, ScaleRms, Smooth, Step, SuperWeights, Svdquant
 from .quant.transforms.rotate import rotation_at
 from .shipped import check_recipe, shipped_texts
 from .shipped import shipped as shipped
 from .shipped import shipped_text as shipped_text
 from .steporder import check_order, needs_text, portable, step_name
 from .yamltext import dump_yaml, parse_yaml
+
+SAME_INPUTS = (Center, Prefix, Lorc, Svdquant, SuperWeights)  # a site's range is that which was seen, but for a shift, which its scale is told of
 
 NamedStep: TypeAlias = Annotated[Step, Named(STEPS)]
 
@@ -115,12 +117,12 @@ class Recipe:
             "a static activation scale": any(not activation.dynamic for activation in activations),
         }
         mixing = [
-            step_name(step) for step in self.steps if not (portable(step) or isinstance(step, Center) or step is rotation_at(self.steps, "keys"))
+            step_name(step) for step in self.steps if not (portable(step) or isinstance(step, SAME_INPUTS) or step is rotation_at(self.steps, "keys"))
         ]
         if any(not activation.dynamic for activation in activations) and mixing:
             raise PlanishError(
-                f"scheme: static scales do not know what {mixing[0]} makes of inputs at run time. Set dynamic: true, or use shift, or steps that "
-                "weights absorb."
+                f"scheme: static scales do not know what {mixing[0]} makes of inputs at run time. Set dynamic: true, or use steps that weights "
+                "absorb, shift, prefix, low_rank, svdquant or super_weight."
             )
         if any(isinstance(step, RaiseActivations) for step in self.steps) and not (activations and all(act.dynamic for act in activations)):
             raise PlanishError(

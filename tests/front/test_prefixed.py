@@ -169,3 +169,18 @@ class Stopping(planish.Callback):
 
     def on_block(self, record: BlockRecord) -> None:
         raise KeyboardInterrupt
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beside", ["", ", low_rank: {rank: 4}", ", svdquant: {rank: 4}", ", super_weight"])
+def test_static_scales_stand_behind_it(beside: str, tmp_path: Path) -> None:
+    """Neither a prefix nor what runs beside the codes changes inputs after their range was seen."""
+    model = source("llama", tmp_path / "model", torch.float32)
+    static = ("scheme.activations={bits: 8, symmetric: false, granularity: tensor, dynamic: false}", *FINE[::2])
+    recipe = quick("w4a4-best", f"steps=[prefix: {{tokens: [5, 7]}}{beside}]", *static)
+    done = planish.compress(recipe, model, tmp_path / "out")
+    assert not any(site.made_dynamic for block in done.blocks for site in block.sites.values())
+    found, original = planish.load(tmp_path / "out"), planish.load(model)
+    before = torch.tensor([[5, 7]]).expand(2, -1)
+    assert distance(found(ids()).logits, original(torch.cat([before, ids()], 1)).logits[:, 2:]) < 0.1
+    assert torch.equal(generate(found, ids()), grown(found, ids()))
