@@ -97,7 +97,7 @@ def weight_files(folder: Path, *, allow_pickle: bool = False) -> dict[Path, list
     if not pickles:
         raise PlanishError(f"{folder}: no weights. A model folder holds {SINGLE_FILE}, or {INDEX_FILE} and the files it lists.")
     if not allow_pickle:
-        message = f"only pickle weights ({pickles[0].name}). Pickles can run code: use safetensors, or allow them (--allow-pickle)."
+        message = f"only pickle weights ({pickles[0].name}). Use safetensors, or allow them (--allow-pickle): only tensors are read from them."
         raise PlanishError(f"{folder}: {message}")
     return {file: [] for file in convert_pickles(pickles)}
 

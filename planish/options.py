@@ -30,7 +30,7 @@ Settings = Annotated[
 Device = Annotated[str | None, typer.Option(help="Where to compute, such as cpu or cuda:0. Default: cuda where there is one.")]
 Arithmetic = Annotated[Dtype | None, typer.Option(help="Arithmetic of the walk. Default: bfloat16 where model and hardware have it.")]
 Offload = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the activations on disk, there. Default: only if memory is short.")]
-Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights too. Pickles can run code: only from a source you trust.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights too: their tensors alone, no code in them is run.")]
 Gates = Annotated[
     list[str] | None,
     typer.Option(

@@ -132,7 +132,7 @@ def make_plan(
         packed=packed,
         ids=ids,
         prefix=_prefix(recipe, checkpoint),
-        notes=(*_unused(checkpoint), *resolved.notes, *idle(recipe.steps, resolved.schemes), *notes, *raising, *_warnings(packed, topology, recipe)),
+        notes=(*_unused(checkpoint), *_few(ids, recipe, widths), *notes, *raising, *_of_formats(recipe, resolved, packed, topology)),
         servers=("planish",) if recipe.extended else servers(packed.values(), topology.family),
         quantized=sizes.quantized,
         bits_per_weight=sizes.bits,
@@ -318,6 +318,22 @@ def _unused(checkpoint: Checkpoint) -> tuple[str, ...]:
     more = f" and {counted(len(names) - NAMED, 'other')}" if len(names) > NAMED else ""
     held = f"{counted(len(names), 'tensor')} that the model has no place for"
     return (f"{checkpoint.path} holds {held}, left out of the output: {', '.join(names[:NAMED])}{more}.",)
+
+
+def _few(ids: Tensor | None, recipe: Recipe, widths: Mapping[str, int]) -> tuple[str, ...]:
+    """That there is less text than second moments need."""
+    name = max(widths, key=lambda site: widths[site])
+    if ids is None or not recipe.solver.needs_moments or ids.numel() >= widths[name]:
+        return ()
+    return (
+        f"calibration has {counted(ids.numel(), 'token')}, fewer than the {widths[name]} channels of {name}'s input: what the solver knows of so "
+        "many is mostly noise. Take more samples, or longer ones.",
+    )
+
+
+def _of_formats(recipe: Recipe, resolved: Resolved, packed: dict[Address, Packed | None], topology: Topology) -> tuple[str, ...]:
+    """What follows from formats: of sites, of steps that have nothing to do there, and of who runs the checkpoint."""
+    return (*resolved.notes, *idle(recipe.steps, resolved.schemes), *_warnings(packed, topology, recipe))
 
 
 def _warnings(packed: dict[Address, Packed | None], topology: Topology, recipe: Recipe) -> tuple[str, ...]:

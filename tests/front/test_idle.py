@@ -30,3 +30,12 @@ def test_said(name: str, steps: str, settings: str, message: str, original: Path
 def test_one_site_is_enough(original: Path) -> None:
     notes = planish.plan(quick("w4a4-fast", "steps=[smooth, clip, hadamard: {sites: ['*.o', '0.down']}]", KEPT), original).notes
     assert not any("does nothing" in note for note in notes)
+
+
+@pytest.mark.parametrize(("samples", "told"), [(1, True), (40, False)])
+def test_text_of_fewer_tokens_than_channels(samples: int, told: bool, original: Path) -> None:
+    """A solver's second moments of them are singular; rounding needs none."""
+    little = (f"calibration.samples={samples}", "calibration.length=16")
+    notes = planish.plan(quick("w4a16-channel", *little), original).notes
+    assert any("calibration has 16 tokens, fewer than the" in note for note in notes) == told
+    assert not any("tokens, fewer than" in note for note in planish.plan(quick("w4a16-channel", "solver=rtn", *little), original).notes)
