@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..calib.checkpoint import Checkpoint, open_checkpoint
 from ..calib.data import tokens
+from ..calib.device import pick_device
 from ..calib.layout import declared, read_layout
 from ..calib.stored import StoredCheckpoint, open_stored
 from ..quant.errors import PlanishError
@@ -39,7 +40,7 @@ def verify(
     server: str | None = None,
     server_env: str | Path | None = None,
     stock: bool = True,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     allow_pickle: bool = False,
     report: Stages | None = None,
 ) -> Verification:
@@ -47,11 +48,11 @@ def verify(
 
     against: the original model, as `planish compress` takes it, to measure perplexity before and after and the divergence. text: builtin (its half
     for evaluation), or a source as of calib.data.tokens; windows and length: at most so much of it. server: "vllm", in the environment server_env
-    or PLANISH_VLLM_ENV. stock: whether transformers is asked too, which loads the whole model.
+    or PLANISH_VLLM_ENV. stock: whether transformers is asked too, which loads the whole model. device: None: a GPU where there is one.
     A checkpoint that planish did not write has no digests and no probe; the rest is checked. Raises PlanishError for arguments that cannot be used,
     among them a folder without a compressed-tensors checkpoint and an original of another build; what is wrong with the checkpoint is in the result.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), pick_device(device)
     declared(folder)
     python = None if server is None else server_python(server, server_env)
     base = None if against is None else open_checkpoint(against, allow_pickle=allow_pickle)

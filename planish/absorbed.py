@@ -13,7 +13,8 @@ from torch import nn
 from .block import BlockCompressor, Turn
 from .calib.precision import bfloat16_products
 from .calib.stream import Stream
-from .compression import Progress, begun, streams_of
+from .callbacks import Progress
+from .compression import begun, streams_of
 from .preflight import Plan
 
 

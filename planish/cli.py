@@ -177,7 +177,7 @@ def verify(
         alone = ((), "planish verify without --against", "Add --against MODEL, the original model.")
         thresholds.check_measured(*(alone if against is None else (COMPARED, "planish verify", "planish eval measures tasks.")))
         from .calib.device import pick_device
-        from .compression import Silent
+        from .callbacks import Silent
         from .eval.verify import verify as run_checks
         from .schemas import to_json
         from .tables import verification_table
@@ -259,7 +259,7 @@ def main() -> NoReturn:
 
 def _run(job: "Job", plan: "Plan", ids: "Tensor | None", as_json: bool, quiet: bool) -> None:
     """Do the job and print the result."""
-    from .compression import Silent
+    from .callbacks import Silent
     from .schemas import to_json
     from .tables import plan_table, result_table
 

@@ -73,9 +73,9 @@ def compare(
     texts = _checked(recipes, model, text or (), out)
     loaded = _named(recipes, settings or (), vary or ())
     with starting():
+        from .callbacks import Silent
         from .compare_job import CompareJob
         from .compare_tables import comparison_plan_tables, comparison_tables
-        from .compression import Silent
         from .schemas import plain
 
         job = CompareJob(

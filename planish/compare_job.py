@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from .calib.device import free_bytes, give_back
 from .calib.heap import trim
 from .calib.workers import threads
+from .callbacks import Progress, Silent
 from .compare_child import IDS, Task
 from .compare_folder import Folder
 from .compare_parent import Started, run_child
@@ -24,7 +25,6 @@ from .compare_plan import ComparisonPlan, notes, plan_comparison
 from .compare_text import markdown, picture, quality_words
 from .comparison import Base, ComparisonReport, Done, Quality, Row
 from .comparison_page import comparison_page
-from .compression import Progress, Silent
 from .decode import decode
 from .eval.reference import make_reference
 from .eval.score import Comparison

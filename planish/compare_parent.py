@@ -14,8 +14,8 @@ from .decode import encode
 from .quant.errors import PlanishError
 
 if TYPE_CHECKING:
+    from .callbacks import Progress
     from .compare_child import Task
-    from .compression import Progress
 
 Started = Callable[[Callable[[], None]], None]
 """Called when a process runs, with a function that tells it to stop and does not wait."""

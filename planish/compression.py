@@ -25,9 +25,7 @@ from .calib.shards import read_header, read_tensor
 from .calib.stored import open_stored
 from .calib.stream import Stream
 from .calib.workers import share_of_threads, workers_for
-from .callbacks import Callback, Told
-from .callbacks import Progress as Progress
-from .callbacks import Silent as Silent
+from .callbacks import Callback, Progress, Told
 from .eval.probe import check_probe, read_probe, record_probe
 from .export import publish, write_checkpoint
 from .fused import settled

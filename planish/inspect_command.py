@@ -72,7 +72,7 @@ def inspect(
     """
     _check(model, text, {"--html": html, "--markdown": markdown, "--recipe": recipe}, force)
     with starting():
-        from .compression import Silent
+        from .callbacks import Silent
         from .inspect_job import InspectJob
         from .inspect_json import to_dict
         from .inspect_tables import inspect_tables

@@ -16,9 +16,10 @@ from torch import Tensor
 from .calib.checkpoint import Checkpoint, open_checkpoint
 from .calib.device import taken_bytes
 from .calib.shards import read_json
+from .callbacks import Progress
 from .compress_page import compress_page, markdown
 from .compress_report import CompressReport
-from .compression import Progress, Result, carry_out, fingerprint
+from .compression import Result, carry_out, fingerprint
 from .decode import decode
 from .eval.gate import Judgement, kind
 from .eval.measured import COMPARED, comparison_metrics

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from .callbacks import Progress
     from .compare_parent import Started
-    from .compression import Progress
 
 R = TypeVar("R")
 Work = Callable[[str, "Progress", "Started"], R]

@@ -26,7 +26,7 @@ from .calib.side import kept_formats
 from .calib.sites import Site
 from .calib.stored import StoredCheckpoint, open_stored
 from .calib.walk import site_inputs
-from .compression import Progress, Silent
+from .callbacks import Progress, Silent
 from .eval.layers import LayerView, SiteErrors, SiteView, chosen_sites
 from .eval.score import Comparison, arithmetic, stream_comparisons
 from .eval.variants import Key, Variants

@@ -50,7 +50,7 @@ def layers(
     if html is not None:
         check_outfile(html, replace=force)
     with starting():
-        from .compression import Silent
+        from .callbacks import Silent
         from .eval.layers_page import layers_page
         from .eval.pictures import plotly_script
         from .journal import write_text

@@ -22,7 +22,7 @@ from .calib.packing import Packed, stored_size
 from .calib.runner import BlockRunner
 from .calib.sites import reader_weight
 from .calib.walk import SiteWalk, site_inputs, walking
-from .compression import Progress
+from .callbacks import Progress
 from .eval.score import arithmetic, stream_comparisons
 from .eval.variants import Key, Variants
 from .quant.errors import PlanishError

@@ -17,8 +17,9 @@ from torch import Tensor
 from .calib.heap import trim
 from .calib.packing import Packed
 from .calib.stored import open_stored
+from .callbacks import Progress
 from .compress_report import ArithmeticReport, Bytes, CompressReport, EvaluationReport, Machine, PlanReport, ScoreReport, SiteFormat
-from .compression import Progress, Result
+from .compression import Result
 from .decode import encode
 from .estimate import LENGTH, WINDOWS
 from .eval.gate import Judgement

@@ -64,7 +64,7 @@ def search(
 
         loaded = with_settings(load_recipe(recipe), settings or [])
 
-        from .compression import Silent
+        from .callbacks import Silent
         from .journal import write_text
         from .schemas import plain
         from .search_tables import search_tables

@@ -20,8 +20,8 @@ from .absorbed import AbsorbedBlocks
 from .budget import Budget, Weights
 from .calib.runner import BlockRunner
 from .calib.sites import reader_weight
+from .callbacks import Progress, Silent
 from .candidates import TARGETS, Target, at_site, names_for
-from .compression import Progress, Silent
 from .measuring import Choices, MeasuredSite, measure, site_space
 from .preflight import Plan, make_plan
 from .quant.allocation import allocate, smallest

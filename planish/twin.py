@@ -20,7 +20,7 @@ from .calib.shards import read_json
 from .calib.sites import Topology
 from .calib.stored import StoredCheckpoint
 from .calib.stream import relative_error
-from .compression import Progress
+from .callbacks import Progress
 from .eval.origin import check_made_from
 from .export import FOLDER, MANIFEST
 from .preflight import make_plan

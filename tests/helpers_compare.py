@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from planish.callbacks import Progress
 from planish.compare_child import Channel, Task, work
 from planish.compare_parent import Started, listen
-from planish.compression import Progress
 from planish.decode import decode, encode
 
 MEASURE = ("--windows", "2", "--length", "64")

@@ -112,7 +112,7 @@ class Stop(Exception):
     """As a kill would."""
 
 
-class Stopping(planish.compression.Silent):
+class Stopping(planish.callbacks.Silent):
     """Ends the run when the first block is done."""
 
     blocks = False

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from planish.compression import Progress
+from planish.callbacks import Progress
 from planish.lanes import side_by_side
 
 Started = Callable[[Callable[[], None]], None]

@@ -14,7 +14,7 @@ from planish.calib.packing import Packed
 from planish.calib.runner import Call
 from planish.calib.sites import Site
 from planish.calib.stream import Stream
-from planish.compression import Silent
+from planish.callbacks import Silent
 from planish.polishing import Flow, polish
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat

@@ -7,7 +7,7 @@ from helpers_compress import outlying, quick, source
 from helpers_front import tree
 
 import planish
-from planish.compression import Silent
+from planish.callbacks import Silent
 from planish.quant.errors import PlanishError
 from planish.recipe import Recipe
 

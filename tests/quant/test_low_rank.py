@@ -96,9 +96,9 @@ def test_dead_channels_are_left_out_and_the_scale_does_not_matter() -> None:
     torch.testing.assert_close(low.product(), weighted_lorc(error_OC, second(x) * 2.0**-20, 3).product(), rtol=0, atol=1e-9)
 
 
-def slow_svdquant(w_OC: Tensor, rank: int, H_CC: Tensor, rounds: int) -> list[tuple[float, Tensor]]:
+def slow_svdquant(w_OC: Tensor, rank: int, H_CC: Tensor, rounds: int, damping: float) -> list[tuple[float, Tensor]]:
     """Error and low-rank part of every round, without stopping."""
-    damped_CC = H_CC + 0.01 * H_CC.diagonal().mean() * torch.eye(len(H_CC))
+    damped_CC = H_CC + damping * H_CC.diagonal().mean() * torch.eye(len(H_CC))
     low_OC, seen = by_eigenvectors(w_OC, torch.eye(len(H_CC), dtype=torch.float64), rank), []
     for _ in range(rounds + 1):
         hat_OC = rounded((w_OC - low_OC).float()).double()
@@ -107,13 +107,14 @@ def slow_svdquant(w_OC: Tensor, rank: int, H_CC: Tensor, rounds: int) -> list[tu
     return seen
 
 
-def test_svdquant_is_its_rounds_up_to_the_first_that_does_not_help() -> None:
+@pytest.mark.parametrize("damping", [0.01, 1.0])
+def test_svdquant_is_its_rounds_up_to_the_first_that_does_not_help(damping: float) -> None:
     w_OC, H_CC = weights(24, 16), second(inputs(200, 16))
     w_OC[:, 3] *= 8
-    seen = slow_svdquant(w_OC, 3, H_CC, 8)
+    seen = slow_svdquant(w_OC, 3, H_CC, 8, damping)
     best = next(i for i in range(9) if i == 8 or seen[i + 1][0] >= seen[i][0])
     assert best > 0
-    low, residual_OC = svdquant(w_OC, 3, rounded, H_CC, rounds=8)
+    low, residual_OC = svdquant(w_OC, 3, rounded, H_CC, rounds=8, damping=damping)
     torch.testing.assert_close(low.product(), seen[best][1], rtol=0, atol=1e-5)
     torch.testing.assert_close(residual_OC.double(), w_OC - low.product(), rtol=0, atol=1e-7)
     once, _ = svdquant(w_OC, 3, rounded, H_CC, rounds=0)
