@@ -1,10 +1,9 @@
 """The same compression by planish and by llm-compressor, side by side: seconds, peak memory, perplexity.
 
-    python benchmarks/against_llmcompressor.py --peer-python PEER/bin/python --peer-script PEER_SCRIPT --text CALIBRATION.txt --evaluation TEST.txt
+    python benchmarks/against_llmcompressor.py --peer-python PEER/bin/python --text CALIBRATION.txt --evaluation TEST.txt
 
 Every measurement is a process of its own. planish's seconds are its whole compress call (checks, walk, writing, reloading); llm-compressor's are its
-oneshot call alone, without loading and saving. Peak memory is the process's resident maximum when the compression ends. The peer script takes
---model, --case, --samples, --length, --windows, --dtype, --calibration and --evaluation and prints a JSON line with perplexity, seconds and peak_gb.
+oneshot call alone, without loading and saving (llmcompressor_job.py). Peak memory is the process's resident maximum when the compression ends.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-CASES = {"w8a8": "w8a8_sq_gptq", "w4a4-fast": "w4a4_rotate_gptq", "w4a4-best": "w4a4_rotate_gptq"}  # the peer's best at the same bits
+JOBS = {"w8a8": "w8a8", "w4a4-fast": "w4a4", "w4a4-best": "w4a4"}  # llmcompressor_job.py's at the same bits
 
 
 def worker(a: argparse.Namespace) -> dict[str, object]:
@@ -63,7 +62,7 @@ def main() -> None:
     """Measure every tool `--repeat` times in turn and print the medians and ratios."""
     p = argparse.ArgumentParser()
     p.add_argument("--model", default="demo:smollm2")
-    p.add_argument("--recipe", default="w8a8", choices=CASES)
+    p.add_argument("--recipe", default="w8a8", choices=JOBS)
     p.add_argument("--set", action="append", default=[], help="a recipe setting, path=value")
     p.add_argument("--text", required=True)
     p.add_argument("--evaluation", required=True)
@@ -71,8 +70,7 @@ def main() -> None:
     p.add_argument("--length", type=int, default=512)
     p.add_argument("--windows", type=int, default=4)
     p.add_argument("--repeat", type=int, default=1)
-    p.add_argument("--peer-python")
-    p.add_argument("--peer-script")
+    p.add_argument("--peer-python", help="the interpreter of llm-compressor's environment; without it planish alone is measured")
     p.add_argument("--worker", action="store_true")
     a = p.parse_args()
     if a.worker:
@@ -86,19 +84,9 @@ def main() -> None:
     own += [part for setting in a.set for part in ("--set", setting)]
     commands = {"planish": own}
     if a.peer_python:
-        peer = [
-            a.peer_python,
-            a.peer_script,
-            "--model",
-            folder,
-            "--case",
-            CASES[a.recipe],
-            "--calibration",
-            a.text,
-            "--evaluation",
-            a.evaluation,
-            *sizes,
-        ]
+        script = str(Path(__file__).with_name("llmcompressor_job.py"))
+        texts = ["--calibration", a.text, "--evaluation", a.evaluation]
+        peer = [a.peer_python, script, "--job", JOBS[a.recipe], "--model", folder, *texts, *sizes]
         commands |= {f"llm-compressor {dtype}": [*peer, "--dtype", dtype] for dtype in ("float32", "bfloat16")}
     runs: dict[str, list[dict[str, object]]] = {name: [] for name in commands}
     for _ in range(a.repeat):
