@@ -34,10 +34,13 @@ pretended = pytest.mark.skipif(REAL, reason="of the pretended GPU")
 real = pytest.mark.skipif(not REAL, reason="of a real GPU")
 CLOSE = 0.05 if REAL else 1e-5
 EIGHT = ("scheme.weights.bits=8", "scheme.activations.bits=8")  # so that last bits decide little
-NARROW = {  # what does not fit tiny models
+NARROW = {  # what does not fit tiny models; and in 4 bits codes that jump by last bits widen what a block learns together to all there is
+    "paper-flatquant": EIGHT,
     "paper-quad": ("steps=[quad: {rank: 4}]",),
     "paper-svdquant": ("scheme.weights.group_size=32", "scheme.activations.group_size=32"),
 }
+# By a way back, whose sums have another order there, which descent widens.
+LEARNED = {"paper-flatquant": 0.05, "paper-spinquant": 0.05, "w4a4-learned": 0.05, "w4a4-portable-mixed": 0.05}
 MORE = {
     "bare": ("steps=[]",),
     "polish": ("steps=[hadamard, polish: {steps: 2}]",),
@@ -60,14 +63,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return source("llama", tmp_path_factory.mktemp("model") / "llama", torch.float32)
 
 
-def check_same(recipe: planish.Recipe, model: Path, folder: Path, learns: bool = False) -> None:
-    """What was compressed on the GPU is what was on the CPU. learns: by a way back, whose sums have another order there, which descent widens."""
+def check_same(recipe: planish.Recipe, model: Path, folder: Path, bound: float = 1e-3) -> None:
+    """What was compressed on the GPU is what was on the CPU. bound: of their logits' distance, in theirs."""
     with sdpa_kernel(SDPBackend.MATH):
         planish.compress(recipe, model, folder / "cpu", device="cpu", dtype=torch.float32)
         planish.compress(recipe, model, folder / "gpu", device=GPU, dtype=torch.float32)
     with torch.no_grad():
         logits = [planish.load(folder / name, device="cpu", dtype=torch.float32)(ids()).logits for name in ("cpu", "gpu")]
-    assert distance(*logits) <= (0.2 if REAL else 0.05 if learns else 1e-3)
+    assert distance(*logits) <= max(0.2 if REAL else 0, bound)
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a4-fast", "w4a4-best", "paper-quarot"])
@@ -78,8 +81,7 @@ def test_recipe(name: str, model: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", shipped())
 def test_every_recipe(name: str, model: Path, tmp_path: Path) -> None:
-    learns = name in ("paper-flatquant", "paper-spinquant", "w4a4-learned", "w4a4-portable-mixed")
-    check_same(quick(name, *NARROW.get(name, ())), model, tmp_path, learns)
+    check_same(quick(name, *NARROW.get(name, ())), model, tmp_path, LEARNED.get(name, 1e-3))
 
 
 @pytest.mark.slow
@@ -87,7 +89,7 @@ def test_every_recipe(name: str, model: Path, tmp_path: Path) -> None:
 def test_every_step(step: str, model: Path, tmp_path: Path) -> None:
     eight = () if step in MORE else EIGHT
     learns = step in ("flat", "flat, whole block", "R1, learned", "R2, learned", "polish")
-    check_same(quick("w4a4-best", *MORE.get(step, (f"steps=[{STEPS.get(step)}]",)), *eight), model, tmp_path, learns)
+    check_same(quick("w4a4-best", *MORE.get(step, (f"steps=[{STEPS.get(step)}]",)), *eight), model, tmp_path, 0.05 if learns else 1e-3)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "packed"])
