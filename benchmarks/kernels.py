@@ -236,15 +236,15 @@ def quantizers_us(tokens: int, width: int, limits: Ceilings) -> list["Row | None
 
 def columns_us(device: str = "cuda") -> dict[str, float]:
     """A block of GPTQ's columns: in one launch, if that is right, and one after the other, launches and all, as where Triton is not."""
-    block = columns._trial(torch.device(device))
-    columns._one_by_one(block, 4)
+    block = columns.trial(torch.device(device))
+    columns.one_by_one(block, 4)
     block.codes_KO.sum().item()
     start = time.perf_counter()
-    columns._one_by_one(block, 4)
+    columns.one_by_one(block, 4)
     block.codes_KO.sum().item()
     found = {"columns, one by one": 1e6 * (time.perf_counter() - start)}
     if columns.launched(block.weights_KO):
-        found["columns, in one launch"] = graph_us([partial(columns._launch, block, 4)])
+        found["columns, in one launch"] = graph_us([partial(columns.launch, block, 4)])
     return found
 
 

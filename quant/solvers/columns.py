@@ -42,9 +42,9 @@ class Block(NamedTuple):
 def round_block(block: Block, bits: int) -> None:
     """Each column takes what those before it owe it, then is rounded as formats.to_codes does. What the weights then hold is of no matter."""
     if launched(block.weights_KO):
-        _launch(block, bits)
+        launch(block, bits)
     else:
-        _one_by_one(block, bits)
+        one_by_one(block, bits)
 
 
 def launched(weights_KO: Tensor) -> bool:
@@ -59,7 +59,8 @@ def launches(columns: int, device: torch.device) -> int:
     return _LAUNCHES * (-(-columns // LAUNCHED) if device.type == "cuda" and find_spec("triton") is not None else columns)
 
 
-def _one_by_one(block: Block, bits: int) -> None:
+def one_by_one(block: Block, bits: int) -> None:
+    """As `round_block`, on any device."""
     w_KO, original_KO, deviations_KO, codes_KO, shares_KK, scale_KO = map(_quick, block[:6])
     zero_KO = None if block.zero_KO is None else _quick(block.zero_KO)
     lowest, highest = code_range(bits)
@@ -77,7 +78,7 @@ def _quick(tensor: Tensor) -> Any:
     return tensor.numpy() if tensor.device.type == "cpu" else tensor
 
 
-def _launch(block: Block, bits: int) -> None:
+def launch(block: Block, bits: int) -> None:
     """A block of LAUNCHED columns at most; of tensors of any device, for tests run the kernel in Triton's interpreter."""
     from ..kernels.triton_columns import columns_kernel
 
@@ -109,11 +110,11 @@ def _works(device: torch.device) -> bool:
     """Whether the kernel is there, and rounds a block as one column after the other does; a warning where it is and does not."""
     if find_spec("triton") is None:
         return False
-    launch, plain = _trial(device), _trial(device)
-    _one_by_one(plain, 4)
+    tried, plain = trial(device), trial(device)
+    one_by_one(plain, 4)
     try:
-        _launch(launch, 4)
-        off = float((launch.codes_KO != plain.codes_KO).float().mean())
+        launch(tried, 4)
+        off = float((tried.codes_KO != plain.codes_KO).float().mean())
         reason = f"{100 * off:.2g} % of a trial's codes differ" if off > 0.01 else ""  # sums have another order
     except Exception as failed:  # noqa: BLE001, of Triton, its compiler or CUDA
         reason = f"{type(failed).__name__}: {failed}"
@@ -122,8 +123,8 @@ def _works(device: torch.device) -> bool:
     return not reason
 
 
-def _trial(device: torch.device) -> Block:
-    """The same everywhere."""
+def trial(device: torch.device) -> Block:
+    """A block of as many columns as a launch takes, less one; the same everywhere."""
     generator, columns, rows = torch.Generator().manual_seed(0), LAUNCHED - 1, 2 * _ROWS + 1
     w_KO = torch.randn(columns, rows, generator=generator, device="cpu")
     shares_KK = (0.1 * torch.randn(columns, columns, generator=generator, device="cpu")).tril(-1) + torch.eye(columns, device="cpu")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from planish.quant.kernels import pack_nibbles, tuning
-from planish.quant.solvers.columns import Block, _launch, _one_by_one, _works
+from planish.quant.solvers.columns import Block, _works, launch, one_by_one
 from planish.quant.transforms.hadamard import hadamard_block
 
 OPS = torch.ops.planish
@@ -182,8 +182,8 @@ def test_columns(columns: int, rows: int, bits: int, zero: bool, grid: str) -> N
         Block(draw(columns, rows), draw(columns, rows, seed=2), draw(columns, rows), codes, shares_KK, scale_KO, zero_KO if zero else None)
         for codes in (integers(columns, rows, bits=8), integers(columns, rows, bits=8, seed=1))
     ]
-    _launch(blocks[0], bits)
-    _one_by_one(blocks[1], bits)
+    launch(blocks[0], bits)
+    one_by_one(blocks[1], bits)
     assert float((blocks[0].codes_KO != blocks[1].codes_KO).float().mean()) < 0.01  # sums have another order
     same = blocks[0].codes_KO == blocks[1].codes_KO
     torch.testing.assert_close(blocks[0].deviations_KO[same], blocks[1].deviations_KO[same], rtol=1e-4, atol=1e-4)

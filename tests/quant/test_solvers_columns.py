@@ -16,16 +16,16 @@ def _asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kernel_that_is_right_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "_launch", columns._one_by_one)
+    monkeypatch.setattr(columns, "launch", columns.one_by_one)
     assert columns._works(HERE)
 
 
 def test_one_that_is_wrong_or_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "_launch", lambda block, _bits: block.codes_KO.fill_(1))
+    monkeypatch.setattr(columns, "launch", lambda block, _bits: block.codes_KO.fill_(1))
     with pytest.warns(UserWarning, match="% of a trial's codes differ"):
         assert not columns._works(HERE)
     columns._works.cache_clear()
-    monkeypatch.setattr(columns, "_launch", lambda *_: 1 / 0)
+    monkeypatch.setattr(columns, "launch", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="ZeroDivisionError"):
         assert not columns._works(HERE)
 
@@ -46,11 +46,11 @@ def test_blocks_are_no_longer_than_a_launch_takes(fmt: WeightFormat, monkeypatch
         seen.add(len(block.weights_KO))
         assert {len(part) for part in block if part is not None} == {len(block.weights_KO)}
         assert block.shares_KK.shape[1] == len(block.weights_KO)
-        columns._one_by_one(block, bits)
+        columns.one_by_one(block, bits)
 
     for module in ("gptq", "columns"):
         monkeypatch.setattr(f"planish.quant.solvers.{module}.launched", lambda _weights: True)
-    monkeypatch.setattr(columns, "_launch", launch)
+    monkeypatch.setattr(columns, "launch", launch)
     found = Gptq(block_size=1000).solve(w_OI, fmt, moments, torch.float32).weight
     assert max(seen) == columns.LAUNCHED
     assert float((found.codes != plain.codes).float().mean()) < 0.01
