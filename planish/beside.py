@@ -16,7 +16,7 @@ from .calib.precision import bfloat16_products
 from .calib.runner import BlockRunner
 from .calib.sites import reader_weight
 from .calib.super_weights import search
-from .journal import once
+from .files import once
 from .quant.errors import PlanishError
 from .quant.formats import Scheme
 from .quant.low_rank import LowRank, lorc, svdquant, weighted_lorc

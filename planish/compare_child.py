@@ -26,7 +26,7 @@ from .compression import carry_out
 from .decode import decode
 from .eval.reference import Reference, compare_with
 from .export import bits_per_weight, stored_bytes
-from .journal import write_text
+from .files import write_text
 from .options import Dtype, torch_dtype
 from .preflight import make_plan
 from .quant.errors import PlanishError

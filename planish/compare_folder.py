@@ -17,7 +17,7 @@ from typing import Any
 from .calib.shards import read_json
 from .comparison import Done
 from .decode import decode
-from .journal import write_text
+from .files import write_text
 from .outfile import ABOUT
 from .quant.errors import PlanishError
 from .schemas import plain

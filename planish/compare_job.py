@@ -28,7 +28,7 @@ from .comparison_page import comparison_page
 from .decode import decode
 from .eval.reference import make_reference
 from .eval.score import Comparison
-from .journal import locked
+from .files import locked
 from .lanes import side_by_side
 from .outfile import check_comparison
 from .page_links import beside

@@ -8,10 +8,10 @@ from rich.padding import Padding
 from rich.text import Text
 
 from .compare_plan import ComparisonPlan, notes
-from .compare_text import all_notes, change, perplexity, portable, text_words
+from .compare_text import all_notes, portable, text_words
 from .comparison import ComparisonReport, Row
 from .fitting import Table
-from .units import duration, size
+from .units import change, duration, perplexity, size
 
 
 def comparison_plan_tables(plan: ComparisonPlan, model: str, pending: Sequence[str]) -> tuple[RenderableType, ...]:

@@ -1,25 +1,14 @@
 """A comparison as Markdown, and its picture."""
 
-import math
 from collections.abc import Sequence
 
 from .comparison import ComparisonReport, Quality, Row
 from .eval.markdown import escaped, points, rows_table
 from .eval.scatter import WIDTH, Panel, Point, scatter
 from .pareto import other_servers
-from .units import counted, duration, size
+from .units import change, counted, duration, perplexity, size
 
 QUALITY = "KL divergence from full precision, nats per token"
-
-
-def change(share: float) -> str:
-    """+1.2%."""
-    return f"{share:+.1%}" if math.isfinite(share) else "–"
-
-
-def perplexity(value: float) -> str:
-    """Two decimals, fewer where there are many digits before them; NaN."""
-    return "NaN" if math.isnan(value) else f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"
 
 
 def quality_words(quality: Quality) -> str:

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
-from .compare_text import QUALITY, all_notes, change, made_words, panels, perplexity, text_words
+from .compare_text import QUALITY, all_notes, made_words, panels, text_words
 from .comparison import ComparisonReport, Row
 from .eval.page import Card, Column, Links, Page, Part, Picture, Table, Words, render, section
 from .eval.scatter import NARROW, scatter
-from .units import duration, size
+from .units import change, duration, perplexity, size
 
 NEEDS = {"best": "Best", "smallest": "Smallest", "quickest": "Quickest", "portable": "Portable"}
 

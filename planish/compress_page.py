@@ -5,7 +5,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .compare_text import change, perplexity
 from .compress_report import CompressReport, EvaluationReport
 from .eval.gate import Judgement
 from .eval.markdown import escaped, points, rows_table
@@ -13,7 +12,7 @@ from .eval.outlier_view import number, ranges
 from .eval.page import Card, Code, Column, Links, Page, Part, Picture, Table, Words, render, section
 from .eval.scatter import NARROW, Panel, Point, scatter
 from .records import SiteRecord
-from .units import counted, duration, size
+from .units import change, counted, duration, perplexity, size
 from .yamltext import dump_yaml
 
 HEADINGS = ("", "base", "compressed", "ratio")

@@ -28,9 +28,10 @@ from .calib.workers import share_of_threads, workers_for
 from .callbacks import Callback, Progress, Told
 from .eval.probe import check_probe, read_probe, record_probe
 from .export import publish, write_checkpoint
+from .files import BusyError, locked, once
 from .fused import settled
 from .interruption import interruptible
-from .journal import BusyError, Journal, locked, once
+from .journal import Journal
 from .looks import Looks
 from .preflight import Plan, make_plan
 from .quant.errors import PlanishError

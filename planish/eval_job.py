@@ -31,7 +31,7 @@ from .eval.task_cache import Answers, check_keepable, keep_answers, keep_hidden,
 from .eval.tasks import Task, check_names, open_tasks
 from .eval.text_score import BaseHidden, TextSettings, Windows, cut, hidden_states, measure_text
 from .eval_page import eval_markdown, eval_page
-from .journal import write_text
+from .files import write_text
 from .loading import load
 from .outfile import check_outfiles
 from .page_links import beside

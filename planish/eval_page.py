@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 
-from .compare_text import change, perplexity
 from .compress_page import gate_lines
 from .eval.evaluation import Evaluation, MetricResult, TextResult
 from .eval.markdown import escaped, page_table, points
 from .eval.page import Card, Column, Links, Page, Part, Table, Words, render, section
 from .eval_tables import figure, percent, risen, task_words, text_words, title
-from .units import counted, duration
+from .units import change, counted, duration, perplexity
 
 HEADINGS = ("", "base", "compressed", "change")
 

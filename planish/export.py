@@ -23,7 +23,8 @@ from .calib.shards import TensorInfo, read_header, read_json
 from .calib.topology import Topology
 from .eval.origin import file_digests
 from .eval.probe import PROBE_FILE
-from .journal import Journal, sync, write_text
+from .files import sync, write_text
+from .journal import Journal
 from .modelcard import model_card
 from .preflight import Plan
 from .recipe import digest, to_yaml

@@ -21,7 +21,7 @@ from .calib.runner import BlockRunner
 from .calib.sites import Topology
 from .calib.stream import relative_error
 from .calib.walk import site_inputs
-from .journal import once
+from .files import once
 from .learning import Learned, learned
 from .quant.errors import PlanishError
 from .quant.formats import Scheme

@@ -14,9 +14,9 @@ from .calib.topology import topology
 from .decode import decode
 from .eval.outlier_page import outlier_markdown, outlier_page
 from .eval.pictures import plotly_script
+from .files import write_text
 from .inspect_json import from_dict
 from .inspection import inspect
-from .journal import write_text
 from .outfile import check_outfiles
 from .page_links import beside
 from .quant.errors import PlanishError

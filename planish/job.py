@@ -24,7 +24,7 @@ from .decode import decode
 from .eval.gate import Judgement, kind
 from .eval.measured import COMPARED, comparison_metrics
 from .export import FOLDER, MANIFEST
-from .journal import BusyError, write_text
+from .files import BusyError, write_text
 from .outfile import check_apart, check_outfile
 from .page_links import beside
 from .preflight import Plan, make_plan

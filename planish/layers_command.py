@@ -53,7 +53,7 @@ def layers(
         from .callbacks import Silent
         from .eval.layers_page import layers_page
         from .eval.pictures import plotly_script
-        from .journal import write_text
+        from .files import write_text
         from .layer_view import layers as run
         from .layers_tables import layers_tables
         from .schemas import plain

@@ -17,7 +17,7 @@ from .calib.fusing import head_rows, value_site
 from .calib.rewritten import Rewriting, Rewritten
 from .calib.runner import BlockRunner
 from .calib.sensitivity import Felt, sensitivities
-from .journal import Kept
+from .files import Kept
 from .quant.transforms.factors import Blocks, Chain, on_input
 from .quant.transforms.learned import learn_rotations, objective_of, turned
 from .quant.transforms.rotate import Learning, Rotate

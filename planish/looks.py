@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .calib.observe import Observation
 from .calib.statistics import Extremes
 from .calib.stream import Stream
+from .files import sync
 from .quant.transforms import FoldNorms, Prefix, Rotate, Step, Untie
 
 BEFORE_THE_WALK = (FoldNorms, Untie, Rotate, Prefix)  # steps that change what a block is, or what it is given, in full precision
@@ -70,6 +71,7 @@ class Looks:
         self.folder.mkdir(parents=True, exist_ok=True)
         new = file.with_name(f"{file.name}.{os.getpid()}.new")  # others may be at it too
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new)
+        sync(new)
         new.replace(file)
 
 

@@ -17,8 +17,8 @@ from .block import BlockCompressor, Streams, Turn
 from .calib.packing import Packed
 from .calib.precision import bfloat16_products
 from .calib.walk import SiteWalk, walking
+from .files import Kept
 from .flatten import HELD_OUT, chosen, look_at, trial_of
-from .journal import Kept
 from .quant.formats import Scheme
 from .quant.transforms import Keeping, RaiseActivations
 from .quant.transforms.factors import rounded

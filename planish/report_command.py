@@ -68,7 +68,7 @@ def write_pages(files: Sequence[Path], out: Path, markdown: Path | None = None, 
     Raises PlanishError.
     """
     from .eval.page import Links, Page, render, section
-    from .journal import write_text
+    from .files import write_text
     from .outfile import check_apart, check_outfile, check_writable
     from .page_links import about
     from .quant.errors import PlanishError

@@ -65,7 +65,7 @@ def search(
         loaded = with_settings(load_recipe(recipe), settings or [])
 
         from .callbacks import Silent
-        from .journal import write_text
+        from .files import write_text
         from .schemas import plain
         from .search_tables import search_tables
         from .searching import search as run

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .calib.shards import DTYPES, INDEX_FILE, SINGLE_FILE, TensorInfo
-from .journal import write_text
+from .files import write_text
 
 COPY_BYTES = 16 << 20
 CODES = {dtype: code for code, dtype in DTYPES.items()}

@@ -1,4 +1,6 @@
-"""Bytes, seconds and shares as people read them."""
+"""Bytes, seconds, shares and perplexities as people read them."""
+
+import math
 
 
 def size(count: float) -> str:
@@ -24,3 +26,13 @@ def duration(seconds: float) -> str:
 def counted(count: int, what: str) -> str:
     """1 thread, 2 threads."""
     return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def change(share: float) -> str:
+    """+1.2%."""
+    return f"{share:+.1%}" if math.isfinite(share) else "–"
+
+
+def perplexity(value: float) -> str:
+    """Two decimals, fewer where there are many digits before them; NaN."""
+    return "NaN" if math.isnan(value) else f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"

@@ -345,7 +345,7 @@ def test_memory_runs_out_on_the_way(kind: str, planish: Planish, model: Path, mo
 
     arguments = ("compress", "w8a8", "--model", model, "--out", "out", *SHORT, "--quiet", "--no-evaluate")
     with monkeypatch.context() as patch:
-        patch.setattr("planish.journal.save_file", wanting)
+        patch.setattr("planish.files.save_file", wanting)
         refused(
             planish(*arguments),
             "you tried to allocate" if kind == "CPU" else "CUDA out of memory. Tried to allocate 2.00 GiB. Take less",
@@ -366,7 +366,7 @@ def test_disk_full_on_the_way(kind: str, planish: Planish, model: Path, monkeypa
 
     arguments = ("compress", "w8a8", "--model", model, "--out", "out", *SHORT, "--quiet", "--no-evaluate")
     with monkeypatch.context() as patch:
-        patch.setattr("planish.journal.save_file", full)
+        patch.setattr("planish.files.save_file", full)
         refused(planish(*arguments), "he disk is full", "goes on at the block where it was")
     assert not (model.parent / "out").exists()
     assert json.loads((model.parent / "out.partial" / "journal.json").read_text())["blocks"] == []

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from planish.journal import BusyError, Journal, locked, write_text
+from planish.files import BusyError, locked, write_text
+from planish.journal import Journal
 from planish.quant.errors import PlanishError
 from planish.records import BlockRecord, SiteRecord
 from planish.terminal import system_message
@@ -49,7 +50,7 @@ def test_a_full_disk_for_tensors_names_the_file(tmp_path: Path, monkeypatch: pyt
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     journal = Journal.open(tmp_path / "work", "mine")
-    monkeypatch.setattr("planish.journal.save_file", full)
+    monkeypatch.setattr("planish.files.save_file", full)
     with pytest.raises(OSError, match=r"No space left on device: .*block-00000\.safetensors"):
         journal.add(BlockRecord(0, error=0.25, sites={}), {"a": torch.ones(2)})
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["journal.json"]
