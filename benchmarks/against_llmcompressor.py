@@ -24,11 +24,11 @@ def worker(a: argparse.Namespace) -> dict[str, object]:
     from transformers import AutoTokenizer
 
     import planish
-    import planish.compression  # imports are no part of what is timed, for neither tool
+    import planish.compressing.compression  # imports are no part of what is timed, for neither tool
     from planish.calib.data import windows
     from planish.calib.stored import open_stored
     from planish.eval.score import score
-    from planish.recipe import with_settings
+    from planish.recipe.schema import with_settings
 
     settings = [f"calibration.source={a.text}", "calibration.seed=null", f"calibration.samples={a.samples}", f"calibration.length={a.length}", *a.set]
     recipe = with_settings(planish.load_recipe(a.recipe), settings)

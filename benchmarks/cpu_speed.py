@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 import planish
 from planish.calib.packed import kernels_used
-from planish.recipe import Recipe, load_recipe, with_settings
+from planish.recipe.schema import Recipe, load_recipe, with_settings
 
 QUICK = ("solver=rtn", "calibration.samples=1", "calibration.length=64", "calibration.batch_size=1")
 SCHEMES: dict[str, tuple[str, tuple[str, ...]]] = {

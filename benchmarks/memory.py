@@ -65,7 +65,7 @@ def main() -> None:
     a = p.parse_args()
     if a.worker:
         import planish
-        from planish.recipe import with_settings
+        from planish.recipe.schema import with_settings
 
         recipe = with_settings(planish.load_recipe("w8a8"), ["calibration.samples=8", "calibration.length=256"])
         planish.compress(recipe, a.worker / "model", a.worker / "out", offload_dir=a.worker)

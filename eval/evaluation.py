@@ -1,6 +1,6 @@
 """What an evaluation finds, as data: a text, tasks, and both against the base model.
 
-JSON of it: planish/schemas.py; how it is done: planish/eval_job.py.
+JSON of it: planish/common/schemas.py; how it is done: planish/evaluating/job.py.
 """
 
 from collections.abc import Mapping

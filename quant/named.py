@@ -1,4 +1,4 @@
-"""How a field that holds one of several classes says so, for whoever reads and writes plain data (planish/decode.py)."""
+"""How a field that holds one of several classes says so, for whoever reads and writes plain data (planish/common/decode.py)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from planish.callbacks import Progress
-from planish.compare_child import Channel, Task, work
-from planish.compare_parent import Started, listen
-from planish.decode import decode, encode
+from planish.common.decode import decode, encode
+from planish.comparing.child import Channel, Task, work
+from planish.comparing.parent import Started, listen
+from planish.walk.callbacks import Progress
 
 MEASURE = ("--windows", "2", "--length", "64")
 
@@ -24,4 +24,4 @@ def run_here(task: Task, progress: Progress, _started: Started) -> object:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """No processes in this test."""
-    monkeypatch.setattr("planish.compare_job.run_child", run_here)
+    monkeypatch.setattr("planish.comparing.job.run_child", run_here)

@@ -10,7 +10,7 @@ from tiny_models import tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from planish.recipe import Recipe, load_recipe, with_settings
+from planish.recipe.schema import Recipe, load_recipe, with_settings
 
 VOCABULARY = 400
 STEPS = {  # every step that transforms, as a recipe has it

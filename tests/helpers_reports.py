@@ -2,13 +2,13 @@
 
 import math
 
-from planish.comparison import Base, ComparisonReport, Quality, Row, Text
-from planish.compress_report import ArithmeticReport, Bytes, CompressReport, EvaluationReport, Machine, PlanReport, ScoreReport, SiteFormat
+from planish.comparing.pareto import COSTS, front, picks
+from planish.comparing.report import Base, ComparisonReport, Quality, Row, Text
+from planish.compressing.report import ArithmeticReport, Bytes, CompressReport, EvaluationReport, Machine, PlanReport, ScoreReport, SiteFormat
 from planish.eval.evaluation import Evaluation, MetricBase, MetricResult, TaskResult, TextBase, TextResult
 from planish.eval.gate import Gate
 from planish.eval.paired import Flips, Measured
-from planish.pareto import COSTS, front, picks
-from planish.records import BlockRecord, SiteRecord
+from planish.walk.records import BlockRecord, SiteRecord
 
 BLOCKS = 30
 HARD = {"qkv": 0.05, "o": 0.09, "gate_up": 0.06, "down": 0.12}

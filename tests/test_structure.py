@@ -9,6 +9,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("quant", "calib", "eval", "planish")  # a room imports itself and the ones before it
 LINKS = ("quant", "calib", "eval", "recipes")
+FLOORS = (  # of the front door: a room imports itself and those of the floors before; cli.py and its like stand above
+    ("common", "serving"),
+    ("recipe",),
+    ("walk", "terminal", "loading"),
+    ("planning",),
+    ("compressing",),
+    ("comparing", "evaluating", "inspecting", "layerwise", "searching"),
+)
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py") if path.relative_to(ROOT).parts[1] not in LINKS)
 SOURCES = sorted({*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / ".ci").rglob("*.py")})
 
@@ -63,6 +71,15 @@ def test_imports_point_one_way(path: Path) -> None:
     mine = ROOMS.index(room_of(package(path)))
     wrong = [f"line {line}: {'.'.join(name)}" for line, name in relative_imports(path) if ROOMS.index(room_of(name)) > mine]
     assert not wrong, f"a room may import only the rooms before it ({' <- '.join(ROOMS)})"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parent.parent == ROOT / "planish"], ids=identity)
+def test_the_front_door_has_floors(path: Path) -> None:
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    mine = path.parent.name
+    used = {name[1]: line for line, name in relative_imports(path) if room_of(name) == "planish" and name[1] != mine}
+    wrong = [f"line {line}: {room}" for room, line in used.items() if floor.get(room, len(FLOORS)) >= floor[mine]]
+    assert not wrong, "a room of the front door may import only those of the floors before it: see FLOORS"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=identity)

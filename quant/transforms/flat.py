@@ -7,7 +7,7 @@ x -> x T, W -> W T^-T, least of
 a mean over tokens, summed over the outputs of all readers, as a part of |x W'|^2. Q rounds with the straight-through gradient. T: flat_shapes.py.
 
 Other than in the paper: what is made small is the error at the site, on the inputs that really arrive there, from quantized predecessors, unless
-objective is block: then, as there, it is that of the block's output, all sites at once (planish/together.py), though on inputs from quantized
+objective is block: then, as there, it is that of the block's output, all sites at once (planish/walk/together.py), though on inputs from quantized
 predecessors too; a factor is descended by its entries, inverted by a solver (there: by its singular vectors and values); it can start from CAT; the
 clip of weights is one for all readers and serves descent only, for the solver searches its own; keys and values are not quantized.
 

@@ -12,9 +12,9 @@ from planish.calib import own_text as module
 from planish.calib.checkpoint import open_checkpoint
 from planish.calib.outlier_tokens import start_token
 from planish.calib.own_text import own_text
-from planish.preflight import make_plan
+from planish.planning.preflight import make_plan
 from planish.quant.errors import PlanishError
-from planish.recipe import Recipe
+from planish.recipe.schema import Recipe
 
 CPU = torch.device("cpu")
 
@@ -62,7 +62,7 @@ def test_the_plan_says_what_writing_takes(family: str, tmp_path: Path, monkeypat
     """The keys and values are those of the cache that the model leaves; one layer's are there twice."""
     folder, recipe = source(family, tmp_path / "model"), quick("w8a8", "calibration.source=model")
     with monkeypatch.context() as patch:
-        patch.setattr("planish.preflight.free_bytes", lambda _device: 1000)
+        patch.setattr("planish.planning.preflight.free_bytes", lambda _device: 1000)
         with pytest.raises(PlanishError, match=r"calibration.source: model: all of the model is in memory while it writes, about .* 1.0 kB are free"):
             make_plan(recipe, folder, device="cpu")
     found = make_plan(recipe, folder, device="cpu").writing
@@ -77,7 +77,7 @@ def test_the_plan_says_what_writing_takes(family: str, tmp_path: Path, monkeypat
     assert found.waiting == held // len(layers) * (len(layers) + 1)
     assert make_plan(quick("w8a8"), folder, device="cpu").writing is None
     with monkeypatch.context() as patch:  # it is written by now
-        patch.setattr("planish.preflight.writing", lambda *_args: replace(found, weights=10**15))
+        patch.setattr("planish.planning.preflight.writing", lambda *_args: replace(found, weights=10**15))
         assert make_plan(recipe, folder, device="cpu").writing is not None
 
 

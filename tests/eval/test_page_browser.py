@@ -14,9 +14,9 @@ import pytest
 from helpers_inspect import compressed_report, smollm2_report
 from helpers_reports import comparison_report, compress_report, evaluation
 
+from planish.common.schemas import to_json
 from planish.eval.outlier_page import outlier_page
 from planish.report_command import write_pages
-from planish.schemas import to_json
 
 pytestmark = pytest.mark.slow
 

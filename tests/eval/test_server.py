@@ -19,7 +19,7 @@ from planish.eval.server import ENVIRONMENT, TOLERANCE, server_python
 from planish.eval.verify import verify
 from planish.eval.vllm_score import SETTINGS
 from planish.quant.errors import PlanishError
-from planish.recipe import load_recipe, with_settings
+from planish.recipe.schema import load_recipe, with_settings
 
 pytestmark = [
     pytest.mark.server,

@@ -21,10 +21,10 @@ from transformers.integrations import sdpa_attention
 import planish
 from planish.calib.checkpoint import open_checkpoint
 from planish.calib.packed import ENVIRONMENT, Kernels, kernels_used
-from planish.preflight import make_plan
+from planish.planning.preflight import make_plan
 from planish.quant.errors import PlanishError
 from planish.quant.solvers import columns
-from planish.shipped import shipped
+from planish.recipe.shipped import shipped
 
 REAL = "PLANISH_TEST_GPU" in os.environ
 if not REAL:
@@ -213,7 +213,7 @@ def test_resumed(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("planish.compression.write_checkpoint", stop)
+        patch.setattr("planish.compressing.compression.write_checkpoint", stop)
         with pytest.raises(KeyboardInterrupt):
             planish.compress(recipe, model, tmp_path / "out", device=GPU)
     planish.compress(recipe, model, tmp_path / "out", device=GPU)
@@ -243,7 +243,7 @@ def test_a_plan_counts_what_is_launched_for_columns(model: Path, monkeypatch: py
     """A dozen operations for each that the solver rounds; with attention each row of a head by itself besides."""
     config = open_checkpoint(model).config
     widths, head = 3 * config.hidden_size + config.intermediate_size, config.hidden_size // config.num_attention_heads
-    monkeypatch.setattr("planish.estimate.seconds_per_launch", lambda _device: 1e6)
+    monkeypatch.setattr("planish.planning.estimate.seconds_per_launch", lambda _device: 1e6)
     for settings, rounded in (((), widths), (("solver.gptaq.attention=true",), widths + head * config.hidden_size), (("solver=rtn",), 0)):
         found = make_plan(quick("w4a4-best", "steps=[hadamard]", *settings), model, device=GPU).seconds
         assert found == pytest.approx(config.num_hidden_layers * 12e6 * rounded, rel=1e-3, abs=1e3)

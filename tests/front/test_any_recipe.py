@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planish
-from planish.decode import decode
+from planish.common.decode import decode
 from planish.eval.probe import read_probe
 from planish.quant.errors import PlanishError
-from planish.recipe import Recipe
-from planish.records import BlockRecord
+from planish.recipe.schema import Recipe
+from planish.walk.records import BlockRecord
 
 EXAMPLES = 10
 FAMILIES = ("llama", "gpt_neox", "gemma2")

@@ -12,18 +12,18 @@ from torch import Tensor
 
 import planish
 from planish import solving
-from planish.attention import heads_of
-from planish.block import BlockCompressor
 from planish.calib.checkpoint import open_checkpoint
 from planish.calib.runner import BlockRunner
 from planish.calib.walk import Pass, walking
-from planish.compression import streams_of
-from planish.preflight import make_plan
+from planish.compressing.compression import streams_of
+from planish.planning.preflight import make_plan
 from planish.quant.formats import Scheme, WeightFormat
 from planish.quant.solvers.attention import Heads, softmax_metrics
 from planish.quant.transforms import Cat, Prefix
-from planish.recipe import Recipe
-from planish.solving import Readers
+from planish.recipe.schema import Recipe
+from planish.walk.attention import heads_of
+from planish.walk.block import BlockCompressor
+from planish.walk.solving import Readers
 
 W4 = Scheme(weights=WeightFormat(bits=4))
 CALIBRATION = planish.Calibration(samples=8, length=48, batch_size=3)
@@ -68,7 +68,7 @@ def test_sees_what_the_models_attention_sees(family: str, prefix: tuple[int, ...
             told.append((*given, before_PKD, seen_TS))
             return softmax_metrics(*given, before_PKD=before_PKD, seen_TS=seen_TS, every=every)
 
-        monkeypatch.setattr("planish.attention.softmax_metrics", spy)
+        monkeypatch.setattr("planish.walk.attention.softmax_metrics", spy)
         known = runner.topology.attention
         assert known is not None
         site = next(site for site in runner.topology.sites if site.name == "qkv")

@@ -13,13 +13,13 @@ from helpers_front import tree
 from rich.console import Console
 
 import planish
-from planish.compression import Result
-from planish.preflight import make_plan
+from planish.common.schemas import to_json
+from planish.compressing.compression import Result
+from planish.compressing.reporting import plan_report, run_report
+from planish.compressing.tables import result_table
+from planish.planning.preflight import make_plan
 from planish.quant.errors import PlanishError
-from planish.recipe import Recipe, load_recipe, to_yaml, with_settings
-from planish.report import plan_report, run_report
-from planish.schemas import to_json
-from planish.tables import result_table
+from planish.recipe.schema import Recipe, load_recipe, to_yaml, with_settings
 
 CHOICE = "[auto: {candidates: [[hadamard: {block: 2}], [hadamard]], margin: 0.05}, clip]"
 RAISE = "[hadamard, raise_activations: {share: 0.25}, clip]"
@@ -112,7 +112,7 @@ class Stop(Exception):
     """As a kill would."""
 
 
-class Stopping(planish.callbacks.Silent):
+class Stopping(planish.walk.callbacks.Silent):
     """Ends the run when the first block is done."""
 
     blocks = False

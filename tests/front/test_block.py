@@ -11,16 +11,16 @@ from helpers_front import tree
 from transformers import PreTrainedConfig
 
 import planish
-from planish.block import BlockCompressor, BlockResult, Streams
 from planish.calib.runner import BlockRunner, Call
 from planish.calib.sites import Host, Topology
 from planish.calib.stored import open_stored
 from planish.calib.topology import topology
-from planish.compression import packed_linears, streams_of
+from planish.compressing.compression import packed_linears, streams_of
 from planish.eval.probe import check_probe, read_probe
-from planish.preflight import Plan, make_plan
+from planish.planning.preflight import Plan, make_plan
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
-from planish.recipe import Recipe
+from planish.recipe.schema import Recipe
+from planish.walk.block import BlockCompressor, BlockResult, Streams
 
 W4 = Scheme(weights=WeightFormat(bits=4))
 W8A8 = Scheme(weights=WeightFormat(bits=8), activations=ActivationFormat(bits=8))
@@ -80,7 +80,7 @@ def test_a_wrong_host_is_caught_on_the_real_block(site: str, tmp_path: Path, mon
 
     folder = source("llama", tmp_path / "model")
     monkeypatch.setattr("planish.calib.runner.topology", wrong)
-    monkeypatch.setattr("planish.preflight._prove", lambda _runner: None)  # which would have caught it earlier
+    monkeypatch.setattr("planish.planning.preflight._prove", lambda _runner: None)  # which would have caught it earlier
     with pytest.raises(planish.PlanishError, match=rf"smooth at block 0 \(.*{site}.*\): the transformed block is off by"):
         planish.compress(recipe(W8A8, planish.Gptq(), (planish.Smooth(strength=0.7, sites=(f"*.{site}",)),)), folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers_compress import source
 
-from planish.budget import Budget, Weights
 from planish.calib.checkpoint import open_checkpoint
 from planish.calib.runner import BlockRunner
 from planish.quant.errors import PlanishError
+from planish.searching.budget import Budget, Weights
 
 WEIGHTS = Weights(chosen=1000, itemsize=2, fixed=700, read=500)
 

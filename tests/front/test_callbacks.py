@@ -8,7 +8,7 @@ import pytest
 from helpers_compress import quick
 
 import planish
-from planish.records import BlockRecord
+from planish.walk.records import BlockRecord
 
 DOCS = Path(__file__).parents[2] / "docs"
 

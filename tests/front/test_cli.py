@@ -13,7 +13,7 @@ import torch
 from helpers_checkpoint import merge, rewrite
 from helpers_front import SHORT, Ran, tree
 
-from planish.shipped import shipped, shipped_text
+from planish.recipe.shipped import shipped, shipped_text
 
 Planish = Callable[..., Ran]
 
@@ -156,21 +156,24 @@ def test_version_and_help(planish: Planish) -> None:
 
 
 def test_what_needs_no_torch_imports_none() -> None:
-    code = "import sys, planish, planish.cli, planish.shipped; planish.PlanishError; planish.shipped.shipped(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, planish, planish.cli; from planish.recipe import shipped; "
+        "planish.PlanishError; shipped.shipped(); sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 SLIPS = {  # what is wrong, and what is not yet imported when that is said
     "compress w8a9 --model demo:smollm2 --out out": "torch",
     "compress w8a8 --model demo:smolm2 --out out": "torch",
-    "compress w8a8 --model demo:smollm2 --out out --set solver.gptw=1": "planish.job",
+    "compress w8a8 --model demo:smollm2 --out out --set solver.gptw=1": "planish.compressing.job",
     "plan w8a8.yml --model demo:smollm2": "torch",
     "plan w8a8 --model none": "torch",
     "compare w8a8 w8a9 --model demo:smollm2": "torch",
     "compare w8a8 --model none": "torch",
     "compare w8a8 --model demo:smollm2 --text none.txt": "torch",
     "compare w8a8 --model demo:smollm2 --out file": "torch",
-    "compare w8a8 --model demo:smollm2 --vary solver.gptw=1,2": "planish.compare_job",
+    "compare w8a8 --model demo:smollm2 --vary solver.gptw=1,2": "planish.comparing.job",
     "eval none": "torch",
     "eval demo:smollm2 --against file": "torch",
     "eval demo:smollm2 --text none.txt": "torch",
@@ -181,7 +184,7 @@ SLIPS = {  # what is wrong, and what is not yet imported when that is said
     "search w8a8 --model none --budget 4bpw --out new.yaml": "torch",
     "search w8a8 --model demo:smollm2 --budget 4bits --out new.yaml": "torch",
     "search w8a8 --model demo:smollm2 --budget 4bpw --out file": "torch",
-    "search w8a8 --model demo:smollm2 --budget 4bpw --out new.yaml --set solver.gptw=1": "planish.searching",
+    "search w8a8 --model demo:smollm2 --budget 4bpw --out new.yaml --set solver.gptw=1": "planish.searching.search",
     "inspect none": "torch",
     "layers none --against demo:smollm2": "torch",
     "verify none": "torch",

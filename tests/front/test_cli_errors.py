@@ -172,7 +172,7 @@ def test_table_that_only_the_last_block_contradicts(model: Path, monkeypatch: py
 
 def test_walk_in_another_order(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the proof not there, the walk itself would say so, and leave nothing."""
-    monkeypatch.setattr("planish.preflight._prove", lambda _runner: None)
+    monkeypatch.setattr("planish.planning.preflight._prove", lambda _runner: None)
     monkeypatch.setitem(FAMILIES, "llama", replace(LLAMA, **WRONG_TABLES["another order"][0]))
     refuses(model, "the block came to site gate_up while qkv was next", recipe="w4a16-channel", options=(*SHORT, "--quiet"))
 
@@ -345,7 +345,7 @@ def test_memory_runs_out_on_the_way(kind: str, planish: Planish, model: Path, mo
 
     arguments = ("compress", "w8a8", "--model", model, "--out", "out", *SHORT, "--quiet", "--no-evaluate")
     with monkeypatch.context() as patch:
-        patch.setattr("planish.files.save_file", wanting)
+        patch.setattr("planish.common.files.save_file", wanting)
         refused(
             planish(*arguments),
             "you tried to allocate" if kind == "CPU" else "CUDA out of memory. Tried to allocate 2.00 GiB. Take less",
@@ -366,7 +366,7 @@ def test_disk_full_on_the_way(kind: str, planish: Planish, model: Path, monkeypa
 
     arguments = ("compress", "w8a8", "--model", model, "--out", "out", *SHORT, "--quiet", "--no-evaluate")
     with monkeypatch.context() as patch:
-        patch.setattr("planish.files.save_file", full)
+        patch.setattr("planish.common.files.save_file", full)
         refused(planish(*arguments), "he disk is full", "goes on at the block where it was")
     assert not (model.parent / "out").exists()
     assert json.loads((model.parent / "out.partial" / "journal.json").read_text())["blocks"] == []

@@ -18,10 +18,10 @@ import planish as front
 from planish.calib.data import Calibration
 from planish.calib.stored import open_stored
 from planish.calib.workers import threads
-from planish.compare_job import CompareJob
-from planish.comparison import ComparisonReport
-from planish.decode import decode
-from planish.page_links import about
+from planish.common.decode import decode
+from planish.common.page_links import about
+from planish.comparing.job import CompareJob
+from planish.comparing.report import ComparisonReport
 
 Planish = Callable[..., Ran]
 WORDS = "A blacksmith planishes a sheet of copper: light blows, and the bumps are gone. " * 40
@@ -39,7 +39,7 @@ def finished(original: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
     """w8a8 and w4a8 on two texts, with checkpoints; what was printed and the folder. Not to be changed."""
     out = tmp_path_factory.mktemp("compared") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planish.compare_job.run_child", run_here)
+        patch.setattr("planish.comparing.job.run_child", run_here)
         return invoke("compare", "w8a8", "w4a8", "--model", original, "--out", out, "--text", f"smith={text}", *SHORT, *MEASURE, "--keep"), out
 
 
@@ -124,7 +124,7 @@ def test_side_by_side_finds_the_same(original: Path, tmp_path: Path, monkeypatch
     recipes, told = [quick("w8a8"), quick("w4a16-channel")], Told()
     with threads(2):
         found = front.compare(recipes, original, tmp_path / "two", vary=["calibration.seed=0,1"], windows=1, length=32, jobs=2, progress=told)
-    monkeypatch.setattr("planish.compare_job.run_child", run_here)
+    monkeypatch.setattr("planish.comparing.job.run_child", run_here)
     with threads(1):
         alone = front.compare(recipes, original, tmp_path / "one", vary=["calibration.seed=0,1"], windows=1, length=32)
     assert (found.jobs, found.threads, alone.jobs, alone.threads) == (2, 1, 1, 1)
@@ -172,7 +172,7 @@ def test_tokens_are_made_once(original: Path, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.slow
 def test_peak_memory_is_ones_own() -> None:
     """A process that a large one started does not report the large one's peak."""
-    small = "from planish.report import peak_bytes; print(peak_bytes())"
+    small = "from planish.compressing.reporting import peak_bytes; print(peak_bytes())"
     large = f"import subprocess, sys; ballast = b'1' * 1_500_000_000; print(subprocess.check_output([sys.executable, '-c', {small!r}]).decode())"
     found = subprocess.check_output([sys.executable, "-c", large], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert 10**8 < int(found) < 1.2e9

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny
 
 from planish import compare_parent
-from planish.compare_folder import Folder
-from planish.comparison import Done
+from planish.common.texts import named_texts
+from planish.comparing.folder import Folder
+from planish.comparing.report import Done
 from planish.quant.errors import PlanishError
-from planish.recipe import load_recipe, with_settings
-from planish.texts import named_texts
-from planish.variants import named_recipes
+from planish.recipe.schema import load_recipe, with_settings
+from planish.recipe.variants import named_recipes
 
 BLOCKS = 12
 SETTINGS = ("--set", "calibration.samples=16", "--set", "calibration.length=128", *MEASURE)
@@ -114,7 +114,7 @@ def test_a_finished_checkpoint_is_measured_and_not_made_again(
         if keep:  # the checkpoint is measured, but has not got its place yet
             patch.setattr(Folder, "add", add_and_stop)
         else:
-            patch.setattr("planish.compare_child.compare_with", stop)
+            patch.setattr("planish.comparing.child.compare_with", stop)
         ran = invoke(*command)
     assert (ran.code, ran.err.splitlines()[-1][:32]) == (130, "Stopped. 0 of 1 recipes are done")
     (clock,) = Path("out/working").glob("*.clock.json")
@@ -185,11 +185,11 @@ def test_what_a_child_refuses_has_the_recipes_name(model: Path, tmp_path: Path) 
 
 
 def test_a_process_that_dies_is_said_to(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("planish.compare_parent._PROGRAM", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr("planish.comparing.parent._PROGRAM", "import os; os.kill(os.getpid(), 9)")
     ran = invoke("compare", "w8a8", "--model", original, "--out", tmp_path / "out", *SHORT, *MEASURE, "--quiet")
     assert ran.code == 2
     assert "recipe w8a8: its process was ended by SIGKILL" in ran.err
-    monkeypatch.setattr("planish.compare_parent._PROGRAM", "raise ValueError('a bug')")
+    monkeypatch.setattr("planish.comparing.parent._PROGRAM", "raise ValueError('a bug')")
     with pytest.raises(RuntimeError, match="a bug"):
         invoke("compare", "w8a8", "--model", original, "--out", tmp_path / "out", *SHORT, *MEASURE, "--quiet")
 

@@ -1,4 +1,4 @@
-"""planish.decode and planish.yamltext: strict both ways, and every refusal says where, what and what else."""
+"""planish.common.decode and planish.common.yamltext: strict both ways, and every refusal says where, what and what else."""
 
 import json
 import math
@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planish.decode import Named, decode, encode
+from planish.common.decode import Named, decode, encode
+from planish.common.yamltext import dump_yaml, parse_yaml
 from planish.quant.errors import PlanishError
-from planish.yamltext import dump_yaml, parse_yaml
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

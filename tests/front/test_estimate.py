@@ -8,10 +8,10 @@ import torch
 from helpers_compress import quick, source
 
 from planish.calib.checkpoint import open_checkpoint
-from planish.estimate import SOFTMAX, Memory, evaluating_seconds, resident
-from planish.preflight import Plan, make_plan
+from planish.planning.estimate import SOFTMAX, Memory, evaluating_seconds, resident
+from planish.planning.preflight import Plan, make_plan
 from planish.quant.solvers import Rtn
-from planish.recipe import Recipe
+from planish.recipe.schema import Recipe
 
 TOKENS, WIDTH, INNER = 4 * 32, 64, 512  # of helpers_compress.QUICK and of the model below: so wide inside that down takes most
 
@@ -101,7 +101,7 @@ def test_attention_that_makes_all_scores_counts_them(tmp_path: Path, threads: Ca
 
 def test_evaluation_takes_time_by_weights_and_attention(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of both models, counted by a clock that ticks once for each; an untied model's table of embeddings is not multiplied with."""
-    monkeypatch.setattr("planish.estimate.products_per_second", lambda _dtype, _device: 1.0)
+    monkeypatch.setattr("planish.planning.estimate.products_per_second", lambda _dtype, _device: 1.0)
     untied = source("llama", tmp_path / "untied", changes={"intermediate_size": INNER, "tie_word_embeddings": False})
     for path in (folder, untied):
         checkpoint = open_checkpoint(path)

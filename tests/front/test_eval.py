@@ -18,16 +18,16 @@ from safetensors.torch import load_file, save_file
 
 import planish
 from planish.calib.stored import open_any
-from planish.decode import decode
+from planish.common.decode import decode
+from planish.common.schemas import plain, schema_of
 from planish.eval import harness, task_cache
 from planish.eval.evaluation import Evaluation, metrics
 from planish.eval.harness import LoadedLM, run_task
 from planish.eval.paired import Measured
 from planish.eval.tasks import open_tasks
-from planish.eval_job import prefix_length
-from planish.eval_tables import figure
+from planish.evaluating.job import prefix_length
+from planish.evaluating.tables import figure
 from planish.quant.errors import PlanishError
-from planish.schemas import plain, schema_of
 
 Planish = Callable[..., Ran]
 TASKS = ("tiny_choice", "tiny_word")
@@ -134,7 +134,7 @@ def test_the_base_model_is_asked_once(pair: tuple[Path, Path], tasks: Path, monk
     assert asked == [*TASKS, *TASKS]
     assert not any(task.base_cached for task in first.tasks)
     asked.clear()
-    monkeypatch.setattr("planish.eval_job.hidden_states", lambda *_args, **_kwargs: pytest.fail("the base model was run again"))
+    monkeypatch.setattr("planish.evaluating.job.hidden_states", lambda *_args, **_kwargs: pytest.fail("the base model was run again"))
     second = planish.evaluate(pair[1], against=pair[0], tasks=TASKS, include_path=tasks, **TEXT)
     assert asked == list(TASKS)
     assert metrics(second) == metrics(first)

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import planish
 from planish import compression
 from planish.calib.shards import INDEX_FILE, SINGLE_FILE, TensorInfo, read_header
+from planish.compressing.shardwriter import write_shards
 from planish.quant.formats import Scheme, WeightFormat
-from planish.recipe import Recipe, digest, load_recipe
-from planish.shardwriter import write_shards
+from planish.recipe.schema import Recipe, digest, load_recipe
 
 BYTES = planish.Export(layout="int-quantized")
 RTN = Recipe(name="rtn", calibration=None, scheme=Scheme(weights=WeightFormat(bits=8)), solver=planish.Rtn(), export=BYTES)

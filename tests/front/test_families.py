@@ -21,7 +21,7 @@ from planish.quant import linear
 from planish.quant.formats import ActivationFormat, activation_grid
 from planish.quant.linear import QuantizedLinear
 from planish.quant.transforms.smooth import Smooth
-from planish.recipe import Recipe
+from planish.recipe.schema import Recipe
 
 RECIPES = ("w8a8", "w8a8-static", "w4a8", "w4a16-g128", "w4a16-channel")
 VARIANTS = tuple(name for name in CONFIGS if name not in FAMILIES)

@@ -7,7 +7,7 @@ from helpers_inspect import bare_report, compressed_report, smollm2_report
 
 from planish.calib.diagnosis import Figures, Intervention, OutlierReport, OutlierToken, SuperWeight
 from planish.calib.interventions import AVERAGED, UNCHANGED, ZEROED
-from planish.findings import findings
+from planish.inspecting.findings import findings
 
 
 def known() -> OutlierReport:

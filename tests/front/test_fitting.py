@@ -9,10 +9,10 @@ from helpers_inspect import smollm2_report
 from helpers_reports import comparison_report, evaluation
 from rich.console import Console, RenderableType
 
-from planish.compare_tables import comparison_tables
-from planish.eval_tables import evaluation_tables
-from planish.fitting import WORDS, Table
-from planish.inspect_tables import inspect_tables
+from planish.common.fitting import WORDS, Table
+from planish.comparing.tables import comparison_tables
+from planish.evaluating.tables import evaluation_tables
+from planish.inspecting.tables import inspect_tables
 
 FIRST = {"recipe", "text", "task,", "worst", "sites"}  # headings of first columns, which lists do without
 

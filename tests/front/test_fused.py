@@ -17,7 +17,7 @@ import planish
 from planish.calib.checkpoint import open_checkpoint
 from planish.calib.stored import open_stored
 from planish.eval.score import score
-from planish.recipe import with_settings
+from planish.recipe.schema import with_settings
 
 STREAM = "fold_norms, rotate: {at: residual}"
 ROTATED = f"{STREAM}, rotate: {{at: value}}"
@@ -140,7 +140,7 @@ def test_a_run_that_is_taken_up_again_ends_in_the_same_bytes(steps: str, tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("planish.compression.write_checkpoint", stop)
+        patch.setattr("planish.compressing.compression.write_checkpoint", stop)
         with pytest.raises(KeyboardInterrupt):
             planish.compress(recipe, model, tmp_path / "out", dtype=torch.bfloat16)
     assert (tmp_path / "out.partial").is_dir()
@@ -245,7 +245,7 @@ def test_wrong_weights_are_caught_at_run_time(
 
 
 def test_wrong_heads_in_a_blocks_turn_are_caught(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("planish.blocksteps.rotate_values", halved)
+    monkeypatch.setattr("planish.walk.blocksteps.rotate_values", halved)
     with pytest.raises(planish.PlanishError, match=r"scale_rms, rotate at value at block 0 \(.*o.*\): the transformed block is off by"):
         planish.compress(quick("w8a8", "steps=[scale_rms: {exponent: 0.5}, rotate: {at: value}]"), sources["llama"], tmp_path / "out")
 

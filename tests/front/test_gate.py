@@ -13,16 +13,16 @@ from helpers_compress import quick
 from helpers_front import SHORT, Ran, tree
 
 import planish as planish_api
-from planish.decode import decode
+from planish.common.decode import decode
+from planish.common.yamltext import parse_yaml
 from planish.eval.gate import METRICS, Gate
 from planish.eval.measured import COMPARED, comparison_metrics
 from planish.eval.paired import Measured
 from planish.eval.score import Comparison, Score
 from planish.quant.errors import PlanishError
-from planish.recipe import digest, load_recipe, to_yaml, with_settings
-from planish.records import BlockRecord
-from planish.thresholds import read_gate, with_thresholds
-from planish.yamltext import parse_yaml
+from planish.recipe.schema import digest, load_recipe, to_yaml, with_settings
+from planish.recipe.thresholds import read_gate, with_thresholds
+from planish.walk.records import BlockRecord
 
 Planish = Callable[..., Ran]
 

@@ -4,7 +4,7 @@ import re
 
 from helpers_front import invoke
 
-from planish.variants import named_recipes
+from planish.recipe.variants import named_recipes
 
 
 def test_help_says_what_works() -> None:

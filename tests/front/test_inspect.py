@@ -14,7 +14,7 @@ from tiny_models import FAMILIES, VISION_FAMILIES, tiny_vision
 
 import planish as api
 from planish.calib.onnx_weights import PREPROCESSOR
-from planish.inspect_json import from_dict, schema
+from planish.inspecting.report_json import from_dict, schema
 
 Planish = Callable[..., Ran]
 QUICK = ("--samples", "3", "--length", "32")

@@ -1,4 +1,4 @@
-"""planish.inspect_json: reports go to JSON and back unchanged, the schema describes what is written, and what is not a report is refused."""
+"""planish.inspecting.report_json: reports go to JSON and back unchanged, the schema describes what is written, and what is no report is refused."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 
 from planish.calib import diagnosis
 from planish.calib.diagnosis import Intervention, OutlierReport
-from planish.inspect_json import from_dict, schema, to_dict
+from planish.inspecting.report_json import from_dict, schema, to_dict
 from planish.quant.errors import PlanishError
 
 REPORTS = {"demo": smollm2_report, "compressed": compressed_report, "bare": bare_report}

@@ -1,4 +1,4 @@
-"""planish.inspect_tables: one screen, at 100 columns and at 80, with what matters on it."""
+"""planish.inspecting.tables: one screen, at 100 columns and at 80, with what matters on it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ from helpers_inspect import bare_report, compressed_report, smollm2_report
 from rich.console import Console
 
 from planish.calib.diagnosis import Intervention, OutlierReport
-from planish.inspect_tables import FINDINGS, inspect_tables
+from planish.inspecting.tables import FINDINGS, inspect_tables
 
 LINES = 45
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 
-from planish.interruption import interruptible
+from planish.common.interruption import interruptible
 
 
 def swallowing(other: Exception) -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from planish.files import BusyError, locked, write_text
-from planish.journal import Journal
+from planish.common.files import BusyError, locked, write_text
 from planish.quant.errors import PlanishError
-from planish.records import BlockRecord, SiteRecord
-from planish.terminal import system_message
+from planish.terminal.console import system_message
+from planish.walk.journal import Journal
+from planish.walk.records import BlockRecord, SiteRecord
 
 
 def test_reads_back_what_was_added(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_full_disk_for_tensors_names_the_file(tmp_path: Path, monkeypatch: pyt
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     journal = Journal.open(tmp_path / "work", "mine")
-    monkeypatch.setattr("planish.files.save_file", full)
+    monkeypatch.setattr("planish.common.files.save_file", full)
     with pytest.raises(OSError, match=r"No space left on device: .*block-00000\.safetensors"):
         journal.add(BlockRecord(0, error=0.25, sites={}), {"a": torch.ones(2)})
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["journal.json"]

@@ -15,7 +15,7 @@ from planish.calib.runner import BlockRunner
 from planish.calib.stored import open_stored
 from planish.quant.errors import PlanishError
 from planish.quant.key_values import HeldKeyValues, KvCache
-from planish.recipe import Recipe, load_recipe, to_yaml, with_settings
+from planish.recipe.schema import Recipe, load_recipe, to_yaml, with_settings
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "opt", "gpt_neox"]
 STEPS = '[{"prefix":{"tokens":[5]}},{"shift":{}},{"rotate":{"at":"keys"}}]'

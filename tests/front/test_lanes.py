@@ -1,4 +1,4 @@
-"""planish.lanes: as many at once as jobs and memory allow, one progress for all, and nobody left running."""
+"""planish.comparing.lanes: as many at once as jobs and memory allow, one progress for all, and nobody left running."""
 
 import threading
 import time
@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from planish.callbacks import Progress
-from planish.lanes import side_by_side
+from planish.comparing.lanes import side_by_side
+from planish.walk.callbacks import Progress
 
 Started = Callable[[Callable[[], None]], None]
 

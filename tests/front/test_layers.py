@@ -20,12 +20,12 @@ from planish.eval.layers import LayerView, SiteView, chosen_sites
 from planish.eval.layers_page import layers_page
 from planish.eval.score import compare
 from planish.eval.verify import evaluation_windows
-from planish.layer_view import Inputs
-from planish.learning import Learned, learned
+from planish.layerwise.view import Inputs
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.linear import QuantizedLinear, quantize_input
-from planish.recipe import with_settings
+from planish.recipe.schema import with_settings
+from planish.walk.learning import Learned, learned
 
 W4A4 = Scheme(weights=WeightFormat(bits=4), activations=ActivationFormat(bits=4))
 
@@ -66,7 +66,7 @@ def test_searched_settings_are_those_of_the_checkpoint(steps: str, tmp_path: Pat
     assert any(site["strength"] or site["exponent"] for block in manifest["blocks"] for site in block["sites"].values())
     before = planish.layers(tmp_path / "out", model, windows=2, length=24, sites=0)
     for name in ("STRENGTHS", "EXPONENTS"):
-        monkeypatch.setattr(f"planish.smoothing.{name}", (0.111,))
+        monkeypatch.setattr(f"planish.walk.smoothing.{name}", (0.111,))
     after = planish.layers(tmp_path / "out", model, windows=2, length=24, sites=0)
     assert [site.error for site in after.sites] == pytest.approx([site.error for site in before.sites], rel=1e-3)
 
@@ -80,10 +80,10 @@ def test_learned_rotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         calls.append(arguments)
         return learned(*arguments)
 
-    monkeypatch.setattr("planish.fused.learned", counted)
+    monkeypatch.setattr("planish.walk.fused.learned", counted)
     assert planish.layers(tmp_path / "out", model, windows=1, length=24, sites=1).whole.kl < 0.01
     assert len(calls) == 1
-    monkeypatch.setattr("planish.fused.learned", lambda plan, *_: Learned(plan))
+    monkeypatch.setattr("planish.walk.fused.learned", lambda plan, *_: Learned(plan))
     with pytest.raises(PlanishError, match="the embeddings: the checkpoint has other values than its recipe makes of this model"):
         planish.layers(tmp_path / "out", model, windows=1, length=24, sites=1)
 

@@ -9,10 +9,10 @@ from helpers_compress import outlying, quick
 from helpers_front import SHORT, invoke
 
 from planish import block as blocks
-from planish.compare_plan import plan_comparison
-from planish.compression import carry_out
-from planish.preflight import make_plan
-from planish.recipe import Recipe
+from planish.comparing.plan import plan_comparison
+from planish.compressing.compression import carry_out
+from planish.planning.preflight import make_plan
+from planish.recipe.schema import Recipe
 
 BLOCKS = 3
 ALL = list(range(BLOCKS))
@@ -98,7 +98,7 @@ def test_on_disk_and_after_an_interruption(rough: Path, tmp_path: Path, counted:
 
 
 def test_compare_shares_among_those_that_see_the_same(rough: Path, tmp_path: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("planish.compare_job.run_child", run_here)
+    monkeypatch.setattr("planish.comparing.job.run_child", run_here)
     recipes = ("w8a8", "w4a8", "w4a4-fast", "w4a4-best", "paper-quarot")
     ran = invoke("compare", *recipes, "--model", rough, "--out", tmp_path / "out", *SHORT, "--set", "calibration.batch_size=2", *MEASURE)
     assert ran.code == 0, ran

@@ -1,4 +1,4 @@
-"""planish.outfile: what cannot be written, or would be written over by its own command, is refused before the work."""
+"""planish.common.outfile: what cannot be written, or would be written over by its own command, is refused before the work."""
 
 import tempfile
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from helpers_front import SHORT, invoke, tree
 
-from planish.outfile import check_apart, check_outfile, check_writable
+from planish.common.outfile import check_apart, check_outfile, check_writable
 from planish.quant.errors import PlanishError
 
 

@@ -14,15 +14,15 @@ from planish.calib.packing import Packed
 from planish.calib.runner import Call
 from planish.calib.sites import Site
 from planish.calib.stream import Stream
-from planish.callbacks import Silent
-from planish.polishing import Flow, polish
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.linear import QuantizedLinear
 from planish.quant.solvers import Rtn
 from planish.quant.transforms import Polish
-from planish.recipe import Recipe, load_recipe, to_yaml, with_settings
-from planish.solving import Readers
+from planish.recipe.schema import Recipe, load_recipe, to_yaml, with_settings
+from planish.walk.callbacks import Silent
+from planish.walk.polishing import Flow, polish
+from planish.walk.solving import Readers
 
 I, O, T, BATCHES = 24, 16, 64, 4  # noqa: E741
 

@@ -12,8 +12,8 @@ from tiny_models import tiny
 import planish
 from planish.calib.outlier_tokens import start_token
 from planish.calib.stored import open_stored
+from planish.compressing.reporting import plan_report
 from planish.eval.probe import check_probe, read_probe
-from planish.report import plan_report
 
 RECIPE = quick("w4a4-fast", "steps=[prefix: {tokens: auto}, hadamard]")
 

@@ -16,7 +16,7 @@ import planish
 from planish.calib.stored import open_stored
 from planish.eval.score import score
 from planish.quant.errors import PlanishError
-from planish.records import BlockRecord
+from planish.walk.records import BlockRecord
 
 FINE = ("scheme.weights.bits=8", "scheme.activations.bits=8", "solver=rtn")  # so that last bits move nothing
 NEW = 6

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from planish import progress
-from planish.progress import Live, Plain, Stage, showing
-from planish.units import duration, size
+from planish.common.units import duration, size
+from planish.terminal.progress import Live, Plain, Stage, showing
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""planish.recipe: shipped recipes, files, settings, and the rules across fields."""
+"""planish.recipe.schema: shipped recipes, files, settings, and the rules across fields."""
 
 import json
 from collections.abc import Callable
@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from planish.calib.data import Calibration
-from planish.decode import encode
+from planish.common.decode import encode
+from planish.common.yamltext import parse_yaml
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.solvers import Clip, Gptaq, Gptq, Rtn
 from planish.quant.transforms import Smooth
-from planish.recipe import Export, Override, Recipe, digest, load_recipe, shipped, shipped_text, to_yaml, with_settings
-from planish.yamltext import parse_yaml
+from planish.recipe.schema import Export, Override, Recipe, digest, load_recipe, shipped, shipped_text, to_yaml, with_settings
 
 W4 = WeightFormat(bits=4)
 W8 = WeightFormat(bits=8)

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 from helpers_inspect import compressed_report, smollm2_report
 
-from planish.decode import decode
+from planish.common.decode import decode
+from planish.common.yamltext import parse_yaml
+from planish.inspecting.recommend import BASES, recommend
 from planish.quant.errors import PlanishError
-from planish.recipe import Recipe, load_recipe
-from planish.recommend import BASES, recommend
-from planish.yamltext import parse_yaml
+from planish.recipe.schema import Recipe, load_recipe
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ from helpers_inspect import smollm2_report
 from helpers_reports import BLOCKS, NASTY, comparison_report, compress_report, evaluation
 from jsonschema import Draft202012Validator
 
-from planish.comparison_page import comparison_page
-from planish.compress_page import compress_page, markdown
-from planish.compress_report import CompressReport
-from planish.decode import decode
-from planish.eval_page import eval_markdown, eval_page
-from planish.page_links import about, beside
+from planish.common.decode import decode
+from planish.common.page_links import about, beside
+from planish.common.schemas import plain, to_json
+from planish.comparing.page import comparison_page
+from planish.compressing.page import compress_page, markdown
+from planish.compressing.report import CompressReport
+from planish.evaluating.page import eval_markdown, eval_page
 from planish.quant.errors import PlanishError
 from planish.report_command import write_pages
-from planish.schemas import plain, to_json
 
 
 def test_a_report_goes_through_json() -> None:

@@ -1,4 +1,4 @@
-"""planish.resolve: patterns of sites, overrides, and groups that fit."""
+"""planish.recipe.resolve: patterns of sites, overrides, and groups that fit."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.solvers import Rtn
 from planish.quant.transforms import Smooth
-from planish.recipe import Override, Recipe, load_recipe, shipped, with_settings
-from planish.resolve import matches, resolve
+from planish.recipe.resolve import matches, resolve
+from planish.recipe.schema import Override, Recipe, load_recipe, shipped, with_settings
 
 W4 = WeightFormat(bits=4)
 W8 = WeightFormat(bits=8)

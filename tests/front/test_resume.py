@@ -82,7 +82,7 @@ def test_what_was_found_before_the_walk_is_not_searched_again(finder: str, steps
 
     planish.compress(recipe, model, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("planish.compression.write_checkpoint", stop)
+        patch.setattr("planish.compressing.compression.write_checkpoint", stop)
         with pytest.raises(KeyboardInterrupt):
             planish.compress(recipe, model, tmp_path / "out")
     monkeypatch.setattr(f"planish.{finder}", stop)
@@ -116,7 +116,7 @@ def test_a_site_whose_sinks_leave_its_range_goes_on_as_dynamic(tmp_path: Path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("planish.compression.write_checkpoint", stop)
+        patch.setattr("planish.compressing.compression.write_checkpoint", stop)
         with pytest.raises(KeyboardInterrupt):
             planish.compress(recipe, model, tmp_path / "out")
     planish.compress(recipe, model, tmp_path / "out")
@@ -128,7 +128,7 @@ def test_another_recipe_does_not_go_on(deep: Path, tmp_path: Path, monkeypatch: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("planish.compression.write_checkpoint", stop)
+        patch.setattr("planish.compressing.compression.write_checkpoint", stop)
         ran = invoke("compress", "w8a8-static", "--model", deep, "--out", tmp_path / "out", *SETTINGS, "--quiet")
     assert ran.code == 130
     assert ran.err.startswith(f"Stopped. {BLOCKS} of {BLOCKS} blocks")
@@ -179,7 +179,7 @@ def unevaluated(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     command = ("compress", "w8a8", "--model", original, "--out", tmp_path / "out", *SHORT, "--gate", "kl=9", "--json")
     with monkeypatch.context() as patch:
-        patch.setattr("planish.job.evaluate", stop)
+        patch.setattr("planish.compressing.job.evaluate", stop)
         ran = invoke(*command)
     assert (ran.code, ran.out) == (130, "")
     assert "complete, and the same command goes on with the evaluation" in ran.err.splitlines()[-1]
@@ -231,7 +231,7 @@ def test_interrupted_as_the_working_folder_goes(original: Path, tmp_path: Path, 
 
     command = ("compress", "w8a8", "--model", original, "--out", tmp_path / "out", *SHORT, "--no-evaluate")
     with monkeypatch.context() as patch:
-        patch.setattr("planish.compression.publish", interrupted)
+        patch.setattr("planish.compressing.compression.publish", interrupted)
         ran = invoke(*command)
     assert ran.err.splitlines()[-1] == f"Stopped. The checkpoint {tmp_path / 'out'} is complete, and the same command writes its report."
     assert invoke(*command).code == 0

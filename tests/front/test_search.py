@@ -13,14 +13,14 @@ import planish
 from planish.calib.checkpoint import open_checkpoint
 from planish.calib.packing import Packed, pack, stored_size
 from planish.calib.stored import open_stored
-from planish.candidates import at_site, candidate, names_for
 from planish.eval.score import compare
-from planish.measuring import CLIP_GRID, quicker
 from planish.quant.errors import PlanishError
 from planish.quant.formats import Scheme, WeightFormat
 from planish.quant.solvers import Clip, Gptq, Rtn
-from planish.recipe import load_recipe, to_yaml, with_settings
-from planish.searching import patterns, split
+from planish.recipe.schema import load_recipe, to_yaml, with_settings
+from planish.searching.candidates import at_site, candidate, names_for
+from planish.searching.measuring import CLIP_GRID, quicker
+from planish.searching.search import patterns, split
 
 NAMES = ("3", "4", "8", "4-g32", "keep")
 

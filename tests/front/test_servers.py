@@ -3,8 +3,8 @@
 import pytest
 
 from planish.calib.packing import Layout, Packed
+from planish.planning.servers import servers
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
-from planish.servers import servers
 
 EIGHT, FOUR = WeightFormat(bits=8), WeightFormat(bits=4)
 TOKEN, OWN_RANGE = ActivationFormat(bits=8), ActivationFormat(bits=8, symmetric=False)

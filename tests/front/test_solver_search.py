@@ -14,11 +14,11 @@ from helpers_solvers import inputs
 import planish
 from planish.calib.sites import Site
 from planish.calib.walk import Pass
-from planish.preflight import make_plan
+from planish.planning.preflight import make_plan
 from planish.quant.solvers import Gptaq, Moments
-from planish.recipe import digest, load_recipe, to_yaml, with_settings
-from planish.records import BlockRecord
-from planish.solving import Readers, gather, held_batches
+from planish.recipe.schema import digest, load_recipe, to_yaml, with_settings
+from planish.walk.records import BlockRecord
+from planish.walk.solving import Readers, gather, held_batches
 
 LIST = "solver.gptaq.alpha=[0, 0.25, 1]"
 

@@ -16,7 +16,7 @@ from planish.quant.linear import quantize_input
 from planish.quant.low_rank import LowRank
 from planish.quant.solvers import Moments, Rtn
 from planish.quant.transforms.factors import Blocks, on_input
-from planish.solving import Readers, gather, held_batches, output_error, settle, solve
+from planish.walk.solving import Readers, gather, held_batches, output_error, settle, solve
 
 SITE = Site(name="in", readers=("a", "b"))
 INT8 = ActivationFormat(bits=8)

@@ -7,9 +7,9 @@ from helpers_compress import outlying, quick, source
 from helpers_front import tree
 
 import planish
-from planish.callbacks import Silent
 from planish.quant.errors import PlanishError
-from planish.recipe import Recipe
+from planish.recipe.schema import Recipe
+from planish.walk.callbacks import Silent
 
 
 def learned(steps: int = 12, *settings: str) -> Recipe:

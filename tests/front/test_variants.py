@@ -1,4 +1,4 @@
-"""planish.variants and planish.pareto: grids of settings with names, fronts, and what to take."""
+"""planish.recipe.variants and planish.comparing.pareto: grids of settings with names, fronts, and what to take."""
 
 import math
 from dataclasses import replace
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from helpers_reports import comparison_report, row
 
-from planish.pareto import COSTS, front, picks
+from planish.comparing.pareto import COSTS, front, picks
 from planish.quant.errors import PlanishError
-from planish.recipe import digest, load_recipe, with_settings
-from planish.variants import named_recipes
+from planish.recipe.schema import digest, load_recipe, with_settings
+from planish.recipe.variants import named_recipes
 
 
 def test_a_grid_has_every_combination_once() -> None:

@@ -18,7 +18,7 @@ import torch
 
 import planish
 from planish.eval.server import ENVIRONMENT, SCRIPT, server_python
-from planish.recipe import load_recipe, with_settings
+from planish.recipe.schema import load_recipe, with_settings
 
 PLUGIN = "PLANISH_PLUGIN"  # a folder with planish installed, for vLLM's own environment
 pytestmark = [

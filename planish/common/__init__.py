@@ -1,0 +1,1 @@
+"""What all rooms of the front door use: strict decoding, JSON, YAML, files that appear whole, units."""

@@ -1,0 +1,1 @@
+"""`planish compare` and `planish sweep`: several recipes on one model."""

@@ -1,0 +1,1 @@
+"""The whole job: recipe and model in, a verified checkpoint with its report out."""

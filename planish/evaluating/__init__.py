@@ -1,0 +1,1 @@
+"""`planish eval`: what a compression cost."""

@@ -1,0 +1,1 @@
+"""`planish layers`: a compressed checkpoint site by site."""

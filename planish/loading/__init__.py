@@ -1,0 +1,1 @@
+"""Checkpoints back into memory: planish.load, and transformers' from_pretrained."""

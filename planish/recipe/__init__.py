@@ -1,0 +1,1 @@
+"""The recipe language: what a recipe may say, and what it says at each site."""

@@ -1,0 +1,1 @@
+"""`planish search`: which weight format each site gets within a budget."""

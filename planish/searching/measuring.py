@@ -1,0 +1,215 @@
+"""What each weight format costs at each site of a model, alone: the error of the readers' outputs, and the divergence of the whole model.
+
+One pass over the blocks in full precision. At each site the recipe's solver quantizes the readers to every candidate, on the moments of what arrives
+in the full-precision model. For the formats that are tried whole a stream goes on from there to the model's end, with the site quantized and all else
+as it was, and its mean KL divergence from the model as it was is the cost. Other formats' costs follow from that by their squared output errors, sink
+tokens left out: for small errors the divergence is quadratic in them. Divergence and errors are of text that the solver was not shown.
+
+Shapes: ids (N, L) windows of token numbers. Suffixes: T tokens, C channels of a site, O out channels.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..calib.observe import sinks
+from ..calib.packing import Packed, stored_size
+from ..calib.runner import BlockRunner
+from ..calib.sites import reader_weight
+from ..calib.walk import SiteWalk, site_inputs, walking
+from ..compressing.absorbed import AbsorbedBlocks
+from ..eval.score import arithmetic, stream_comparisons
+from ..eval.variants import Key, Variants
+from ..quant.errors import PlanishError
+from ..quant.linear import QuantizedLinear
+from ..quant.solvers import Moments, Solver
+from ..recipe.resolve import Address
+from ..walk.beside import solve_beside
+from ..walk.block import Turn
+from ..walk.callbacks import Progress
+from ..walk.solving import Readers, gather, settle
+
+PROBED = 5.0  # bits per weight, at most, of the candidate that stands for the others
+CLIP_GRID = 20  # steps of a solver's clip search, at most, while candidates are measured: most of the time goes there
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A format at a site. bytes: of its readers' weights; error: of their outputs, relative; cost: mean KL divergence per token in nats.
+
+    measured: whether the cost was, or follows from another format's."""
+
+    bytes: int
+    error: float
+    cost: float
+    measured: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredSite:
+    """A site's options by name. weights: how many its readers have."""
+
+    block: int
+    site: str
+    weights: int
+    options: Mapping[str, Option]
+
+
+Choices = Mapping[Address, Mapping[str, Packed | None]]
+"""The candidates at each site, by name; None: full precision."""
+
+
+def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, progress: Progress, *, around: float | None = None) -> list[MeasuredSite]:
+    """All sites of `choices`, in the model's order. ids_NL: for divergence and errors. around: bits per weight; only the candidate that is nearest to
+    them is tried whole at a site, and the others' costs follow; None: all are.
+
+    Raises PlanishError for a recipe without calibration text.
+    """
+    if blocks.streams is None:
+        raise PlanishError("calibration is null, but a search measures on its text. Remove the line to use the built-in text.")
+    runner, count = blocks.runner, blocks.runner.topology.block_count
+    batches = list(torch.split(ids_NL, 1))
+    tried = {address: set(options) if around is None else {probe(runner, address, options, around)} for address, options in choices.items()}
+    errors: dict[Address, dict[str, float]] = {}
+    with arithmetic(runner.dtype, as_walked=True):
+        variants: Variants | None = None
+        progress.stage("measuring sites", count)
+        for index in range(count):
+            with blocks.block(index) as (block, turn):
+                variants = variants or Variants.start(runner, batches)
+                found, changed = _block(blocks, block, turn, choices, tried, _ordinary_inputs(blocks, block, index, variants))
+                errors |= found
+                variants.advance(block, index, changed)
+            progress.step(index + 1)
+        assert variants is not None
+        progress.stage("measuring divergence", sum(batch.shape[1] - 1 for batch in batches))
+        compared = stream_comparisons(runner, runner, batches, variants.plain, list(variants.streams.values()), progress.step)
+    divergence = {key: comparison.kl for key, comparison in zip(variants.streams, compared, strict=True)}
+    return [_site(runner, address, choices[address], errors[address], divergence) for address in errors]
+
+
+def _block(
+    blocks: AbsorbedBlocks, block: nn.Module, turn: Turn, choices: Choices, tried: Mapping[Address, set[str]], inputs: Mapping[str, Tensor]
+) -> tuple[dict[Address, dict[str, float]], dict[Key, Mapping[str, nn.Module]]]:
+    """The errors of every candidate at the block's sites, and the readers as modules of those that are tried whole."""
+    streams, runner = blocks.streams, blocks.runner
+    assert streams is not None
+    assert streams.before is not None
+    errors: dict[Address, dict[str, float]] = {}
+    changed: dict[Key, Mapping[str, nn.Module]] = {}
+    passes = turn.passes(block, streams, streams.before)
+    readers = {name: Readers.of(block, site, turn.packed[name], turn.static[name], turn.stored) for name, site in turn.sites.items()}
+    with walking(block, list(turn.sites.values()), passes, streams.replay, blocks.compressor.workers) as walk:
+        for name, site in readers.items():
+            address = turn.index, name
+            plain = Readers(site.site, None, None, dict(site.weights), dict(site.biases), {})
+            if address in choices:
+                errors[address] = {}
+                for option, trial in _trials(turn, site, walk, choices[address], blocks.plan.recipe.solver):
+                    modules = _modules(trial, runner.dtype)
+                    errors[address][option] = _error(modules, plain, inputs[name])
+                    if option in tried[address]:
+                        changed[turn.index, name, option] = modules
+            settle(plain, walk, runner.dtype, torch.float32)
+    return errors, changed
+
+
+def _trials(turn: Turn, site: Readers, walk: SiteWalk, choices: Mapping[str, Packed | None], solver: Solver) -> Iterator[tuple[str, Readers]]:
+    """Each candidate with the site's readers solved for it, one after the other."""
+    name = site.site.name
+    turn.take_out(site)
+    turn.flatten_input(site, walk)
+    assert site.packed is not None
+    moments = gather(site, walk, turn.observation.keep_T, None, solver.held_share)
+    quick = quicker(solver)
+    if quick.needs_cross:
+        moments = _uncrossed(moments)
+    for option, how in choices.items():
+        if how is not None:
+            packed = replace(site.packed, scheme=replace(site.packed.scheme, weights=how.scheme.weights), layout=how.layout)
+            trial = replace(site, packed=packed, weights=dict(site.weights), solved={}, low=dict(site.low))
+            solve_beside(trial, turn.beside[name], quick, moments, turn.stored)
+            yield option, trial
+
+
+def _ordinary_inputs(blocks: AbsorbedBlocks, block: nn.Module, index: int, variants: Variants) -> dict[str, Tensor]:
+    """What the plain stream's tokens that are no sinks make the inputs of the block's sites: (T, C) each."""
+    original, sites = blocks.runner.checkpoint.original_stream, blocks.runner.topology.sites
+    found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    with site_inputs(block, sites) as seen:
+        for call, hidden in zip(variants.calls, variants.plain, strict=True):
+            out = call.run(block, index, hidden)
+            keep_T = ~sinks(original(hidden).flatten(0, 1), original(out).flatten(0, 1))
+            for name, x_TC in seen.take().items():
+                found[name].append(x_TC[keep_T] if bool(keep_T.any()) else x_TC)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _error(modules: Mapping[str, nn.Module], plain: Readers, x_TC: Tensor) -> float:
+    """Relative error of the readers' outputs."""
+    off = size = 0.0
+    for path, module in modules.items():
+        bias_O = plain.biases[path]
+        y_TO = nn.functional.linear(x_TC, plain.weights[path].to(x_TC), None if bias_O is None else bias_O.to(x_TC))
+        off += float((module(x_TC) - y_TO).double().square().sum())
+        size += float(y_TO.double().square().sum())
+    return float((off / size) ** 0.5) if size else 0.0
+
+
+def quicker(solver: Solver) -> Solver:
+    """The solver with a clip search of CLIP_GRID steps at most."""
+    if solver.clip is not None and solver.clip.grid > CLIP_GRID:
+        return replace(solver, clip=replace(solver.clip, grid=CLIP_GRID))
+    return solver
+
+
+def _uncrossed(moments: Moments) -> Moments:
+    """Nothing is lost before a site whose input comes from the full-precision model."""
+    held = None if moments.held_out is None else _uncrossed(moments.held_out)
+    return replace(moments, cross_II=torch.zeros_like(moments.second_II), held_out=held)
+
+
+def _modules(readers: Readers, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The readers as they will run."""
+    return {
+        path: QuantizedLinear(weight, readers.biases[path], readers.activations, readers.static, readers.chain, dtype, readers.side(path))
+        for path, weight in readers.solved.items()
+    }
+
+
+def probe(runner: BlockRunner, address: Address, choices: Mapping[str, Packed | None], around: float) -> str:
+    """The candidate that is tried whole where one is: the quantized one whose bits per weight are nearest to `around` (at most PROBED).
+
+    The choice will be near it, so that little depends on how other costs follow; of many bits the divergence would drown in rounding.
+    """
+    weights, sizes = site_space(runner, address, choices)
+    quantized = [name for name, how in choices.items() if how is not None]
+    return min(quantized, key=lambda name: (abs(8 * sizes[name] / weights - min(around, PROBED)), sizes[name]))
+
+
+def site_space(runner: BlockRunner, address: Address, choices: Mapping[str, Packed | None]) -> tuple[int, dict[str, int]]:
+    """How many weights the readers of a site have, and the bytes that each candidate makes of them."""
+    block, itemsize = runner.blocks[address[0]], runner.checkpoint.dtype.itemsize
+    readers = next(site.readers for site in runner.topology.sites if site.name == address[1])
+    shapes = [tuple(reader_weight(block.get_submodule(path)).shape) for path in readers]
+    weights = sum(rows * columns for rows, columns in shapes)
+    sizes = {
+        name: weights * itemsize if how is None else sum(stored_size(how, rows, columns, itemsize) for rows, columns in shapes)
+        for name, how in choices.items()
+    }
+    return weights, sizes
+
+
+def _site(
+    runner: BlockRunner, address: Address, choices: Mapping[str, Packed | None], errors: Mapping[str, float], divergence: Mapping[Key, float]
+) -> MeasuredSite:
+    weights, sizes = site_space(runner, address, choices)
+    known = next(name for name in choices if (*address, name) in divergence)
+    options: dict[str, Option] = {}
+    for name, how in choices.items():
+        exact = divergence.get((*address, name))
+        scaled = divergence[(*address, known)] * (errors[name] / errors[known]) ** 2 if how is not None and errors[known] else 0.0
+        options[name] = Option(sizes[name], errors.get(name, 0.0), max(0.0, scaled if exact is None else exact), exact is not None)
+    return MeasuredSite(*address, weights, options)
