@@ -25,9 +25,9 @@ def worker(a: argparse.Namespace) -> dict[str, object]:
 
     import planish
     import planish.compressing.compression  # imports are no part of what is timed, for neither tool
-    from planish.calib.data import windows
-    from planish.calib.stored import open_stored
-    from planish.eval.score import score
+    from planish.calib.compressed.stored import open_stored
+    from planish.calib.data.windows import windows
+    from planish.eval.scores.score import score
     from planish.recipe.schema import with_settings
 
     settings = [f"calibration.source={a.text}", "calibration.seed=null", f"calibration.samples={a.samples}", f"calibration.length={a.length}", *a.set]
@@ -76,7 +76,7 @@ def main() -> None:
     if a.worker:
         print(json.dumps(worker(a)))
         return
-    from planish.calib.locate import resolve
+    from planish.calib.files.locate import resolve
 
     folder = str(resolve(a.model))
     sizes = ["--samples", str(a.samples), "--length", str(a.length), "--windows", str(a.windows)]

@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 import planish
-from planish.calib.packed import kernels_used
+from planish.calib.compressed.packed import kernels_used
 from planish.recipe.schema import Recipe, load_recipe, with_settings
 
 QUICK = ("solver=rtn", "calibration.samples=1", "calibration.length=64", "calibration.batch_size=1")

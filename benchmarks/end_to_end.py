@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 
-from planish.calib.packed import fuse, packed_readers
-from planish.calib.quantized import put
-from planish.calib.topology import topology
+from planish.calib.blocks.topology import topology
+from planish.calib.compressed.packed import fuse, packed_readers
+from planish.calib.compressed.quantized import put
 from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat
 from planish.quant.linear import Parts
 from planish.quant.transforms.factors import Chain, Hadamard

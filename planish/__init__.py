@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 from .loading.registration import register
 
 if TYPE_CHECKING:
-    from .calib.data import Calibration
-    from .calib.diagnosis import OutlierReport, Thresholds
-    from .calib.packed import kernels_used
+    from .calib.compressed.packed import kernels_used
+    from .calib.data.windows import Calibration
+    from .calib.outliers.diagnosis import OutlierReport, Thresholds
     from .comparing.job import compare
     from .comparing.report import ComparisonReport
     from .compressing.compression import Result, compress
-    from .eval.evaluation import Evaluation
-    from .eval.gate import Gate
-    from .eval.layers import LayerView
-    from .eval.verify import verify
+    from .eval.scores.evaluation import Evaluation
+    from .eval.scores.gate import Gate
+    from .eval.scores.layers import LayerView
+    from .eval.verifying.verify import verify
     from .evaluating.job import evaluate
     from .inspecting.inspection import inspect
     from .layerwise.view import layers
@@ -82,16 +82,16 @@ __all__ = [
 
 # No module of this package may have the name of a public function: once imported, it would hide the function.
 _HOMES = {
-    "calib.data": ["Calibration"],
-    "calib.diagnosis": ["OutlierReport", "Thresholds"],
-    "calib.packed": ["kernels_used"],
+    "calib.data.windows": ["Calibration"],
+    "calib.outliers.diagnosis": ["OutlierReport", "Thresholds"],
+    "calib.compressed.packed": ["kernels_used"],
     "comparing.job": ["compare"],
     "comparing.report": ["ComparisonReport"],
     "compressing.compression": ["Result", "compress"],
-    "eval.evaluation": ["Evaluation"],
-    "eval.gate": ["Gate"],
-    "eval.layers": ["LayerView"],
-    "eval.verify": ["verify"],
+    "eval.scores.evaluation": ["Evaluation"],
+    "eval.scores.gate": ["Gate"],
+    "eval.scores.layers": ["LayerView"],
+    "eval.verifying.verify": ["verify"],
     "evaluating.job": ["evaluate"],
     "inspecting.inspection": ["inspect"],
     "layerwise.view": ["layers"],

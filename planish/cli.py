@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from .calib.documents import check_source
-from .calib.given import check_checkpoint, check_model, check_models
+from .calib.data.documents import check_source
+from .calib.files.given import check_checkpoint, check_model, check_models
 from .comparing.command import compare
 from .evaluating.command import evaluate_command
 from .inspecting.command import inspect
@@ -186,14 +186,14 @@ def verify(
     check_source(text)
     thresholds = gate_of(gate)
     with starting():
-        from .eval.measured import COMPARED, figures_metrics
+        from .eval.scores.measured import COMPARED, figures_metrics
 
         alone = ((), "planish verify without --against", "Add --against MODEL, the original model.")
         thresholds.check_measured(*(alone if against is None else (COMPARED, "planish verify", "planish eval measures tasks.")))
-        from .calib.device import pick_device
+        from .calib.machine.device import pick_device
         from .common.schemas import to_json
         from .compressing.tables import verification_table
-        from .eval.verify import verify as run_checks
+        from .eval.verifying.verify import verify as run_checks
         from .walk.callbacks import Silent
 
         where = pick_device(device)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from .calib.stored import open_any
-from .eval.harness import LoadedLM
+from .calib.compressed.stored import open_any
+from .eval.tasks.harness import LoadedLM
 from .evaluating.job import prefix_length
 from .loading.model import load
 from .quant.errors import PlanishError, nearest

@@ -30,14 +30,14 @@ class Kind:
 
 def kinds() -> tuple[Kind, ...]:
     """All that there are."""
-    from .calib.diagnosis import OutlierReport
+    from .calib.outliers.diagnosis import OutlierReport
     from .comparing.page import comparison_page
     from .comparing.report import ComparisonReport
     from .comparing.text import markdown as compare_markdown
     from .compressing.page import compress_page, compress_title, markdown
     from .compressing.report import CompressReport
-    from .eval.evaluation import Evaluation
-    from .eval.outlier_page import outlier_markdown, outlier_page
+    from .eval.pages.outlier_page import outlier_markdown, outlier_page
+    from .eval.scores.evaluation import Evaluation
     from .evaluating.page import eval_markdown, eval_page
     from .evaluating.tables import title
 
@@ -70,7 +70,7 @@ def write_pages(files: Sequence[Path], out: Path, markdown: Path | None = None, 
     from .common.files import write_text
     from .common.outfile import check_apart, check_outfile, check_writable
     from .common.page_links import about
-    from .eval.page import Links, Page, render, section
+    from .eval.pages.page import Links, Page, render, section
     from .quant.errors import PlanishError
 
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or ((out / INDEX).is_file() and about(out / INDEX)))):

@@ -14,5 +14,5 @@ settings.load_profile("planish")
 @pytest.fixture
 def pythons_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """The built-in text is Python's documentation alone: of a kind with what the test tokenizer is made of, so that few of its tokens are rare."""
-    monkeypatch.setattr("planish.calib.documents.prose", list)
-    monkeypatch.setattr("planish.calib.data._BUILTIN_CHARACTERS", 1 << 12)
+    monkeypatch.setattr("planish.calib.data.documents.prose", list)
+    monkeypatch.setattr("planish.calib.data.windows._BUILTIN_CHARACTERS", 1 << 12)

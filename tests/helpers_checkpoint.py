@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.shards import INDEX_FILE
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.files.shards import INDEX_FILE
 from planish.quant.errors import PlanishError
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from planish.calib.diagnosis import (
+from planish.calib.outliers.diagnosis import (
     SCHEMES,
     TRANSFORMS,
     Attention,

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import planish
-from planish.calib.stored import open_any
+from planish.calib.compressed.stored import open_any
 
 
 @dataclass

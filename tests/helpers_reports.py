@@ -5,9 +5,9 @@ import math
 from planish.comparing.pareto import COSTS, front, picks
 from planish.comparing.report import Base, ComparisonReport, Quality, Row, Text
 from planish.compressing.report import ArithmeticReport, Bytes, CompressReport, EvaluationReport, Machine, PlanReport, ScoreReport, SiteFormat
-from planish.eval.evaluation import Evaluation, MetricBase, MetricResult, TaskResult, TextBase, TextResult
-from planish.eval.gate import Gate
-from planish.eval.paired import Flips, Measured
+from planish.eval.scores.evaluation import Evaluation, MetricBase, MetricResult, TaskResult, TextBase, TextResult
+from planish.eval.scores.gate import Gate
+from planish.eval.scores.paired import Flips, Measured
 from planish.walk.records import BlockRecord, SiteRecord
 
 BLOCKS = 30

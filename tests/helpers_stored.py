@@ -14,10 +14,10 @@ from torch.nn import Linear
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from planish.calib.checkpoint import Checkpoint, open_checkpoint
-from planish.calib.packing import Packed, default_layout, pack, quantization_config
-from planish.calib.runner import BlockRunner
-from planish.calib.topology import reader_weight
+from planish.calib.blocks.topology import reader_weight
+from planish.calib.compressed.packing import Packed, default_layout, pack, quantization_config
+from planish.calib.files.checkpoint import Checkpoint, open_checkpoint
+from planish.calib.walk.runner import BlockRunner
 from planish.quant.formats import Scheme
 from planish.quant.linear import StaticGrid
 from planish.quant.solvers import Rtn

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from planish.calib.packed import kernels_used
+from planish.calib.compressed.packed import kernels_used
 from planish.quant.kernels import PackedLinear, native, tuning
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"

@@ -14,7 +14,7 @@ ELSEWHERE = ("planish.serving.vllm_config", "planish.serving.vllm_prefix")  # im
 MODULES = sorted({module.name for module in pkgutil.walk_packages(planish.__path__, "planish.")} - set(ELSEWHERE))
 
 EXTRAS = {
-    **dict.fromkeys(("planish.eval.harness", "planish.eval.served_lm", "planish.lm_eval"), "lm_eval"),
+    **dict.fromkeys(("planish.eval.tasks.harness", "planish.eval.tasks.served_lm", "planish.lm_eval"), "lm_eval"),
     **dict.fromkeys((name for name in MODULES if name.startswith("planish.quant.kernels.triton_")), "triton"),
     "planish.quant.kernels.cuda": "triton",
 }

@@ -9,14 +9,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("quant", "calib", "eval", "planish")  # a room imports itself and the ones before it
 LINKS = ("quant", "calib", "eval", "recipes")
-FLOORS = (  # of the front door: a room imports itself and those of the floors before; cli.py and its like stand above
-    ("common", "serving"),
-    ("recipe",),
-    ("walk", "terminal", "loading"),
-    ("planning",),
-    ("compressing",),
-    ("comparing", "evaluating", "inspecting", "layerwise", "searching"),
-)
+FLOORS = {  # of the rooms within a room: each imports itself and those of the floors before; single files stand above them
+    "calib": (("machine", "blocks"), ("files",), ("compressed", "data"), ("walk",), ("outliers",)),
+    "eval": (("scores",), ("servers",), ("tasks", "verifying", "pages")),
+    "planish": (
+        ("common", "serving"),
+        ("recipe",),
+        ("walk", "terminal", "loading"),
+        ("planning",),
+        ("compressing",),
+        ("comparing", "evaluating", "inspecting", "layerwise", "searching"),
+    ),
+}
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py") if path.relative_to(ROOT).parts[1] not in LINKS)
 SOURCES = sorted({*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / ".ci").rglob("*.py")})
 
@@ -73,13 +77,16 @@ def test_imports_point_one_way(path: Path) -> None:
     assert not wrong, f"a room may import only the rooms before it ({' <- '.join(ROOMS)})"
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path.parent.parent == ROOT / "planish"], ids=identity)
-def test_the_front_door_has_floors(path: Path) -> None:
-    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-    mine = path.parent.name
-    used = {name[1]: line for line, name in relative_imports(path) if room_of(name) == "planish" and name[1] != mine}
-    wrong = [f"line {line}: {room}" for room, line in used.items() if floor.get(room, len(FLOORS)) >= floor[mine]]
-    assert not wrong, "a room of the front door may import only those of the floors before it: see FLOORS"
+@pytest.mark.parametrize("path", [path for path in MODULES if path.relative_to(ROOT).parts[0] in FLOORS], ids=identity)
+def test_rooms_within_rooms_have_floors(path: Path) -> None:
+    here = package(path)
+    floor = {room: number for number, rooms in enumerate(FLOORS[room_of(here)]) for room in rooms}
+    depth = 1 if room_of(here) == "planish" else 2  # where in a full name the inner room stands
+    mine = here[depth] if len(here) > depth else None
+    names = ((line, name) for line, name in relative_imports(path) if room_of(name) == room_of(here))
+    used = [(line, name[depth]) for line, name in names if len(name) > depth + 1 and name[depth] != mine]
+    wrong = [f"line {line}: {room}" for line, room in used if mine is not None and floor.get(room, len(floor)) >= floor[mine]]
+    assert not wrong, "a room may import only those of the floors before it: see FLOORS"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=identity)

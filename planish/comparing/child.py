@@ -18,17 +18,17 @@ from typing import Any, Literal, TextIO
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..calib.heap import trim
-from ..calib.shards import read_json
-from ..calib.stored import open_stored
-from ..calib.workers import threads
+from ..calib.compressed.stored import open_stored
+from ..calib.files.shards import read_json
+from ..calib.machine.heap import trim
+from ..calib.machine.workers import threads
 from ..common.decode import decode
 from ..common.files import write_text
 from ..common.schemas import plain
 from ..compressing.compression import carry_out
 from ..compressing.export import bits_per_weight, stored_bytes
 from ..compressing.reporting import peak_bytes
-from ..eval.reference import Reference, compare_with
+from ..eval.scores.reference import Reference, compare_with
 from ..planning.preflight import make_plan
 from ..quant.errors import PlanishError
 from ..recipe.schema import Recipe

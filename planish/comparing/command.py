@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..calib.documents import check_source
-from ..calib.given import check_model
+from ..calib.data.documents import check_source
+from ..calib.files.given import check_model
 from ..common.outfile import check_comparison
 from ..common.texts import named_texts
 from ..recipe.shipped import check_recipes

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..calib.shards import read_json
+from ..calib.files.shards import read_json
 from ..common.decode import decode
 from ..common.files import write_text
 from ..common.outfile import ABOUT

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..calib.device import free_bytes, give_back
-from ..calib.heap import trim
-from ..calib.workers import threads
+from ..calib.machine.device import free_bytes, give_back
+from ..calib.machine.heap import trim
+from ..calib.machine.workers import threads
 from ..common.decode import decode
 from ..common.files import locked
 from ..common.outfile import check_comparison
@@ -24,8 +24,8 @@ from ..common.page_links import beside
 from ..common.schemas import to_json
 from ..common.texts import named_texts
 from ..common.units import duration
-from ..eval.reference import make_reference
-from ..eval.score import Comparison
+from ..eval.scores.reference import make_reference
+from ..eval.scores.score import Comparison
 from ..planning.preflight import AVAILABLE_SHARE, check_room
 from ..quant.errors import PlanishError
 from ..recipe.schema import Recipe

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 
 from ..common.units import change, duration, perplexity, size
-from ..eval.page import Card, Column, Links, Page, Part, Picture, Table, Words, render, section
-from ..eval.scatter import NARROW, scatter
+from ..eval.pages.page import Card, Column, Links, Page, Part, Picture, Table, Words, render, section
+from ..eval.pages.scatter import NARROW, scatter
 from .report import ComparisonReport, Row
 from .text import QUALITY, all_notes, made_words, panels, text_words
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calib.checkpoint import Checkpoint, check_language, open_checkpoint
-from ..calib.data import Calibration
+from ..calib.data.windows import Calibration
+from ..calib.files.checkpoint import Checkpoint, check_language, open_checkpoint
 from ..common.decode import encode
 from ..common.texts import BUILTIN
-from ..eval.verify import evaluation_windows
+from ..eval.verifying.verify import evaluation_windows
 from ..planning.estimate import LENGTH, Memory, products_per_second, resident
 from ..planning.preflight import Plan, make_plan
 from ..recipe.schema import Recipe, digest

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..eval.score import Comparison
+from ..eval.scores.score import Comparison
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

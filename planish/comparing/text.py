@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from ..common.units import change, counted, duration, perplexity, size
-from ..eval.markdown import escaped, points, rows_table
-from ..eval.scatter import WIDTH, Panel, Point, scatter
+from ..eval.pages.markdown import escaped, points, rows_table
+from ..eval.pages.scatter import WIDTH, Panel, Point, scatter
 from .pareto import other_servers
 from .report import ComparisonReport, Quality, Row
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..calib.precision import bfloat16_products
-from ..calib.stream import Stream
+from ..calib.machine.precision import bfloat16_products
+from ..calib.walk.stream import Stream
 from ..planning.preflight import Plan
 from ..walk.block import BlockCompressor, Turn
 from ..walk.callbacks import Progress

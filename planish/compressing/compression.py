@@ -13,19 +13,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calib.device import device_name
-from ..calib.heap import separate_large, trim
-from ..calib.outlier_tokens import search_prefix, start_token
-from ..calib.packing import Packed, clipped, made_dynamic
-from ..calib.precision import bfloat16_products
-from ..calib.runner import BlockRunner
-from ..calib.shards import read_header, read_tensor
-from ..calib.stored import open_stored
-from ..calib.stream import Stream
-from ..calib.workers import share_of_threads, workers_for
+from ..calib.compressed.packing import Packed, clipped, made_dynamic
+from ..calib.compressed.stored import open_stored
+from ..calib.data.windows import start_token
+from ..calib.files.shards import read_header, read_tensor
+from ..calib.machine.device import device_name
+from ..calib.machine.heap import separate_large, trim
+from ..calib.machine.precision import bfloat16_products
+from ..calib.machine.workers import share_of_threads, workers_for
+from ..calib.outliers.outlier_tokens import search_prefix
+from ..calib.walk.runner import BlockRunner
+from ..calib.walk.stream import Stream
 from ..common.files import BusyError, locked, once
 from ..common.interruption import interruptible
-from ..eval.probe import check_probe, read_probe, record_probe
+from ..eval.verifying.probe import check_probe, read_probe, record_probe
 from ..planning.preflight import Plan, make_plan
 from ..quant.errors import PlanishError
 from ..quant.transforms import Prefix, RaiseActivations, Step, SuperWeights

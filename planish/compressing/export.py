@@ -15,15 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..calib.extension import KEY, Extension
-from ..calib.layout import MARK
-from ..calib.packing import Packed, guards, is_own, quantization_config, stored_names
-from ..calib.rewritten import Rewritten, changed
-from ..calib.shards import TensorInfo, read_header, read_json
-from ..calib.topology import Topology
+from ..calib.blocks.topology import Topology
+from ..calib.compressed.extension import KEY, Extension
+from ..calib.compressed.layout import MARK
+from ..calib.compressed.packing import Packed, guards, is_own, quantization_config, stored_names
+from ..calib.files.rewritten import Rewritten, changed
+from ..calib.files.shards import TensorInfo, read_header, read_json
 from ..common.files import sync, write_text
-from ..eval.origin import file_digests
-from ..eval.probe import PROBE_FILE
+from ..eval.verifying.origin import file_digests
+from ..eval.verifying.probe import PROBE_FILE
 from ..planning.preflight import Plan
 from ..recipe.schema import digest, to_yaml
 from ..walk.journal import Journal

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calib.checkpoint import Checkpoint, open_checkpoint
-from ..calib.device import taken_bytes
-from ..calib.shards import read_json
+from ..calib.files.checkpoint import Checkpoint, open_checkpoint
+from ..calib.files.shards import read_json
+from ..calib.machine.device import taken_bytes
 from ..common.decode import decode
 from ..common.files import BusyError, write_text
 from ..common.outfile import check_apart, check_outfile
 from ..common.page_links import beside
 from ..common.schemas import plain, to_json
-from ..eval.gate import Judgement, kind
-from ..eval.measured import COMPARED, comparison_metrics
+from ..eval.scores.gate import Judgement, kind
+from ..eval.scores.measured import COMPARED, comparison_metrics
 from ..planning.preflight import Plan, make_plan
 from ..quant.errors import PlanishError
 from ..recipe.schema import Recipe, digest

@@ -7,11 +7,11 @@ from typing import Any
 
 from ..common.units import change, counted, duration, perplexity, size
 from ..common.yamltext import dump_yaml
-from ..eval.gate import Judgement
-from ..eval.markdown import escaped, points, rows_table
-from ..eval.outlier_view import number, ranges
-from ..eval.page import Card, Code, Column, Links, Page, Part, Picture, Table, Words, render, section
-from ..eval.scatter import NARROW, Panel, Point, scatter
+from ..eval.pages.markdown import escaped, points, rows_table
+from ..eval.pages.outlier_view import number, ranges
+from ..eval.pages.page import Card, Code, Column, Links, Page, Part, Picture, Table, Words, render, section
+from ..eval.pages.scatter import NARROW, Panel, Point, scatter
+from ..eval.scores.gate import Judgement
 from ..walk.records import SiteRecord
 from .report import CompressReport, EvaluationReport
 

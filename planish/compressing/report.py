@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..eval.gate import Judgement
+from ..eval.scores.gate import Judgement
 from ..walk.records import BlockRecord
 
 

@@ -14,13 +14,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..calib.heap import trim
-from ..calib.packing import Packed
-from ..calib.stored import open_stored
+from ..calib.compressed.packing import Packed
+from ..calib.compressed.stored import open_stored
+from ..calib.machine.heap import trim
 from ..common.decode import encode
-from ..eval.gate import Judgement
-from ..eval.score import Comparison, Score, compare
-from ..eval.verify import evaluation_windows
+from ..eval.scores.gate import Judgement
+from ..eval.scores.score import Comparison, Score, compare
+from ..eval.verifying.verify import evaluation_windows
 from ..planning.estimate import LENGTH, WINDOWS
 from ..planning.preflight import Plan
 from ..quant.formats import Scheme

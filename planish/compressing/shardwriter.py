@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..calib.shards import DTYPES, INDEX_FILE, SINGLE_FILE, TensorInfo
+from ..calib.files.shards import DTYPES, INDEX_FILE, SINGLE_FILE, TensorInfo
 from ..common.files import write_text
 
 COPY_BYTES = 16 << 20

@@ -8,11 +8,11 @@ from pathlib import Path
 from rich.console import RenderableType
 from rich.text import Text
 
-from ..calib.packing import Packed
+from ..calib.compressed.packing import Packed
 from ..common.fitting import Table
 from ..common.units import duration, size
-from ..eval.check import Verification
-from ..eval.gate import Judgement
+from ..eval.scores.check import Verification
+from ..eval.scores.gate import Judgement
 from ..planning.estimate import Memory
 from ..planning.preflight import Plan
 from .compression import Result

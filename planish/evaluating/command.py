@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..calib.documents import check_source
-from ..calib.given import check_models
+from ..calib.data.documents import check_source
+from ..calib.files.given import check_models
 from ..common.outfile import check_outfiles
 from ..common.texts import NO_TEXT
 from ..terminal.console import Traceback, end_by, err_console, out_console
@@ -18,8 +18,8 @@ from ..terminal.options import AsJson, Device, Dtype, Gates, Pickle, Quiet, gate
 from ..terminal.progress import showing
 
 if TYPE_CHECKING:
-    from ..eval.gate import Gate
-    from ..eval.text_score import TextSettings
+    from ..eval.scores.gate import Gate
+    from ..eval.scores.text_score import TextSettings
     from .job import EvalJob, EvalPlan
 
 
@@ -33,7 +33,7 @@ class Beginning(str, Enum):
 def _print_schema(value: bool) -> None:
     if value:
         from ..common.schemas import schema_of
-        from ..eval.evaluation import Evaluation
+        from ..eval.scores.evaluation import Evaluation
 
         print(json.dumps(schema_of(Evaluation, "planish eval"), indent=2))
         raise typer.Exit
@@ -146,6 +146,6 @@ def _run(job: "EvalJob", plan: "EvalPlan", as_json: bool, quiet: bool) -> None:
 
 
 def _settings(text: str, windows: int, length: int, stride: int | None, bos: Beginning) -> "TextSettings":
-    from ..eval.text_score import TextSettings
+    from ..eval.scores.text_score import TextSettings
 
     return TextSettings(source=text, windows=windows, length=length, stride=stride, bos=bos.value)

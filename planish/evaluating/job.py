@@ -14,26 +14,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..calib.checkpoint import Checkpoint, check_language
-from ..calib.device import device_name, pick_device
-from ..calib.heap import trim
-from ..calib.stored import StoredCheckpoint, open_any
+from ..calib.compressed.stored import StoredCheckpoint, open_any
+from ..calib.files.checkpoint import Checkpoint, check_language
+from ..calib.machine.device import device_name, pick_device
+from ..calib.machine.heap import trim
 from ..common.files import write_text
 from ..common.outfile import check_outfiles
 from ..common.page_links import beside
 from ..common.schemas import to_json
 from ..common.texts import NO_TEXT
-from ..eval.client import SECONDS, Server, connect
-from ..eval.evaluation import Bos, Evaluation, MetricBase, MetricResult, TaskResult, TextResult, mean_recovery, metrics
-from ..eval.gate import Gate
-from ..eval.measured import COMPARED
-from ..eval.origin import check_made_from, origin_note
-from ..eval.paired import Measured, difference, flips, mean, ratio
-from ..eval.score import Report, check_vocabularies
-from ..eval.served import check_context, measure_served
-from ..eval.task_cache import Answers, check_keepable, keep_answers, keep_hidden, kept_answers, kept_hidden, key_of, model_digest
-from ..eval.tasks import Task, check_names, open_tasks
-from ..eval.text_score import BaseHidden, TextSettings, Windows, cut, hidden_states, measure_text
+from ..eval.scores.evaluation import Bos, Evaluation, MetricBase, MetricResult, TaskResult, TextResult, mean_recovery, metrics
+from ..eval.scores.gate import Gate
+from ..eval.scores.measured import COMPARED
+from ..eval.scores.paired import Measured, difference, flips, mean, ratio
+from ..eval.scores.score import Report, check_vocabularies
+from ..eval.scores.text_score import BaseHidden, TextSettings, Windows, cut, hidden_states, measure_text
+from ..eval.servers.client import SECONDS, Server, connect
+from ..eval.servers.served import check_context, measure_served
+from ..eval.tasks.task_cache import Answers, check_keepable, keep_answers, keep_hidden, kept_answers, kept_hidden, key_of, model_digest
+from ..eval.tasks.tasks import Task, check_names, open_tasks
+from ..eval.verifying.origin import check_made_from, origin_note
 from ..loading.model import load
 from ..quant.errors import PlanishError, nearest
 from ..recipe.thresholds import BY_TASK
@@ -41,8 +41,8 @@ from ..walk.callbacks import Callback, Progress, Told
 from .page import eval_markdown, eval_page
 
 if TYPE_CHECKING:
-    from ..eval.harness import LoadedLM
-    from ..eval.served_lm import ServedLM
+    from ..eval.tasks.harness import LoadedLM
+    from ..eval.tasks.served_lm import ServedLM
 
 
 def evaluate(
@@ -289,7 +289,7 @@ class EvalJob:
         server: ask it, in place of a model in memory."""
         if not tasks:
             return []
-        from ..eval.harness import answers
+        from ..eval.tasks.harness import answers
 
         lm = self._loaded(checkpoint, device) if server is None else self._served(server, checkpoint)
         found = []
@@ -303,7 +303,7 @@ class EvalJob:
         return found
 
     def _loaded(self, checkpoint: Checkpoint, device: torch.device) -> "LoadedLM":
-        from ..eval.harness import LoadedLM
+        from ..eval.tasks.harness import LoadedLM
 
         if isinstance(checkpoint, StoredCheckpoint):
             checkpoint.check_finite()  # answers are picked by comparing, which NaN goes through unseen
@@ -311,7 +311,7 @@ class EvalJob:
         return LoadedLM(model, checkpoint.tokenizer(), prefix=prefix_length(checkpoint), batch_size=self.batch_size)
 
     def _served(self, server: Server, checkpoint: Checkpoint) -> "ServedLM":
-        from ..eval.served_lm import ServedLM
+        from ..eval.tasks.served_lm import ServedLM
 
         longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
         return ServedLM(server, checkpoint.tokenizer(), max_length=longest, batch_size=self.batch_size)

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 
 from ..common.units import change, counted, duration, perplexity
 from ..compressing.page import gate_lines
-from ..eval.evaluation import Evaluation, MetricResult, TextResult
-from ..eval.markdown import escaped, page_table, points
-from ..eval.page import Card, Column, Links, Page, Part, Table, Words, render, section
+from ..eval.pages.markdown import escaped, page_table, points
+from ..eval.pages.page import Card, Column, Links, Page, Part, Table, Words, render, section
+from ..eval.scores.evaluation import Evaluation, MetricResult, TextResult
 from .tables import figure, percent, risen, task_words, text_words, title
 
 HEADINGS = ("", "base", "compressed", "change")

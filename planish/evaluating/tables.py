@@ -9,8 +9,8 @@ from rich.text import Text
 from ..common.fitting import Table
 from ..common.units import counted, duration
 from ..compressing.tables import gate_rows
-from ..eval.evaluation import Evaluation, MetricResult, TaskResult, TextResult, task_recovery
-from ..eval.paired import Measured
+from ..eval.scores.evaluation import Evaluation, MetricResult, TaskResult, TextResult, task_recovery
+from ..eval.scores.paired import Measured
 
 SURE = 0.05  # below this p value, answers that flipped are marked
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..calib.documents import check_source
-from ..calib.given import check_model
+from ..calib.data.documents import check_source
+from ..calib.files.given import check_model
 from ..common.outfile import check_outfiles
 from ..terminal.console import Traceback, err_console, out_console
 from ..terminal.options import Arithmetic, AsJson, Device, Offload, Pickle, Quiet, starting, torch_dtype

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from statistics import median
 
-from ..calib.diagnosis import SCHEMES, Intervention, MassiveActivation, OutlierReport, SiteFigures, SuperWeight
-from ..calib.interventions import AVERAGED, UNCHANGED, ZEROED
-from ..eval.outlier_view import number, quoted
+from ..calib.outliers.diagnosis import SCHEMES, Intervention, MassiveActivation, OutlierReport, SiteFigures, SuperWeight
+from ..calib.outliers.interventions import AVERAGED, UNCHANGED, ZEROED
+from ..eval.pages.outlier_view import number, quoted
 
 RUINOUS, HARMLESS = 0.5, 0.02  # shares by which a change makes the quality figure worse
 NAMED = 4  # things that a sentence names

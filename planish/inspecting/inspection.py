@@ -10,25 +10,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calib.checkpoint import Checkpoint
-from ..calib.data import Calibration
-from ..calib.device import free_bytes, pick_device
-from ..calib.diagnosis import OutlierReport, Thresholds
-from ..calib.heap import separate_large
-from ..calib.images import GENERATED, feature_change, token_labels
-from ..calib.images import images as read_images
-from ..calib.inspection import Subject, inspect_model
-from ..calib.outlier_tokens import start_token
-from ..calib.precision import working_dtype
-from ..calib.proof import check_structure
-from ..calib.runner import BlockRunner
-from ..calib.stored import open_any
-from ..calib.stream import Stream
-from ..calib.topology import topology
+from ..calib.blocks.proof import check_structure
+from ..calib.blocks.topology import topology
+from ..calib.compressed.stored import open_any
+from ..calib.data.images import GENERATED, feature_change, token_labels
+from ..calib.data.images import images as read_images
+from ..calib.data.windows import Calibration, start_token
+from ..calib.files.checkpoint import Checkpoint
+from ..calib.machine.device import free_bytes, pick_device
+from ..calib.machine.heap import separate_large
+from ..calib.machine.precision import working_dtype
+from ..calib.outliers.diagnosis import OutlierReport, Thresholds
+from ..calib.outliers.inspection import Subject, inspect_model
+from ..calib.walk.runner import BlockRunner
+from ..calib.walk.stream import Stream
 from ..common.outfile import check_writable
 from ..compressing.reporting import peak_bytes
-from ..eval.score import hidden_scores
-from ..eval.verify import evaluation_windows
+from ..eval.scores.score import hidden_scores
+from ..eval.verifying.verify import evaluation_windows
 from ..planning.preflight import AVAILABLE_SHARE
 from ..quant.errors import PlanishError
 from .findings import findings

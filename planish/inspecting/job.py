@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from ..calib.checkpoint import Checkpoint
-from ..calib.diagnosis import OutlierReport, Thresholds
-from ..calib.stored import StoredCheckpoint, open_any
-from ..calib.topology import topology
+from ..calib.blocks.topology import topology
+from ..calib.compressed.stored import StoredCheckpoint, open_any
+from ..calib.files.checkpoint import Checkpoint
+from ..calib.outliers.diagnosis import OutlierReport, Thresholds
 from ..common.decode import decode
 from ..common.files import write_text
 from ..common.outfile import check_outfiles
 from ..common.page_links import beside
 from ..common.yamltext import parse_yaml
-from ..eval.outlier_page import outlier_markdown, outlier_page
-from ..eval.pictures import plotly_script
+from ..eval.pages.outlier_page import outlier_markdown, outlier_page
+from ..eval.pages.pictures import plotly_script
 from ..quant.errors import PlanishError
 from .inspection import inspect
 from .recommend import check_bits

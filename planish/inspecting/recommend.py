@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
-from ..calib.diagnosis import Choice, OutlierReport, Recommendation, SiteFigures
+from ..calib.outliers.diagnosis import Choice, OutlierReport, Recommendation, SiteFigures
 from ..quant.errors import PlanishError, nearest
 from ..quant.formats import Scheme
 from ..quant.transforms import Smooth

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..calib.diagnosis import OutlierReport
+from ..calib.outliers.diagnosis import OutlierReport
 from ..common.decode import decode
 from ..common.schemas import plain, schema_of
 

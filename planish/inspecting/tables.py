@@ -9,10 +9,10 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from ..calib.diagnosis import OutlierReport, SiteFigures
+from ..calib.outliers.diagnosis import OutlierReport, SiteFigures
 from ..common.fitting import Table
 from ..common.units import duration, size
-from ..eval.outlier_view import (
+from ..eval.pages.outlier_view import (
     SCHEME_NAMES,
     best_transform,
     change,

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..calib.documents import check_source
-from ..calib.given import check_checkpoint, check_model
+from ..calib.data.documents import check_source
+from ..calib.files.given import check_checkpoint, check_model
 from ..common.outfile import check_outfile
 from ..terminal.console import Traceback, err_console, out_console
 from ..terminal.options import AsJson, Device, Pickle, Quiet, starting
@@ -52,8 +52,8 @@ def layers(
     with starting():
         from ..common.files import write_text
         from ..common.schemas import plain
-        from ..eval.layers_page import layers_page
-        from ..eval.pictures import plotly_script
+        from ..eval.pages.layers_page import layers_page
+        from ..eval.pages.pictures import plotly_script
         from ..walk.callbacks import Silent
         from .tables import layers_tables
         from .view import layers as run

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from ..common.fitting import Table
 from ..common.units import counted, duration
-from ..eval.layers import LayerView, SiteView
+from ..eval.scores.layers import LayerView, SiteView
 
 
 def layers_tables(view: LayerView, html: Path | None = None) -> tuple[RenderableType, ...]:

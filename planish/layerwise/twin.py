@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calib.data import Calibration
-from ..calib.runner import BlockRunner
-from ..calib.shards import read_json
-from ..calib.sites import Topology
-from ..calib.stored import StoredCheckpoint
-from ..calib.stream import relative_error
+from ..calib.blocks.sites import Topology
+from ..calib.compressed.stored import StoredCheckpoint
+from ..calib.data.windows import Calibration
+from ..calib.files.shards import read_json
+from ..calib.walk.runner import BlockRunner
+from ..calib.walk.stream import relative_error
 from ..compressing.absorbed import AbsorbedBlocks
 from ..compressing.export import FOLDER, MANIFEST
-from ..eval.origin import check_made_from
+from ..eval.verifying.origin import check_made_from
 from ..planning.preflight import make_plan
 from ..quant.errors import PlanishError
 from ..quant.formats import Scheme, WeightFormat

@@ -17,20 +17,20 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..calib.device import pick_device
-from ..calib.observe import sinks
-from ..calib.packing import Packed
-from ..calib.runner import BlockRunner
-from ..calib.side import kept_formats
-from ..calib.sites import Site
-from ..calib.stored import StoredCheckpoint, open_stored
-from ..calib.walk import site_inputs
+from ..calib.blocks.sites import Site
+from ..calib.compressed.packing import Packed
+from ..calib.compressed.side import kept_formats
+from ..calib.compressed.stored import StoredCheckpoint, open_stored
+from ..calib.machine.device import pick_device
+from ..calib.walk.observe import sinks
+from ..calib.walk.runner import BlockRunner
+from ..calib.walk.site_walk import site_inputs
 from ..compressing.absorbed import AbsorbedBlocks
 from ..compressing.reporting import described
-from ..eval.layers import LayerView, SiteErrors, SiteView, chosen_sites
-from ..eval.score import Comparison, arithmetic, stream_comparisons
-from ..eval.variants import Key, Variants
-from ..eval.verify import evaluation_windows
+from ..eval.scores.layers import LayerView, SiteErrors, SiteView, chosen_sites
+from ..eval.scores.score import Comparison, arithmetic, stream_comparisons
+from ..eval.scores.variants import Key, Variants
+from ..eval.verifying.verify import evaluation_windows
 from ..quant.errors import PlanishError
 from ..quant.formats import ActivationFormat
 from ..walk.callbacks import Progress, Silent

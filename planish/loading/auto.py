@@ -17,7 +17,7 @@ from ..quant.errors import PlanishError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..calib.stored import StoredCheckpoint
+    from ..calib.compressed.stored import StoredCheckpoint
 
 METHOD = "planish"
 
@@ -41,8 +41,8 @@ class PlanishQuantizer(HfQuantizer):
         self.checkpoint: StoredCheckpoint | None = None
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_kwargs: Any) -> None:
-        from ..calib.quantized import put
-        from ..calib.stored import open_stored
+        from ..calib.compressed.quantized import put
+        from ..calib.compressed.stored import open_stored
 
         if not checkpoint_files:
             raise PlanishError("from_pretrained: no weight files, and a checkpoint of planish is not made of a state_dict. Give its folder.")
@@ -55,8 +55,8 @@ class PlanishQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*known, r"\.planish\.", rf"^({re.escape(self.root)})?({linears})\."}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_kwargs: Any) -> "PreTrainedModel":
-        from ..calib.packed import fuse, pick_kernels, put_linears
-        from ..calib.prefixed import attach
+        from ..calib.compressed.packed import fuse, pick_kernels, put_linears
+        from ..calib.compressed.prefixed import attach
 
         assert self.checkpoint is not None
         places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..calib.checkpoint import Checkpoint
-from ..calib.device import pick_device
-from ..calib.packed import Kernels, fuse, pick_kernels, put_linears
-from ..calib.prefixed import attach
-from ..calib.stored import StoredCheckpoint, open_any
+from ..calib.compressed.packed import Kernels, fuse, pick_kernels, put_linears
+from ..calib.compressed.prefixed import attach
+from ..calib.compressed.stored import StoredCheckpoint, open_any
+from ..calib.files.checkpoint import Checkpoint
+from ..calib.machine.device import pick_device
 from .auto import PlanishConfig, PlanishQuantizer
 
 

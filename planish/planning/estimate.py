@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from ..calib.checkpoint import Checkpoint
-from ..calib.data import Calibration
-from ..calib.own_text import BATCH
-from ..calib.packing import Packed
-from ..calib.precision import working_dtype
-from ..calib.rewritten import Rewritten
-from ..calib.runner import HEAD_TOKENS, BlockRunner
-from ..calib.sites import reader_weight
-from ..calib.workers import workers_for
+from ..calib.blocks.sites import reader_weight
+from ..calib.compressed.packing import Packed
+from ..calib.data.own_text import BATCH
+from ..calib.data.windows import Calibration
+from ..calib.files.checkpoint import Checkpoint
+from ..calib.files.rewritten import Rewritten
+from ..calib.machine.precision import working_dtype
+from ..calib.machine.workers import workers_for
+from ..calib.walk.runner import HEAD_TOKENS, BlockRunner
 from ..quant.solvers.columns import launches
 from ..quant.solvers.gptq import piece
 from ..quant.transforms import Auto, Flat, Keeping, Polish, SideStep

@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calib.checkpoint import Checkpoint, check_language, open_checkpoint
-from ..calib.data import Calibration
-from ..calib.device import free_bytes, own_memory, pick_device
-from ..calib.heap import separate_large, trim
-from ..calib.key_values import check_key_values
-from ..calib.own_text import SOURCE, is_written, own_text
-from ..calib.packing import Layout, Packed, default_layout, other_grid
-from ..calib.precision import bfloat16_products, working_dtype
-from ..calib.prefix import prefix_ids
-from ..calib.proof import check_structure, prove
-from ..calib.runner import BlockRunner
-from ..calib.sites import Topology, reader_weight
+from ..calib.blocks.prefix import prefix_ids
+from ..calib.blocks.proof import check_structure, prove
+from ..calib.blocks.sites import Topology, reader_weight
+from ..calib.compressed.key_values import check_key_values
+from ..calib.compressed.packing import Layout, Packed, default_layout, other_grid
+from ..calib.data.own_text import SOURCE, is_written, own_text
+from ..calib.data.windows import Calibration
+from ..calib.files.checkpoint import Checkpoint, check_language, open_checkpoint
+from ..calib.machine.device import free_bytes, own_memory, pick_device
+from ..calib.machine.heap import separate_large, trim
+from ..calib.machine.precision import bfloat16_products, working_dtype
+from ..calib.walk.runner import BlockRunner
 from ..common.outfile import check_writable
 from ..common.units import counted, size
 from ..quant.errors import PlanishError

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from ..calib.packing import Packed, other_grid
+from ..calib.compressed.packing import Packed, other_grid
 from ..recipe.resolve import SERVED_GROUPS
 
 PLAIN_LINEARS = ("gpt2",)  # families whose linear layers are transposed Conv1D modules, which servers and transformers refuse quantized

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
-from ..calib.topology import Topology
+from ..calib.blocks.topology import Topology
 from ..quant.errors import PlanishError
 from ..quant.formats import Scheme, WeightFormat
 from .schema import Recipe

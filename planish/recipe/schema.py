@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from ..calib.data import Calibration
+from ..calib.data.windows import Calibration
 from ..common.decode import Named, decode, encode
 from ..common.yamltext import dump_yaml, parse_yaml
-from ..eval.gate import Gate
+from ..eval.scores.gate import Gate
 from ..quant.errors import PlanishError
 from ..quant.formats import Scheme
 from ..quant.key_values import HeldKeyValues, KvCache

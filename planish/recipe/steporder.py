@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from ..calib.fusing import head_rows
-from ..calib.topology import Topology
+from ..calib.blocks.fusing import head_rows
+from ..calib.blocks.topology import Topology
 from ..quant.errors import PlanishError
 from ..quant.transforms import STEPS, FoldNorms, Permute, Polish, RaiseActivations, Rotate, ScaleRms, SideStep, Smooth, Step, SuperWeights, Untie
 from ..quant.transforms.factors import Chain

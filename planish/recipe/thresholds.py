@@ -6,7 +6,7 @@ from typing import Any
 
 from ..common.decode import decode
 from ..common.yamltext import parse_yaml
-from ..eval.gate import MEAN, METRICS, Gate, kind
+from ..eval.scores.gate import MEAN, METRICS, Gate, kind
 from ..quant.errors import PlanishError
 from .shipped import check_recipe
 

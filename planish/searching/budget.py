@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from ..quant.errors import PlanishError
 
 if TYPE_CHECKING:
-    from ..calib.runner import BlockRunner
+    from ..calib.walk.runner import BlockRunner
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _BUDGET = re.compile(rf"{_NUMBER} ?(bpw|kB|MB|GB|TB|x|tok/s)", re.IGNORECASE)

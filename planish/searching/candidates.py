@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-from ..calib.packing import Packed
+from ..calib.compressed.packing import Packed
 from ..planning.preflight import layout_for
 from ..planning.servers import runs_in_transformers, vllm_devices
 from ..quant.errors import PlanishError

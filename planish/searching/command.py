@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..calib.given import check_model
+from ..calib.files.given import check_model
 from ..common.outfile import check_outfile
 from ..recipe.shipped import check_recipe
 from ..terminal.console import Traceback, err_console, out_console

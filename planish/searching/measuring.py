@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..calib.observe import sinks
-from ..calib.packing import Packed, stored_size
-from ..calib.runner import BlockRunner
-from ..calib.sites import reader_weight
-from ..calib.walk import SiteWalk, site_inputs, walking
+from ..calib.blocks.sites import reader_weight
+from ..calib.compressed.packing import Packed, stored_size
+from ..calib.walk.observe import sinks
+from ..calib.walk.runner import BlockRunner
+from ..calib.walk.site_walk import SiteWalk, site_inputs, walking
 from ..compressing.absorbed import AbsorbedBlocks
-from ..eval.score import arithmetic, stream_comparisons
-from ..eval.variants import Key, Variants
+from ..eval.scores.score import arithmetic, stream_comparisons
+from ..eval.scores.variants import Key, Variants
 from ..quant.errors import PlanishError
 from ..quant.linear import QuantizedLinear
 from ..quant.solvers import Moments, Solver

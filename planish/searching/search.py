@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calib.runner import BlockRunner
-from ..calib.sites import reader_weight
+from ..calib.blocks.sites import reader_weight
+from ..calib.walk.runner import BlockRunner
 from ..common.units import size
 from ..compressing.absorbed import AbsorbedBlocks
 from ..planning.preflight import Plan, make_plan

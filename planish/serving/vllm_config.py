@@ -18,9 +18,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper  # pyright: ignore[reportMissingImports]
 from vllm.utils.torch_utils import direct_register_custom_op  # pyright: ignore[reportMissingImports]
 
-from ..calib.packed import packed_readers, pick_kernels
-from ..calib.packing import PLAIN
-from ..calib.stored import StoredCheckpoint, open_stored
+from ..calib.compressed.packed import packed_readers, pick_kernels
+from ..calib.compressed.packing import PLAIN
+from ..calib.compressed.stored import StoredCheckpoint, open_stored
 from ..quant.errors import PlanishError
 from ..quant.kernels.joined import Part
 from ..quant.linear import Parts, QuantizedLinear, share_input

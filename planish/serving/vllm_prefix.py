@@ -15,8 +15,8 @@ from vllm.forward_context import get_forward_context  # pyright: ignore[reportMi
 from vllm.v1.core.sched.scheduler import Scheduler  # pyright: ignore[reportMissingImports]
 from vllm.v1.engine.input_processor import InputProcessor  # pyright: ignore[reportMissingImports]
 
-from ..calib.prefix import tensor_names
-from ..calib.stored import StoredCheckpoint
+from ..calib.blocks.prefix import tensor_names
+from ..calib.compressed.stored import StoredCheckpoint
 from ..quant.errors import PlanishError
 from . import is_ours
 

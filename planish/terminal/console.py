@@ -17,7 +17,7 @@ from ..common.interruption import interruptible
 from ..quant.errors import PlanishError
 
 if TYPE_CHECKING:
-    from ..eval.gate import Judgement
+    from ..eval.scores.gate import Judgement
 
 USER_ERROR = 2
 MISSED = 3  # a gate

@@ -13,7 +13,7 @@ from .console import err_console, hush
 if TYPE_CHECKING:
     import torch
 
-    from ..eval.gate import Gate
+    from ..eval.scores.gate import Gate
 
 
 class Dtype(str, Enum):

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calib.packing import Packed
-from ..calib.precision import bfloat16_products
-from ..calib.sites import Attention, Rows, Topology
-from ..calib.walk import SiteWalk
+from ..calib.blocks.sites import Attention, Rows, Topology
+from ..calib.compressed.packing import Packed
+from ..calib.machine.precision import bfloat16_products
+from ..calib.walk.site_walk import SiteWalk
 from ..quant.errors import PlanishError
 from ..quant.solvers import Solver
 from ..quant.solvers.attention import Heads, softmax_metrics

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calib.packing import Packed
-from ..calib.precision import bfloat16_products
-from ..calib.runner import BlockRunner
-from ..calib.sites import reader_weight
-from ..calib.super_weights import search
+from ..calib.blocks.sites import reader_weight
+from ..calib.compressed.packing import Packed
+from ..calib.machine.precision import bfloat16_products
+from ..calib.outliers.super_weights import search
+from ..calib.walk.runner import BlockRunner
 from ..common.files import once
 from ..quant.errors import PlanishError
 from ..quant.formats import Scheme

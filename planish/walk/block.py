@@ -11,19 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..calib.extension import SiteInput, chain_prefix, restored
-from ..calib.heap import WORTH_TRIMMING, trim
-from ..calib.key_values import hold, holding
-from ..calib.observe import Observation, observe, sinks
-from ..calib.packing import Packed, made_dynamic, pack
-from ..calib.precision import bfloat16_products
-from ..calib.prefix import PrefixStream, tensor_names
-from ..calib.quantized import load_rest, quantized_readers
-from ..calib.runner import BlockRunner, Call
-from ..calib.side import side_name, side_tensors
-from ..calib.stream import Stream, squares
-from ..calib.walk import Pass, SiteWalk, replaced, walking
-from ..calib.workers import Workers, workers_for
+from ..calib.blocks.prefix import PrefixStream, tensor_names
+from ..calib.compressed.extension import SiteInput, chain_prefix, restored
+from ..calib.compressed.key_values import hold, holding
+from ..calib.compressed.packing import Packed, made_dynamic, pack
+from ..calib.compressed.quantized import load_rest, quantized_readers
+from ..calib.compressed.side import side_name, side_tensors
+from ..calib.machine.heap import WORTH_TRIMMING, trim
+from ..calib.machine.precision import bfloat16_products
+from ..calib.machine.workers import Workers, workers_for
+from ..calib.walk.observe import Observation, observe, sinks
+from ..calib.walk.runner import BlockRunner, Call
+from ..calib.walk.site_walk import Pass, SiteWalk, replaced, walking
+from ..calib.walk.stream import Stream, squares
 from ..quant.key_values import HeldKeyValues
 from ..quant.linear import StaticGrid
 from ..quant.solvers import Solver

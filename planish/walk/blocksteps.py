@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..calib.fusing import head_rows, permute, rotate_values
-from ..calib.observe import Observation
-from ..calib.sites import Site, Topology
+from ..calib.blocks.fusing import head_rows, permute, rotate_values
+from ..calib.blocks.sites import Site, Topology
+from ..calib.walk.observe import Observation
 from ..quant.formats import Scheme
 from ..quant.transforms import (
     Auto,

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..calib.packing import clipped
-from ..calib.precision import bfloat16_products
-from ..calib.stream import relative_error
-from ..calib.walk import SiteWalk
+from ..calib.compressed.packing import clipped
+from ..calib.machine.precision import bfloat16_products
+from ..calib.walk.site_walk import SiteWalk
+from ..calib.walk.stream import relative_error
 from ..quant.errors import PlanishError
 from ..quant.linear import without_first
 from ..quant.solvers.clip_activation import best_clip

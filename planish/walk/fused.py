@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calib.observe import sinks
-from ..calib.precision import bfloat16_products
-from ..calib.rewritten import Rewriting, Rewritten, unties
-from ..calib.runner import BlockRunner
-from ..calib.sites import Topology
-from ..calib.stream import relative_error
-from ..calib.walk import site_inputs
+from ..calib.blocks.sites import Topology
+from ..calib.files.rewritten import Rewriting, Rewritten, unties
+from ..calib.machine.precision import bfloat16_products
+from ..calib.walk.observe import sinks
+from ..calib.walk.runner import BlockRunner
+from ..calib.walk.site_walk import site_inputs
+from ..calib.walk.stream import relative_error
 from ..common.files import once
 from ..common.units import size
 from ..quant.errors import PlanishError

@@ -1,7 +1,7 @@
 """Rotations that are learned (rotate, kind learned): of the residual stream, and of each key-value head's values in each block.
 
-From inputs of the sites that will be quantized, drawn in proportion to what noise in them costs the model (calib/sensitivity.py): so a sink, which
-all tokens attend to, counts for what it is worth.
+From inputs of the sites that will be quantized, drawn in proportion to what noise in them costs the model (calib/walk/sensitivity.py): so a sink,
+which all tokens attend to, counts for what it is worth.
 
 Shape suffixes: T tokens, C channels of a site, D width of the stream, E channels of a head.
 """
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calib.fusing import head_rows, value_site
-from ..calib.rewritten import Rewriting, Rewritten
-from ..calib.runner import BlockRunner
-from ..calib.sensitivity import Felt, sensitivities
+from ..calib.blocks.fusing import head_rows, value_site
+from ..calib.files.rewritten import Rewriting, Rewritten
+from ..calib.walk.runner import BlockRunner
+from ..calib.walk.sensitivity import Felt, sensitivities
 from ..common.files import Kept
 from ..quant.transforms.factors import Blocks, Chain, on_input
 from ..quant.transforms.learned import learn_rotations, objective_of, turned

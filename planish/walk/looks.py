@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..calib.observe import Observation
-from ..calib.statistics import Extremes
-from ..calib.stream import Stream
+from ..calib.walk.observe import Observation
+from ..calib.walk.statistics import Extremes
+from ..calib.walk.stream import Stream
 from ..common.files import sync
 from ..quant.transforms import FoldNorms, Prefix, Rotate, Step, Untie
 

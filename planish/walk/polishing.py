@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..calib.packing import clipped
-from ..calib.precision import ordered_attention
-from ..calib.runner import Call
-from ..calib.stream import Stream
-from ..calib.walk import replaced
+from ..calib.compressed.packing import clipped
+from ..calib.machine.precision import ordered_attention
+from ..calib.walk.runner import Call
+from ..calib.walk.site_walk import replaced
+from ..calib.walk.stream import Stream
 from ..quant.descent import Adam
 from ..quant.soft import SoftInput, SoftLinear
 from ..quant.transforms import Polish

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calib.packing import Packed
-from ..calib.precision import bfloat16_products
-from ..calib.walk import SiteWalk, walking
+from ..calib.compressed.packing import Packed
+from ..calib.machine.precision import bfloat16_products
+from ..calib.walk.site_walk import SiteWalk, walking
 from ..common.files import Kept
 from ..quant.formats import Scheme
 from ..quant.transforms import Keeping, RaiseActivations

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..calib.packing import Packed
+from ..calib.compressed.packing import Packed
 from ..quant.errors import PlanishError
 from ..quant.transforms import RaiseActivations, Step
 from ..recipe.resolve import Address, matches

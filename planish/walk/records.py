@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..calib.extension import SiteInput
+from ..calib.compressed.extension import SiteInput
 from ..quant.formats import QuantizedWeight
 from ..quant.solvers import Solution
 from ..quant.transforms import Smooth

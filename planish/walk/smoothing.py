@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..calib.observe import Observation
-from ..calib.precision import bfloat16_products
-from ..calib.prefix import PrefixStream
-from ..calib.recorded import recording
-from ..calib.runner import Call
-from ..calib.sites import Site, absorb, exact_scale, reader_bias, reader_weight, tie
-from ..calib.statistics import Extremes
-from ..calib.stream import relative_error
-from ..calib.walk import replaced, site_inputs
+from ..calib.blocks.prefix import PrefixStream
+from ..calib.blocks.sites import Site, absorb, exact_scale, reader_bias, reader_weight, tie
+from ..calib.machine.precision import bfloat16_products
+from ..calib.walk.observe import Observation
+from ..calib.walk.recorded import recording
+from ..calib.walk.runner import Call
+from ..calib.walk.site_walk import replaced, site_inputs
+from ..calib.walk.statistics import Extremes
+from ..calib.walk.stream import relative_error
 from ..quant.errors import PlanishError
 from ..quant.formats import Scheme, scale_and_zero
 from ..quant.linear import QuantizedLinear, StaticGrid

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..calib.packing import Packed
-from ..calib.precision import bfloat16_products
-from ..calib.side import kept_formats
-from ..calib.sites import Site, reader_bias, reader_weight
-from ..calib.walk import Pass, Prepared, SiteWalk
+from ..calib.blocks.sites import Site, reader_bias, reader_weight
+from ..calib.compressed.packing import Packed
+from ..calib.compressed.side import kept_formats
+from ..calib.machine.precision import bfloat16_products
+from ..calib.walk.site_walk import Pass, Prepared, SiteWalk
 from ..quant.formats import ActivationFormat, QuantizedWeight, WeightFormat
 from ..quant.linear import Kept, QuantizedInput, QuantizedLinear, Side, StaticGrid, quantize_input, without_first
 from ..quant.low_rank import LowRank

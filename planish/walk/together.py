@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..calib.precision import bfloat16_products, ordered_attention
-from ..calib.walk import replaced, site_inputs
+from ..calib.machine.precision import bfloat16_products, ordered_attention
+from ..calib.walk.site_walk import replaced, site_inputs
 from ..quant.descent import Adam
 from ..quant.straight_through import rounded_input, rounded_weight
 from ..quant.transforms import Flat

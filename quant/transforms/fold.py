@@ -1,6 +1,6 @@
 """Steps that bring a model into the form in which its residual stream can be rotated (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, section 3).
 
-What they do to which weights is in calib/fusing.py; they have no settings.
+What they do to which weights is in calib/blocks/fusing.py; they have no settings.
 """
 
 from dataclasses import dataclass

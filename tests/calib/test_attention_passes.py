@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
-from planish.calib import attention_passes
-from planish.calib.attention_passes import attend, passes, put_passes
+from planish.calib.compressed import attention_passes
+from planish.calib.compressed.attention_passes import attend, passes, put_passes
 from planish.quant.kernels import native
 from planish.quant.kernels.attention import there
 

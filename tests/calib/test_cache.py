@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from planish.calib.cache import build_once, cache_folder, content_hash
+from planish.calib.files.cache import build_once, cache_folder, content_hash
 from planish.quant.errors import PlanishError
 
 

@@ -11,7 +11,7 @@ from tiny_models import CONFIGS, FAMILIES, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from planish.calib.checkpoint import open_checkpoint
+from planish.calib.files.checkpoint import open_checkpoint
 from planish.quant.errors import PlanishError
 
 

@@ -10,9 +10,9 @@ import torch
 from helpers_checkpoint import edit_json, llama, merge, refused, rewrite
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from planish.calib import locate
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.shards import INDEX_FILE
+from planish.calib.files import locate
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.files.shards import INDEX_FILE
 from planish.quant.errors import PlanishError
 
 

@@ -12,8 +12,8 @@ import torch
 from helpers_checkpoint import llama, merge, refused
 from safetensors.torch import load_file
 
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.shards import INDEX_FILE
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.files.shards import INDEX_FILE
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_a_full_disk_is_no_fault_of_the_gguf_file(tmp_path: Path, planish_cache:
     def full(_path: Path, folder: Path) -> None:
         raise OSError(code, os.strerror(code), str(folder))
 
-    monkeypatch.setattr("planish.calib.convert._dequantize", full)
+    monkeypatch.setattr("planish.calib.files.convert._dequantize", full)
     with pytest.raises(OSError, match=re.escape(os.strerror(code))):
         open_checkpoint(tmp_path / "model.gguf")
     assert not list((planish_cache / "models").iterdir())

@@ -10,9 +10,9 @@ import torch
 from helpers_text import build_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from planish.calib import data
-from planish.calib.data import Calibration, tokens, windows
-from planish.calib.documents import builtin, prose
+from planish.calib.data import windows as data
+from planish.calib.data.documents import builtin, prose
+from planish.calib.data.windows import Calibration, tokens, windows
 from planish.quant.errors import PlanishError
 
 WORDS = "If the cat sat on the mat, assert it.\n\n= Heading = \n Some  spaces \t and é, 猫, 🐈.\n"

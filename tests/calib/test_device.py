@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 
-from planish.calib.device import free_bytes, pick_device, taken_bytes
+from planish.calib.machine.device import free_bytes, pick_device, taken_bytes
 from planish.quant.errors import PlanishError
 
 CPU = torch.device("cpu")

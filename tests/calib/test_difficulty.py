@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from planish.calib.diagnosis import Figures
-from planish.calib.difficulty import Difficulty, binned
+from planish.calib.outliers.diagnosis import Figures
+from planish.calib.outliers.difficulty import Difficulty, binned
 from planish.quant import pieces
 from planish.quant.errors import PlanishError
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from planish.calib import documents
-from planish.calib.documents import Document, builtin, prose, take
+from planish.calib.data import documents
+from planish.calib.data.documents import Document, builtin, prose, take
 from planish.quant.errors import PlanishError
 
 

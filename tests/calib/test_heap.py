@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from planish.calib import heap
+from planish.calib.machine import heap
 
 GLIBC = hasattr(ctypes.CDLL(None), "malloc_trim")
 RESIDENT = "def resident(): return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()"
@@ -18,7 +18,7 @@ RESIDENT = "def resident(): return int(open('/proc/self/statm').read().split()[1
 
 def numbers(code: str) -> list[int]:
     """The numbers that a new process prints."""
-    program = f"import resource, torch\nfrom planish.calib import heap\n{RESIDENT}\n{code}"
+    program = f"import resource, torch\nfrom planish.calib.machine import heap\n{RESIDENT}\n{code}"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     return [int(word) for word in ran.stdout.split()]
 

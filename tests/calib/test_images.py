@@ -12,9 +12,9 @@ from helpers_checkpoint import edit_json
 from helpers_stored import saved
 from tiny_models import tiny_vision
 
-from planish.calib.checkpoint import Checkpoint, open_checkpoint
-from planish.calib.images import GENERATED, feature_change, images, synthetic, token_labels
-from planish.calib.onnx_weights import PREPROCESSOR
+from planish.calib.data.images import GENERATED, feature_change, images, synthetic, token_labels
+from planish.calib.files.checkpoint import Checkpoint, open_checkpoint
+from planish.calib.files.onnx_weights import PREPROCESSOR
 from planish.quant.errors import PlanishError
 
 Image = pytest.importorskip("PIL.Image")

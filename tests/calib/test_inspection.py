@@ -11,14 +11,14 @@ from tiny_models import CONFIGS, VISION, pixels, tiny, tiny_vision, tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from planish.calib.checkpoint import Checkpoint, open_checkpoint
-from planish.calib.diagnosis import SCHEMES, TRANSFORMS, Intervention, OutlierReport, Thresholds
-from planish.calib.inspection import Subject, inspect_model
-from planish.calib.interventions import AVERAGED, UNCHANGED, ZEROED
-from planish.calib.runner import BlockRunner
-from planish.calib.stored import open_stored
-from planish.calib.stream import Stream
-from planish.calib.topology import topology
+from planish.calib.blocks.topology import topology
+from planish.calib.compressed.stored import open_stored
+from planish.calib.files.checkpoint import Checkpoint, open_checkpoint
+from planish.calib.outliers.diagnosis import SCHEMES, TRANSFORMS, Intervention, OutlierReport, Thresholds
+from planish.calib.outliers.inspection import Subject, inspect_model
+from planish.calib.outliers.interventions import AVERAGED, UNCHANGED, ZEROED
+from planish.calib.walk.runner import BlockRunner
+from planish.calib.walk.stream import Stream
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 
 SAMPLES, LENGTH, PLANTED = 6, 24, 2  # token 2 is not among the random ones

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from planish.calib.diagnosis import SuperWeight, Thresholds
-from planish.calib.interventions import AVERAGED, UNCHANGED, WEIGHTS_OF_LAYER, ZEROED, Fork, Forks
-from planish.calib.massive import Birth
-from planish.calib.runner import Call
-from planish.calib.stream import Stream
+from planish.calib.outliers.diagnosis import SuperWeight, Thresholds
+from planish.calib.outliers.interventions import AVERAGED, UNCHANGED, WEIGHTS_OF_LAYER, ZEROED, Fork, Forks
+from planish.calib.outliers.massive import Birth
+from planish.calib.walk.runner import Call
+from planish.calib.walk.stream import Stream
 
 
 class Block(nn.Module):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from planish.calib.landscape import BINS, POSITIONS, landscape
+from planish.calib.outliers.landscape import BINS, POSITIONS, landscape
 
 
 @pytest.mark.parametrize(("length", "width"), [(3, 5), (64, 128), (100, 129), (70, 577)])

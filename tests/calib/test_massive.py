@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from planish.calib.diagnosis import Thresholds
-from planish.calib.massive import Birth, Magnitudes
+from planish.calib.outliers.diagnosis import Thresholds
+from planish.calib.outliers.massive import Birth, Magnitudes
 
 SAMPLES, LENGTH, WIDTH = 4, 16, 32
 LIMITS = Thresholds()

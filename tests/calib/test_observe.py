@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planish.calib.observe import observe
-from planish.calib.outliers import massive
-from planish.calib.runner import Call
-from planish.calib.sites import Site
-from planish.calib.statistics import Extremes
-from planish.calib.stream import Stream
+from planish.calib.blocks.sites import Site
+from planish.calib.walk.massive_tokens import massive
+from planish.calib.walk.observe import observe
+from planish.calib.walk.runner import Call
+from planish.calib.walk.statistics import Extremes
+from planish.calib.walk.stream import Stream
 
 TOKENS, WIDTH = 96, 8
 

@@ -13,10 +13,10 @@ from tiny_models import pixels, tiny_vision
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.demo import find_demo
-from planish.calib.images import images
-from planish.calib.onnx_weights import convert_dinov2
+from planish.calib.data.images import images
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.files.demo import find_demo
+from planish.calib.files.onnx_weights import convert_dinov2
 from planish.quant.errors import PlanishError
 
 onnx = pytest.importorskip("onnx")

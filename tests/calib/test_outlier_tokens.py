@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from planish.calib.diagnosis import Thresholds
-from planish.calib.outlier_tokens import OutlierTokens
+from planish.calib.outliers.diagnosis import Thresholds
+from planish.calib.outliers.outlier_tokens import OutlierTokens
 
 SAMPLES, LENGTH = 4, 12
 BOS, DOT = 1, 2

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from planish.calib import outliers
-from planish.calib.outliers import MassiveCriterion, massive
+from planish.calib.walk import massive_tokens as outliers
+from planish.calib.walk.massive_tokens import MassiveCriterion, massive
 from planish.quant.errors import PlanishError
 
 

@@ -8,10 +8,10 @@ import torch
 from helpers_compress import VOCABULARY, quick, source
 
 import planish
-from planish.calib import own_text as module
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.outlier_tokens import start_token
-from planish.calib.own_text import own_text
+from planish.calib.data import own_text as module
+from planish.calib.data.own_text import own_text
+from planish.calib.data.windows import start_token
+from planish.calib.files.checkpoint import open_checkpoint
 from planish.planning.preflight import make_plan
 from planish.quant.errors import PlanishError
 from planish.recipe.schema import Recipe

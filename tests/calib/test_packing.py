@@ -7,7 +7,18 @@ from compressed_tensors.quantization import QuantizationConfig
 from helpers_solvers import format_name, weights
 from pydantic import ValidationError
 
-from planish.calib.packing import Layout, Packed, clipped, default_layout, is_own, pack, quantization_config, read_config, stored_names, unpack
+from planish.calib.compressed.packing import (
+    Layout,
+    Packed,
+    clipped,
+    default_layout,
+    is_own,
+    pack,
+    quantization_config,
+    read_config,
+    stored_names,
+    unpack,
+)
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, QuantizedWeight, Scheme, WeightFormat
 from planish.quant.linear import StaticGrid

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from planish.calib.precision import bfloat16_products, working_dtype
+from planish.calib.machine.precision import bfloat16_products, working_dtype
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from tiny_models import CONFIGS, block_calls, tiny, tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from planish.calib.topology import Topology, reader_weight, topology
+from planish.calib.blocks.topology import Topology, reader_weight, topology
 
 POST_NORM = ("gemma2", "gemma3_text", "olmo2")
 NORMALISED = ("opt-350m",)

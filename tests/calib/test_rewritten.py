@@ -9,10 +9,10 @@ from helpers_stored import saved
 from tiny_models import CONFIGS, tiny, tokens
 from torch import Tensor
 
-from planish.calib.checkpoint import Checkpoint, open_checkpoint
-from planish.calib.rewritten import Rewriting, Rewritten
-from planish.calib.runner import BlockRunner
-from planish.calib.topology import topology
+from planish.calib.blocks.topology import topology
+from planish.calib.files.checkpoint import Checkpoint, open_checkpoint
+from planish.calib.files.rewritten import Rewriting, Rewritten
+from planish.calib.walk.runner import BlockRunner
 from planish.quant.errors import PlanishError
 from planish.quant.transforms.factors import Chain, on_input
 from planish.quant.transforms.rotate import Kind, mean_keeping, mixing, turned_back

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from planish.calib import rounding
-from planish.calib.diagnosis import SCHEMES, TRANSFORMS
-from planish.calib.difficulty import binned
-from planish.calib.rounding import BITS, STRENGTHS, RoundingErrors, output_errors
+from planish.calib.outliers import rounding
+from planish.calib.outliers.diagnosis import SCHEMES, TRANSFORMS
+from planish.calib.outliers.difficulty import binned
+from planish.calib.outliers.rounding import BITS, STRENGTHS, RoundingErrors, output_errors
 from planish.quant.errors import PlanishError
 from planish.quant.transforms.hadamard import hadamard
 

@@ -8,9 +8,9 @@ from helpers_stored import saved
 from tiny_models import CONFIGS, tiny, tokens
 from torch import Tensor, nn
 
-from planish.calib import runner as runner_module
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.runner import BlockRunner
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.walk import runner as runner_module
+from planish.calib.walk.runner import BlockRunner
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,9 @@ from helpers_compress import ids, source
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.runner import BlockRunner
-from planish.calib.sensitivity import Felt, sensitivities
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.walk.runner import BlockRunner
+from planish.calib.walk.sensitivity import Felt, sensitivities
 
 FAMILIES = ("llama", "qwen2", "phi3", "gemma2", "gpt2", "gpt_neox", "gpt_neox-serial")
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
-from planish.calib.diagnosis import Attention, Thresholds
-from planish.calib.sink_heads import AttentionMeter, sink_heads
-from planish.calib.topology import topology
+from planish.calib.blocks.topology import topology
+from planish.calib.outliers.diagnosis import Attention, Thresholds
+from planish.calib.outliers.sink_heads import AttentionMeter, sink_heads
 
 ROWS = list[list[float]]
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from planish.calib.statistics import Extremes
+from planish.calib.walk.statistics import Extremes
 from planish.quant.errors import PlanishError
 
 

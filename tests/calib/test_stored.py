@@ -11,12 +11,12 @@ from helpers_stored import rounded, saved
 from tiny_models import tiny, tokens
 from transformers import PreTrainedModel
 
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.quantized import load_rest
-from planish.calib.runner import BlockRunner
-from planish.calib.shards import read_json
-from planish.calib.sites import reader_weight
-from planish.calib.stored import StoredCheckpoint, is_compressed, open_any, open_stored
+from planish.calib.blocks.sites import reader_weight
+from planish.calib.compressed.quantized import load_rest
+from planish.calib.compressed.stored import StoredCheckpoint, is_compressed, open_any, open_stored
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.files.shards import read_json
+from planish.calib.walk.runner import BlockRunner
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.linear import QuantizedLinear, StaticGrid

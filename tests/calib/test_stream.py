@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from planish.calib.stream import Stream, relative_error
+from planish.calib.walk.stream import Stream, relative_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

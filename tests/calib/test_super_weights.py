@@ -9,13 +9,13 @@ from tiny_models import CONFIGS, tiny, tokens
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.diagnosis import SuperWeight, Thresholds
-from planish.calib.runner import BlockRunner
-from planish.calib.sites import reader_weight
-from planish.calib.stored import open_any
-from planish.calib.super_weights import SuperWeightSearch, published, without
-from planish.calib.topology import topology
+from planish.calib.blocks.sites import reader_weight
+from planish.calib.blocks.topology import topology
+from planish.calib.compressed.stored import open_any
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.outliers.diagnosis import SuperWeight, Thresholds
+from planish.calib.outliers.super_weights import SuperWeightSearch, published, without
+from planish.calib.walk.runner import BlockRunner
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 
 HUGE = 3000.0

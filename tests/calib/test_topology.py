@@ -9,8 +9,8 @@ from tiny_models import CONFIGS, FAMILIES, VISION_FAMILIES, block_calls, tiny, t
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from planish.calib import families
-from planish.calib.topology import Host, Site, Topology, absorb, check_structure, exact_scale, prove, reader_weight, tie, topology
+from planish.calib.blocks import families
+from planish.calib.blocks.topology import Host, Site, Topology, absorb, check_structure, exact_scale, prove, reader_weight, tie, topology
 from planish.quant.errors import PlanishError
 
 OFFSET_FAMILIES = ("gemma2", "gemma3_text")
@@ -261,7 +261,7 @@ def test_addresses_are_of_the_blocks_readers_alone() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "starcoder2"}, r"model_type 'starcoder2': no table .* Add a Family to calib/families.py.* Supported: llama, mistral"),
+        ({"model_type": "starcoder2"}, r"model_type 'starcoder2': no table .* Add a Family to calib/blocks/families.py.* Supported: llama, mistral"),
         ({"model_type": "bert"}, "no table for this family"),
         ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "mixtral"}, "mixture of experts"),

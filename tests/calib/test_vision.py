@@ -12,10 +12,10 @@ from tiny_models import VISION, block_calls, pixels, tiny_vision
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.runner import BlockRunner
-from planish.calib.topology import Host, absorb, check_structure, prove, reader_weight, topology
-from planish.eval.score import arithmetic, final_hidden
+from planish.calib.blocks.topology import Host, absorb, check_structure, prove, reader_weight, topology
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.walk.runner import BlockRunner
+from planish.eval.scores.score import arithmetic, final_hidden
 from planish.quant.errors import PlanishError
 
 CPU = torch.device("cpu")

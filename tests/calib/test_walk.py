@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planish.calib.quantized import put
-from planish.calib.sites import Site
-from planish.calib.walk import Pass, Prepared, SiteWalk, replaced, site_inputs, walking
+from planish.calib.blocks.sites import Site
+from planish.calib.compressed.quantized import put
+from planish.calib.walk.site_walk import Pass, Prepared, SiteWalk, replaced, site_inputs, walking
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat
 from planish.quant.linear import quantize_input

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from planish.calib.workers import MOST, Workers, share_of_threads, workers_for
+from planish.calib.machine.workers import MOST, Workers, share_of_threads, workers_for
 
 CPU = torch.device("cpu")
 

@@ -9,11 +9,11 @@ import pytest
 from helpers_stored import rounded, saved
 from tiny_models import tiny
 
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.shards import INDEX_FILE
-from planish.calib.stored import open_stored
-from planish.eval.origin import MANIFEST_FILE, check_files, check_made_from, file_digests, origin_note
-from planish.eval.verify import verify
+from planish.calib.compressed.stored import open_stored
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.files.shards import INDEX_FILE
+from planish.eval.verifying.origin import MANIFEST_FILE, check_files, check_made_from, file_digests, origin_note
+from planish.eval.verifying.verify import verify
 from planish.quant.errors import PlanishError
 from planish.quant.formats import Scheme, WeightFormat
 
@@ -52,7 +52,7 @@ def test_one_bit_of_the_weights(out: Path) -> None:
 
 def test_digests_are_of_whole_files(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many reads they take, and of the index too."""
-    monkeypatch.setattr("planish.eval.origin.READ_BYTES", 100)
+    monkeypatch.setattr("planish.eval.verifying.origin.READ_BYTES", 100)
     (out / INDEX_FILE).write_text("{}")
     names = {"config.json", WEIGHTS, INDEX_FILE}
     assert file_digests(out) == {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in names}

@@ -1,4 +1,4 @@
-"""planish.eval.outlier_page: the page says what the report says, worst first, for every kind of report."""
+"""planish.eval.pages.outlier_page: the page says what the report says, worst first, for every kind of report."""
 
 import html
 import re
@@ -7,9 +7,9 @@ from dataclasses import fields, replace
 import pytest
 from helpers_inspect import RECIPE, bare_report, compressed_report, smollm2_report
 
-from planish.calib.diagnosis import Thresholds
-from planish.eval import outlier_page as module
-from planish.eval.outlier_page import outlier_page
+from planish.calib.outliers.diagnosis import Thresholds
+from planish.eval.pages import outlier_page as module
+from planish.eval.pages.outlier_page import outlier_page
 
 
 @pytest.fixture(autouse=True)

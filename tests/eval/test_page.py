@@ -1,4 +1,4 @@
-"""planish.eval.page: everything is escaped, numbers sort as numbers, and nothing is fetched."""
+"""planish.eval.pages.page: everything is escaped, numbers sort as numbers, and nothing is fetched."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from planish.eval.page import Card, Code, Column, Control, Figure, Frame, Page, Pane, Section, Table, Words, render
+from planish.eval.pages.page import Card, Code, Column, Control, Figure, Frame, Page, Pane, Section, Table, Words, render
 from planish.quant.errors import PlanishError
 
 NASTY = "<script>alert('x')</script> & \"quoted\" <!-- </script>"

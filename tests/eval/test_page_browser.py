@@ -15,7 +15,7 @@ from helpers_inspect import compressed_report, smollm2_report
 from helpers_reports import comparison_report, compress_report, evaluation
 
 from planish.common.schemas import to_json
-from planish.eval.outlier_page import outlier_page
+from planish.eval.pages.outlier_page import outlier_page
 from planish.report_command import write_pages
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from planish.eval.paired import Measured, average, difference, flips, mean, ratio
+from planish.eval.scores.paired import Measured, average, difference, flips, mean, ratio
 
 RANDOM = np.random.default_rng(0)
 Y = RANDOM.integers(0, 2, 200).astype(float)

@@ -1,4 +1,4 @@
-"""planish.eval.pictures and outlier_pictures: plotly takes what is drawn, scales are shared, and what is missing is left out."""
+"""planish.eval.pages.pictures and outlier_pictures: plotly takes what is drawn, scales are shared, and what is missing is left out."""
 
 import base64
 import itertools
@@ -11,11 +11,11 @@ import plotly.graph_objects as go
 import pytest
 from helpers_inspect import BLOCKS, HIDDEN, bare_report, compressed_report, small, smollm2_report
 
-from planish.calib.diagnosis import Intervention
-from planish.eval import outlier_pictures, pictures
-from planish.eval.outlier_pictures import View
-from planish.eval.outlier_view import change, life, number, percent, place, quoted, ranges, unchanged_quality, worst_first
-from planish.eval.page import Figure
+from planish.calib.outliers.diagnosis import Intervention
+from planish.eval.pages import outlier_pictures, pictures
+from planish.eval.pages.outlier_pictures import View
+from planish.eval.pages.outlier_view import change, life, number, percent, place, quoted, ranges, unchanged_quality, worst_first
+from planish.eval.pages.page import Figure
 from planish.quant.errors import PlanishError
 
 DRAWN = ("difficulty_map", "errors", "channels", "depth", "massive_depth", "landscape", "sink_map")

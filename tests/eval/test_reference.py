@@ -7,10 +7,10 @@ import tiny_models
 import torch
 from helpers_stored import rounded, saved
 
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.stored import open_stored
-from planish.eval.reference import Reference, compare_with, make_reference
-from planish.eval.score import compare
+from planish.calib.compressed.stored import open_stored
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.eval.scores.reference import Reference, compare_with, make_reference
+from planish.eval.scores.score import compare
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 
@@ -38,7 +38,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("planish.eval.reference.save_file", stop)
+        patch.setattr("planish.eval.scores.reference.save_file", stop)
         with pytest.raises(KeyboardInterrupt):
             reference.save(file)
     assert not file.exists()

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from planish.eval.scatter import HEIGHT, LEFT, LETTER, LINE, NARROW, SHARES, TOP, WIDTH, Panel, Point, round_ticks, scatter
+from planish.eval.pages.scatter import HEIGHT, LEFT, LETTER, LINE, NARROW, SHARES, TOP, WIDTH, Panel, Point, round_ticks, scatter
 
 SVG = "{http://www.w3.org/2000/svg}"
 POINTS = (

@@ -10,11 +10,11 @@ from helpers_stored import rounded, saved
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.stored import open_stored
-from planish.eval.gate import Gate
-from planish.eval.measured import comparison_metrics
-from planish.eval.score import Comparison, Divergence, Score, compare, log_probabilities, next_log_probabilities, score
+from planish.calib.compressed.stored import open_stored
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.eval.scores.gate import Gate
+from planish.eval.scores.measured import comparison_metrics
+from planish.eval.scores.score import Comparison, Divergence, Score, compare, log_probabilities, next_log_probabilities, score
 from planish.quant.errors import PlanishError
 from planish.quant.formats import Scheme, WeightFormat
 

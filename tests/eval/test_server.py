@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import planish
-from planish.eval.client import Client
-from planish.eval.server import ENVIRONMENT, TOLERANCE, server_python
-from planish.eval.verify import verify
-from planish.eval.vllm_score import SETTINGS
+from planish.eval.servers.client import Client
+from planish.eval.verifying.server import ENVIRONMENT, TOLERANCE, server_python
+from planish.eval.verifying.verify import verify
+from planish.eval.verifying.vllm_score import SETTINGS
 from planish.quant.errors import PlanishError
 from planish.recipe.schema import load_recipe, with_settings
 

@@ -11,10 +11,10 @@ from helpers_stored import rounded, saved
 from tiny_models import tiny
 from torch import Tensor
 
-from planish.calib.layout import read_layout
-from planish.calib.shards import read_header
-from planish.eval.check import listed
-from planish.eval.structure import check_structure, check_values, extent
+from planish.calib.compressed.layout import read_layout
+from planish.calib.files.shards import read_header
+from planish.eval.scores.check import listed
+from planish.eval.verifying.structure import check_structure, check_values, extent
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.linear import StaticGrid
 

@@ -10,11 +10,11 @@ from tiny_models import tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.stored import open_any
-from planish.eval.score import compare, score
-from planish.eval.text_score import BaseHidden, TextSettings, cut, hidden_states, measure_text
-from planish.eval.verify import evaluation_windows
+from planish.calib.compressed.stored import open_any
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.eval.scores.score import compare, score
+from planish.eval.scores.text_score import BaseHidden, TextSettings, cut, hidden_states, measure_text
+from planish.eval.verifying.verify import evaluation_windows
 from planish.quant.errors import PlanishError
 
 CPU = torch.device("cpu")

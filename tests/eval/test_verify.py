@@ -12,15 +12,15 @@ from helpers_stored import rounded, saved
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.runner import BlockRunner
-from planish.calib.stored import open_stored
-from planish.eval.check import Verification
-from planish.eval.origin import MANIFEST_FILE
-from planish.eval.probe import PROBE_FILE, check_probe, read_probe, record_probe
-from planish.eval.score import arithmetic, compare, final_hidden
-from planish.eval.server import server_python
-from planish.eval.verify import evaluation_windows, verify
+from planish.calib.compressed.stored import open_stored
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.walk.runner import BlockRunner
+from planish.eval.scores.check import Verification
+from planish.eval.scores.score import arithmetic, compare, final_hidden
+from planish.eval.verifying.origin import MANIFEST_FILE
+from planish.eval.verifying.probe import PROBE_FILE, check_probe, read_probe, record_probe
+from planish.eval.verifying.server import server_python
+from planish.eval.verifying.verify import evaluation_windows, verify
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.linear import StaticGrid
@@ -349,7 +349,7 @@ def test_the_setting_names_the_environment(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("shift", [0.0, 0.1])
 def test_the_servers_answer_is_compared(shift: float, tmp_path: Path) -> None:
     """With a stand-in for vLLM that answers from a file."""
-    from planish.eval.score import score
+    from planish.eval.scores.score import score
 
     out = build(tmp_path, W8A8)
     checkpoint = open_stored(out)

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, StaticCache
 from transformers.integrations import sdpa_attention
 
 import planish
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.packed import ENVIRONMENT, Kernels, kernels_used
+from planish.calib.compressed.packed import ENVIRONMENT, Kernels, kernels_used
+from planish.calib.files.checkpoint import open_checkpoint
 from planish.planning.preflight import make_plan
 from planish.quant.errors import PlanishError
 from planish.quant.solvers import columns

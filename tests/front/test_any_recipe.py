@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import planish
 from planish.common.decode import decode
-from planish.eval.probe import read_probe
+from planish.eval.verifying.probe import read_probe
 from planish.quant.errors import PlanishError
 from planish.recipe.schema import Recipe
 from planish.walk.records import BlockRecord

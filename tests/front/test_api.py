@@ -10,9 +10,9 @@ from helpers_front import tree
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import planish
-from planish.calib.data import tokens
-from planish.calib.stored import open_stored
-from planish.eval.score import score
+from planish.calib.compressed.stored import open_stored
+from planish.calib.data.windows import tokens
+from planish.eval.scores.score import score
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPE = planish.Recipe(

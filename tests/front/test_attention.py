@@ -12,9 +12,9 @@ from torch import Tensor
 
 import planish
 from planish import solving
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.runner import BlockRunner
-from planish.calib.walk import Pass, walking
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.walk.runner import BlockRunner
+from planish.calib.walk.site_walk import Pass, walking
 from planish.compressing.compression import streams_of
 from planish.planning.preflight import make_plan
 from planish.quant.formats import Scheme, WeightFormat

@@ -11,12 +11,12 @@ from helpers_front import tree
 from transformers import PreTrainedConfig
 
 import planish
-from planish.calib.runner import BlockRunner, Call
-from planish.calib.sites import Host, Topology
-from planish.calib.stored import open_stored
-from planish.calib.topology import topology
+from planish.calib.blocks.sites import Host, Topology
+from planish.calib.blocks.topology import topology
+from planish.calib.compressed.stored import open_stored
+from planish.calib.walk.runner import BlockRunner, Call
 from planish.compressing.compression import packed_linears, streams_of
-from planish.eval.probe import check_probe, read_probe
+from planish.eval.verifying.probe import check_probe, read_probe
 from planish.planning.preflight import Plan, make_plan
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.recipe.schema import Recipe
@@ -79,7 +79,7 @@ def test_a_wrong_host_is_caught_on_the_real_block(site: str, tmp_path: Path, mon
         return replace(right, sites=tuple(replace(s, host=WRONG[site]) if s.name == site else s for s in right.sites))
 
     folder = source("llama", tmp_path / "model")
-    monkeypatch.setattr("planish.calib.runner.topology", wrong)
+    monkeypatch.setattr("planish.calib.walk.runner.topology", wrong)
     monkeypatch.setattr("planish.planning.preflight._prove", lambda _runner: None)  # which would have caught it earlier
     with pytest.raises(planish.PlanishError, match=rf"smooth at block 0 \(.*{site}.*\): the transformed block is off by"):
         planish.compress(recipe(W8A8, planish.Gptq(), (planish.Smooth(strength=0.7, sites=(f"*.{site}",)),)), folder, tmp_path / "out")

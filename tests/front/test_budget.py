@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers_compress import source
 
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.runner import BlockRunner
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.walk.runner import BlockRunner
 from planish.quant.errors import PlanishError
 from planish.searching.budget import Budget, Weights
 

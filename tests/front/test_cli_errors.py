@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from planish.calib.families import FAMILIES
+from planish.calib.blocks.families import FAMILIES
 from planish.quant.errors import PlanishError
 
 Planish = Callable[..., Ran]

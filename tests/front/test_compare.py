@@ -15,9 +15,9 @@ from helpers_front import SHORT, Ran, invoke, tree
 from jsonschema import Draft202012Validator
 
 import planish as front
-from planish.calib.data import Calibration
-from planish.calib.stored import open_stored
-from planish.calib.workers import threads
+from planish.calib.compressed.stored import open_stored
+from planish.calib.data.windows import Calibration
+from planish.calib.machine.workers import threads
 from planish.common.decode import decode
 from planish.common.page_links import about
 from planish.comparing.job import CompareJob

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers_compress import quick, source
 
-from planish.calib.checkpoint import open_checkpoint
+from planish.calib.files.checkpoint import open_checkpoint
 from planish.planning.estimate import SOFTMAX, Memory, evaluating_seconds, resident
 from planish.planning.preflight import Plan, make_plan
 from planish.quant.solvers import Rtn

@@ -17,14 +17,14 @@ from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
 
 import planish
-from planish.calib.stored import open_any
+from planish.calib.compressed.stored import open_any
 from planish.common.decode import decode
 from planish.common.schemas import plain, schema_of
-from planish.eval import harness, task_cache
-from planish.eval.evaluation import Evaluation, metrics
-from planish.eval.harness import LoadedLM, run_task
-from planish.eval.paired import Measured
-from planish.eval.tasks import open_tasks
+from planish.eval.scores.evaluation import Evaluation, metrics
+from planish.eval.scores.paired import Measured
+from planish.eval.tasks import harness, task_cache
+from planish.eval.tasks.harness import LoadedLM, run_task
+from planish.eval.tasks.tasks import open_tasks
 from planish.evaluating.job import prefix_length
 from planish.evaluating.tables import figure
 from planish.quant.errors import PlanishError

@@ -15,9 +15,9 @@ from helpers_front import start, wait_for
 from helpers_tasks import task_folder
 
 import planish
-from planish.calib.stored import open_any
-from planish.eval.harness import LoadedLM, run_task
-from planish.eval.tasks import open_tasks
+from planish.calib.compressed.stored import open_any
+from planish.eval.tasks.harness import LoadedLM, run_task
+from planish.eval.tasks.tasks import open_tasks
 
 TASKS = ("tiny_choice", "tiny_word")
 LIMIT = 6

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import planish
 from planish import compression
-from planish.calib.shards import INDEX_FILE, SINGLE_FILE, TensorInfo, read_header
+from planish.calib.files.shards import INDEX_FILE, SINGLE_FILE, TensorInfo, read_header
 from planish.compressing.shardwriter import write_shards
 from planish.quant.formats import Scheme, WeightFormat
 from planish.recipe.schema import Recipe, digest, load_recipe

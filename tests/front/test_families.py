@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import planish
-from planish.eval.probe import read_probe
-from planish.eval.stock import by_itself
+from planish.eval.verifying.probe import read_probe
+from planish.eval.verifying.stock import by_itself
 from planish.quant import linear
 from planish.quant.formats import ActivationFormat, activation_grid
 from planish.quant.linear import QuantizedLinear

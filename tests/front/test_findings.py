@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from helpers_inspect import bare_report, compressed_report, smollm2_report
 
-from planish.calib.diagnosis import Figures, Intervention, OutlierReport, OutlierToken, SuperWeight
-from planish.calib.interventions import AVERAGED, UNCHANGED, ZEROED
+from planish.calib.outliers.diagnosis import Figures, Intervention, OutlierReport, OutlierToken, SuperWeight
+from planish.calib.outliers.interventions import AVERAGED, UNCHANGED, ZEROED
 from planish.inspecting.findings import findings
 
 

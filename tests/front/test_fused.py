@@ -14,9 +14,9 @@ from tiny_models import CONFIGS, FAMILIES
 from torch import nn
 
 import planish
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.stored import open_stored
-from planish.eval.score import score
+from planish.calib.compressed.stored import open_stored
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.eval.scores.score import score
 from planish.recipe.schema import with_settings
 
 STREAM = "fold_norms, rotate: {at: residual}"
@@ -238,7 +238,7 @@ def spoiled(module: nn.Module, *_args: object) -> None:
 def test_wrong_weights_are_caught_at_run_time(
     name: str, wrong: Callable[..., None], message: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"planish.calib.rewritten.{name}", wrong)
+    monkeypatch.setattr(f"planish.calib.files.rewritten.{name}", wrong)
     with pytest.raises(planish.PlanishError, match=message):
         planish.compress(quick("w8a8", f"steps=[{ROTATED}]"), sources["llama"], tmp_path / "out")
     assert not list(tmp_path.iterdir())

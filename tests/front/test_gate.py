@@ -15,10 +15,10 @@ from helpers_front import SHORT, Ran, tree
 import planish as planish_api
 from planish.common.decode import decode
 from planish.common.yamltext import parse_yaml
-from planish.eval.gate import METRICS, Gate
-from planish.eval.measured import COMPARED, comparison_metrics
-from planish.eval.paired import Measured
-from planish.eval.score import Comparison, Score
+from planish.eval.scores.gate import METRICS, Gate
+from planish.eval.scores.measured import COMPARED, comparison_metrics
+from planish.eval.scores.paired import Measured
+from planish.eval.scores.score import Comparison, Score
 from planish.quant.errors import PlanishError
 from planish.recipe.schema import digest, load_recipe, to_yaml, with_settings
 from planish.recipe.thresholds import read_gate, with_thresholds

@@ -12,13 +12,13 @@ from tiny_models import CONFIGS
 from transformers import AutoModelForCausalLM
 
 import planish
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.layout import read_layout
-from planish.calib.runner import BlockRunner
-from planish.calib.stored import open_stored
-from planish.eval.score import final_hidden, score
-from planish.eval.stock import by_itself
-from planish.eval.structure import check_structure
+from planish.calib.compressed.layout import read_layout
+from planish.calib.compressed.stored import open_stored
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.walk.runner import BlockRunner
+from planish.eval.scores.score import final_hidden, score
+from planish.eval.verifying.stock import by_itself
+from planish.eval.verifying.structure import check_structure
 from planish.quant.errors import PlanishError
 
 STEPS = {

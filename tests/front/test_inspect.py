@@ -13,7 +13,7 @@ from helpers_stored import saved
 from tiny_models import FAMILIES, VISION_FAMILIES, tiny_vision
 
 import planish as api
-from planish.calib.onnx_weights import PREPROCESSOR
+from planish.calib.files.onnx_weights import PREPROCESSOR
 from planish.inspecting.report_json import from_dict, schema
 
 Planish = Callable[..., Ran]

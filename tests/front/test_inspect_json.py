@@ -9,8 +9,8 @@ import pytest
 from helpers_inspect import bare_report, compressed_report, small, smollm2_report
 from jsonschema import Draft202012Validator
 
-from planish.calib import diagnosis
-from planish.calib.diagnosis import Intervention, OutlierReport
+from planish.calib.outliers import diagnosis
+from planish.calib.outliers.diagnosis import Intervention, OutlierReport
 from planish.inspecting.report_json import from_dict, schema, to_dict
 from planish.quant.errors import PlanishError
 

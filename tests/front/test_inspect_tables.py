@@ -7,7 +7,7 @@ import pytest
 from helpers_inspect import bare_report, compressed_report, smollm2_report
 from rich.console import Console
 
-from planish.calib.diagnosis import Intervention, OutlierReport
+from planish.calib.outliers.diagnosis import Intervention, OutlierReport
 from planish.inspecting.tables import FINDINGS, inspect_tables
 
 LINES = 45

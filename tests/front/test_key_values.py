@@ -9,10 +9,10 @@ import torch
 from helpers_compress import distance, ids, outlying, quick, source
 
 import planish
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.key_values import hold, holding
-from planish.calib.runner import BlockRunner
-from planish.calib.stored import open_stored
+from planish.calib.compressed.key_values import hold, holding
+from planish.calib.compressed.stored import open_stored
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.walk.runner import BlockRunner
 from planish.quant.errors import PlanishError
 from planish.quant.key_values import HeldKeyValues, KvCache
 from planish.recipe.schema import Recipe, load_recipe, to_yaml, with_settings

@@ -13,13 +13,13 @@ from helpers_stored import rounded
 from torch import Tensor, nn
 
 import planish
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.stored import open_stored
-from planish.calib.topology import topology
-from planish.eval.layers import LayerView, SiteView, chosen_sites
-from planish.eval.layers_page import layers_page
-from planish.eval.score import compare
-from planish.eval.verify import evaluation_windows
+from planish.calib.blocks.topology import topology
+from planish.calib.compressed.stored import open_stored
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.eval.pages.layers_page import layers_page
+from planish.eval.scores.layers import LayerView, SiteView, chosen_sites
+from planish.eval.scores.score import compare
+from planish.eval.verifying.verify import evaluation_windows
 from planish.layerwise.view import Inputs
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, StaticCache
 
 import planish
-from planish.calib import packed
-from planish.calib.packed import GatedMlp, RmsNorm, kernels_used
+from planish.calib.compressed import packed
+from planish.calib.compressed.packed import GatedMlp, RmsNorm, kernels_used
 from planish.quant.errors import PlanishError
 from planish.quant.kernels import PackedLinear, attention, cpu, native, tiles
 from planish.quant.kernels.joined import Part

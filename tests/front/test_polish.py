@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import planish
-from planish.calib.packing import Packed
-from planish.calib.runner import Call
-from planish.calib.sites import Site
-from planish.calib.stream import Stream
+from planish.calib.blocks.sites import Site
+from planish.calib.compressed.packing import Packed
+from planish.calib.walk.runner import Call
+from planish.calib.walk.stream import Stream
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.linear import QuantizedLinear

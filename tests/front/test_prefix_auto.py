@@ -10,10 +10,10 @@ from helpers_text import build_tokenizer
 from tiny_models import tiny
 
 import planish
-from planish.calib.outlier_tokens import start_token
-from planish.calib.stored import open_stored
+from planish.calib.compressed.stored import open_stored
+from planish.calib.data.windows import start_token
 from planish.compressing.reporting import plan_report
-from planish.eval.probe import check_probe, read_probe
+from planish.eval.verifying.probe import check_probe, read_probe
 
 RECIPE = quick("w4a4-fast", "steps=[prefix: {tokens: auto}, hadamard]")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 import planish
-from planish.calib.stored import open_stored
-from planish.eval.score import score
+from planish.calib.compressed.stored import open_stored
+from planish.eval.scores.score import score
 from planish.quant.errors import PlanishError
 from planish.walk.records import BlockRecord
 

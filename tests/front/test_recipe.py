@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from planish.calib.data import Calibration
+from planish.calib.data.windows import Calibration
 from planish.common.decode import encode
 from planish.common.yamltext import parse_yaml
 from planish.quant.errors import PlanishError

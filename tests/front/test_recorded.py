@@ -8,11 +8,11 @@ from helpers_compress import ids, source
 from tiny_models import CONFIGS
 from torch import nn
 
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.recorded import Recorded, recording
-from planish.calib.runner import BlockRunner
-from planish.calib.sites import Site
-from planish.calib.walk import replaced
+from planish.calib.blocks.sites import Site
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.calib.walk.recorded import Recorded, recording
+from planish.calib.walk.runner import BlockRunner
+from planish.calib.walk.site_walk import replaced
 
 
 class Counted(nn.Module):

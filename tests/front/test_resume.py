@@ -14,7 +14,7 @@ from helpers_text import build_tokenizer
 from tiny_models import tiny
 
 import planish
-from planish.calib.stored import open_stored
+from planish.calib.compressed.stored import open_stored
 
 BLOCKS = 16
 SETTINGS = ("--set", "calibration.samples=16", "--set", "calibration.length=128", "--no-evaluate")

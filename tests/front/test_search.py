@@ -10,10 +10,10 @@ from helpers_compress import outlying, quick, source
 from helpers_front import Ran
 
 import planish
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.packing import Packed, pack, stored_size
-from planish.calib.stored import open_stored
-from planish.eval.score import compare
+from planish.calib.compressed.packing import Packed, pack, stored_size
+from planish.calib.compressed.stored import open_stored
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.eval.scores.score import compare
 from planish.quant.errors import PlanishError
 from planish.quant.formats import Scheme, WeightFormat
 from planish.quant.solvers import Clip, Gptq, Rtn

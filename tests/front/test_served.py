@@ -18,11 +18,11 @@ from helpers_openai import serving
 from helpers_text import build_tokenizer
 
 import planish
-from planish.calib.stored import open_any
-from planish.eval.client import connect
-from planish.eval.evaluation import Evaluation, TextBase, TextResult
-from planish.eval.harness import LoadedLM
-from planish.eval.served_lm import ServedLM
+from planish.calib.compressed.stored import open_any
+from planish.eval.scores.evaluation import Evaluation, TextBase, TextResult
+from planish.eval.servers.client import connect
+from planish.eval.tasks.harness import LoadedLM
+from planish.eval.tasks.served_lm import ServedLM
 from planish.quant.errors import PlanishError
 
 Planish = Callable[..., Ran]

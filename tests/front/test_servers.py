@@ -2,7 +2,7 @@
 
 import pytest
 
-from planish.calib.packing import Layout, Packed
+from planish.calib.compressed.packing import Layout, Packed
 from planish.planning.servers import servers
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 

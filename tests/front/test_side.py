@@ -14,12 +14,12 @@ from tiny_models import CONFIGS
 from torch import Tensor
 
 import planish
-from planish.calib.checkpoint import open_checkpoint
-from planish.calib.layout import read_layout
-from planish.calib.stored import open_stored
-from planish.calib.topology import topology
-from planish.eval.score import score
-from planish.eval.structure import bits, check_structure, check_values
+from planish.calib.blocks.topology import topology
+from planish.calib.compressed.layout import read_layout
+from planish.calib.compressed.stored import open_stored
+from planish.calib.files.checkpoint import open_checkpoint
+from planish.eval.scores.score import score
+from planish.eval.verifying.structure import bits, check_structure, check_values
 from planish.quant.errors import PlanishError
 
 STEPS = {

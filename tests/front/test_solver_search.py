@@ -12,8 +12,8 @@ from helpers_front import tree
 from helpers_solvers import inputs
 
 import planish
-from planish.calib.sites import Site
-from planish.calib.walk import Pass
+from planish.calib.blocks.sites import Site
+from planish.calib.walk.site_walk import Pass
 from planish.planning.preflight import make_plan
 from planish.quant.solvers import Gptaq, Moments
 from planish.recipe.schema import digest, load_recipe, to_yaml, with_settings

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from planish import solving
-from planish.calib.packing import Packed
-from planish.calib.sites import Site
-from planish.calib.walk import Pass, walking
+from planish.calib.blocks.sites import Site
+from planish.calib.compressed.packing import Packed
+from planish.calib.walk.site_walk import Pass, walking
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.linear import quantize_input
 from planish.quant.low_rank import LowRank

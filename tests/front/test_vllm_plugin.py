@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import planish
-from planish.eval.server import ENVIRONMENT, SCRIPT, server_python
+from planish.eval.verifying.server import ENVIRONMENT, SCRIPT, server_python
 from planish.recipe.schema import load_recipe, with_settings
 
 PLUGIN = "PLANISH_PLUGIN"  # a folder with planish installed, for vLLM's own environment

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
 
-from planish.calib.prefix import tensor_names
+from planish.calib.blocks.prefix import tensor_names
 from planish.serving import vllm_prefix
 from planish.serving.vllm_config import PlanishConfig
 

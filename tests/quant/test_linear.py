@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from planish.calib.precision import bfloat16_products
+from planish.calib.machine.precision import bfloat16_products
 from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat, scale_and_zero
 from planish.quant.linear import Kept, QuantizedLinear, Side, StaticGrid, quantize_input, share_input, without_first
 from planish.quant.low_rank import LowRank

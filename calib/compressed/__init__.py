@@ -1,0 +1,1 @@
+"""Compressed checkpoints: how they are written down, and how they run."""

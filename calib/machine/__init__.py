@@ -1,0 +1,1 @@
+"""What the machine gives: devices and their memory, the C library's heap, threads, arithmetic."""

@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness, for models in memory and for servers."""
