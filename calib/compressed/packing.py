@@ -21,9 +21,9 @@ from ...quant.linear import StaticGrid
 Layout = Literal["int-quantized", "pack-quantized"]
 _SHAPE_BYTES = 16  # weight_shape: two 64-bit numbers
 PLAIN, OWN = "compressed-tensors", "planish"
-"""A checkpoint's quant_method. OWN where the checkpoint says more than compressed-tensors can (extension.py), or has transposed layers, which its
-consumers leave out. vLLM and SGLang refuse a quant_method that they do not know, by name; transformers logs that it does not, and goes on with random
-weights: that is what GUARD is for."""
+"""A checkpoint's quant_method. OWN where the checkpoint says more than compressed-tensors can (extension.py), has transposed layers, which its
+consumers leave out, or formats that they compute otherwise (other_grid; codes packed beside quantized activations). vLLM and SGLang refuse a
+quant_method that they do not know, by name; transformers logs that it does not, and goes on with random weights: that is what GUARD is for."""
 TRANSPOSED, EXTENDED = "conv1d-", "planish-"
 """Stand before a format's name where the layers are transposed (transformers' Conv1D), or where there is an extension. No library has one of that
 name, so one that looks at formats only refuses too."""
@@ -171,9 +171,9 @@ def _unclipped(packed: Packed) -> Packed:
 
 
 def made_dynamic(packed: Packed) -> Packed:
-    """The same with activations dynamic per token, symmetric."""
+    """The same with activations dynamic per token; symmetric at 8 bits, where that is the same everywhere (other_grid)."""
     assert packed.scheme.activations is not None
-    dynamic = ActivationFormat(bits=packed.scheme.activations.bits)
+    dynamic = ActivationFormat(bits=packed.scheme.activations.bits, symmetric=packed.scheme.activations.bits == 8)
     return Packed(Scheme(weights=packed.scheme.weights, activations=dynamic), packed.layout)
 
 

@@ -16,7 +16,7 @@ from ..calib.blocks.prefix import prefix_ids
 from ..calib.blocks.proof import check_structure, prove
 from ..calib.blocks.sites import Topology, reader_weight
 from ..calib.compressed.key_values import check_key_values
-from ..calib.compressed.packing import Layout, Packed, default_layout, other_grid
+from ..calib.compressed.packing import Layout, Packed, default_layout
 from ..calib.data.own_text import SOURCE, is_written, own_text
 from ..calib.data.windows import Calibration
 from ..calib.files.checkpoint import Checkpoint, check_language, open_checkpoint
@@ -337,6 +337,8 @@ def _of_formats(recipe: Recipe, resolved: Resolved, packed: dict[Address, Packed
 
 
 def _warnings(packed: dict[Address, Packed | None], topology: Topology, recipe: Recipe) -> tuple[str, ...]:
+    if recipe.misread is not None:
+        return (f"{recipe.misread}: so others refuse the checkpoint, and run it only with planish (docs/serving.md).",)
     if recipe.extended:
         return (
             "transforms at run time, clips, side paths, a prefix, or keys and values in codes: others run the checkpoint only with planish "
@@ -344,16 +346,7 @@ def _warnings(packed: dict[Address, Packed | None], topology: Topology, recipe: 
         )
     if topology.family in PLAIN_LINEARS:
         return (f"{topology.family}: its linear layers are Conv1D modules; transformers runs the checkpoint only with planish, vLLM refuses it.",)
-    quantized = [(how.layout, how.scheme.activations) for how in packed.values() if how and how.scheme.activations is not None]
-    if any(layout == "pack-quantized" for layout, _ in quantized):
-        return (
-            "export.layout pack-quantized: vLLM and SGLang load it and leave activations as they are, without a word. layout auto prevents that.",
-        )
-    if any(other_grid(act) for _, act in quantized):
-        return (
-            "symmetric dynamic activations of fewer than 8 bits: transformers loads the checkpoint, but divides their ranges otherwise, so that it "
-            "computes something else; vLLM refuses it. symmetric: false is the same everywhere.",
-        )
-    if any(act.bits != 8 for _, act in quantized):
+    quantized = [how.scheme.activations for how in packed.values() if how and how.scheme.activations is not None]
+    if any(act.bits != 8 for act in quantized):
         return ("activations of other than 8 bits: transformers simulates them, vLLM refuses the checkpoint.",)
     return ()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
+from ..calib.compressed.packing import other_grid
 from ..calib.data.windows import Calibration
 from ..common.decode import Named, decode, encode
 from ..common.yamltext import dump_yaml, parse_yaml
@@ -146,10 +147,20 @@ class Recipe:
 
     @property
     def extended(self) -> bool:
-        """Whether the checkpoint says more than compressed-tensors can: inputs are transformed or clipped, or have a prefix, or keys and values
-        are held in codes."""
+        """Whether planish alone computes what the checkpoint says: inputs are transformed or clipped, or have a prefix, or keys and values are
+        held in codes; or the formats are such that others load them and compute something else."""
         clips = any(scheme.activations is not None and scheme.activations.clip != 1 for scheme in self.schemes())
-        return clips or self.kv_cache is not None or not all(portable(step) for step in self.steps)
+        return clips or self.misread is not None or self.kv_cache is not None or not all(portable(step) for step in self.steps)
+
+    @property
+    def misread(self) -> str | None:
+        """Which of the formats others would load, and compute something else without a word."""
+        activations = [scheme.activations for scheme in self.schemes() if scheme.activations is not None]
+        if any(map(other_grid, activations)):
+            return "transformers scales symmetric dynamic activations of fewer than 8 bits otherwise (symmetric: false is the same everywhere)"
+        if activations and self.export.layout == "pack-quantized":
+            return "vLLM and SGLang leave quantized activations in full precision where export.layout is pack-quantized (auto is for them)"
+        return None
 
     def held_key_values(self, prefix: int) -> HeldKeyValues | None:
         """How keys and values are held behind so many tokens of a prefix."""

@@ -169,7 +169,8 @@ def _plan(
         raise PlanishError("calibration is null, but a search measures on its text. Remove the line to use the built-in text.")
     if loaded.extended and target != "planish":
         raise PlanishError(
-            f"recipe {loaded.name}: its transforms at run time, clips, side paths or prefix run in planish alone. Give --target planish."
+            f"recipe {loaded.name}: {loaded.misread or 'its transforms at run time, clips, side paths or prefix run in planish alone'}. "
+            "Give --target planish."
         )
     return make_plan(loaded, model, device=device, dtype=dtype or torch.float32, offload_dir=offload_dir, allow_pickle=allow_pickle)
 

@@ -11,7 +11,6 @@ from helpers_compress import ids, source
 from torch import Tensor
 
 import planish
-from planish import solving
 from planish.calib.files.checkpoint import open_checkpoint
 from planish.calib.walk.runner import BlockRunner
 from planish.calib.walk.site_walk import Pass, walking
@@ -21,6 +20,7 @@ from planish.quant.formats import Scheme, WeightFormat
 from planish.quant.solvers.attention import Heads, softmax_metrics
 from planish.quant.transforms import Cat, Prefix
 from planish.recipe.schema import Recipe
+from planish.walk import solving
 from planish.walk.attention import heads_of
 from planish.walk.block import BlockCompressor
 from planish.walk.solving import Readers

@@ -17,8 +17,8 @@ from helpers_text import build_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny
 
-from planish import compare_parent
 from planish.common.texts import named_texts
+from planish.comparing import parent as compare_parent
 from planish.comparing.folder import Folder
 from planish.comparing.report import Done
 from planish.quant.errors import PlanishError

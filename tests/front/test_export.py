@@ -18,8 +18,8 @@ from tiny_models import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import planish
-from planish import compression
 from planish.calib.files.shards import INDEX_FILE, SINGLE_FILE, TensorInfo, read_header
+from planish.compressing import compression
 from planish.compressing.shardwriter import write_shards
 from planish.quant.formats import Scheme, WeightFormat
 from planish.recipe.schema import Recipe, digest, load_recipe

@@ -3,6 +3,7 @@
 Where transformers cannot run a checkpoint (GPT-2, whose layers are Conv1D), it refuses it.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,34 @@ def test_any_format_in_stock_transformers(
     if "transformers" in plan.servers:
         check_stock(tmp_path / "out", model, monkeypatch)
     else:
-        assert "asymmetric" in scheme
-        with pytest.raises(RuntimeError, match="mismatch"):
+        assert ("asymmetric" in scheme and layout != "int-quantized") or recipe.misread
+        with by_itself(), pytest.raises(RuntimeError, match="mismatch"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+SYMMETRIC = "scheme: {weights: {bits: 4}, activations: {bits: 4}}"
+MISREAD = {  # settings of w4a8 that make what others would load, and compute something else
+    "all sites": ("transformers scales symmetric dynamic activations", "scheme.activations={bits: 4}"),
+    "one site": ("transformers scales symmetric dynamic activations", f"overrides=[{{sites: '1.down', {SYMMETRIC}}}]"),
+    "packed": ("vLLM and SGLang leave quantized activations", "export.layout=pack-quantized"),
+}
+
+
+@pytest.mark.parametrize("case", MISREAD)
+def test_what_others_would_compute_otherwise_they_refuse(case: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    words, setting = MISREAD[case]
+    plan = planish.compress(quick("w4a8", setting), sources["llama"], tmp_path / "out", dtype=torch.float32).plan
+    assert plan.servers == ("planish",)
+    assert [note for note in plan.notes if words in note and "others refuse the checkpoint" in note]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["format"]) == ("planish", "planish-pack-quantized")
+    check_against_probe(tmp_path / "out", planish.load(tmp_path / "out", dtype=torch.float32))
+    with by_itself(), pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    found = planish.verify(tmp_path / "out")
+    assert found.ok, found.to_dict()
+    assert found["transformers"].ok
+    assert "refuses the checkpoint" in found["transformers"].message
 
 
 @torch.no_grad()

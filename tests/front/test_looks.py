@@ -8,11 +8,11 @@ from helpers_compare import MEASURE, run_here
 from helpers_compress import outlying, quick
 from helpers_front import SHORT, invoke
 
-from planish import block as blocks
 from planish.comparing.plan import plan_comparison
 from planish.compressing.compression import carry_out
 from planish.planning.preflight import make_plan
 from planish.recipe.schema import Recipe
+from planish.walk import block as blocks
 
 BLOCKS = 3
 ALL = list(range(BLOCKS))

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from planish import progress
 from planish.common.units import duration, size
+from planish.terminal import progress
 from planish.terminal.progress import Live, Plain, Stage, showing
 
 

@@ -66,11 +66,11 @@ def test_interrupted(how: signal.Signals, deep: Path, uninterrupted: dict[str, b
 @pytest.mark.parametrize(
     ("finder", "steps"),
     [
-        ("fused.learned", "fold_norms, rotate: {at: residual, kind: learned, steps: 2}, rotate: {at: value, kind: learned, steps: 2}"),
-        ("fused._ranges", "fold_norms, rotate: {at: residual, seeds: 3}"),
-        ("compression.search_prefix", "prefix: {tokens: auto}"),
-        ("beside.search", "super_weight: {places: auto, z: 12}"),
-        ("compression.decide", "hadamard, raise_activations: {bits: 8, share: 0.25}"),
+        ("walk.fused.learned", "fold_norms, rotate: {at: residual, kind: learned, steps: 2}, rotate: {at: value, kind: learned, steps: 2}"),
+        ("walk.fused._ranges", "fold_norms, rotate: {at: residual, seeds: 3}"),
+        ("compressing.compression.search_prefix", "prefix: {tokens: auto}"),
+        ("walk.beside.search", "super_weight: {places: auto, z: 12}"),
+        ("compressing.compression.decide", "hadamard, raise_activations: {bits: 8, share: 0.25}"),
     ],
 )
 def test_what_was_found_before_the_walk_is_not_searched_again(finder: str, steps: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planish import solving
 from planish.calib.blocks.sites import Site
 from planish.calib.compressed.packing import Packed
 from planish.calib.walk.site_walk import Pass, walking
@@ -16,6 +15,7 @@ from planish.quant.linear import quantize_input
 from planish.quant.low_rank import LowRank
 from planish.quant.solvers import Moments, Rtn
 from planish.quant.transforms.factors import Blocks, on_input
+from planish.walk import solving
 from planish.walk.solving import Readers, gather, held_batches, output_error, settle, solve
 
 SITE = Site(name="in", readers=("a", "b"))

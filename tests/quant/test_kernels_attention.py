@@ -123,6 +123,6 @@ def test_where_it_does_not_apply() -> None:
 def test_opcheck_and_one_graph(masked: bool) -> None:
     q, k, v = draw(2, 4, 9, 64, 0), draw(2, 2, 9, 64, 1), draw(2, 2, 9, 64, 2)
     mask = torch.ones(1, 9, 9, dtype=torch.bool).tril() if masked else None
-    torch.library.opcheck(torch.ops.planish.walk.attention, (q, k, v, mask, 0.1, not masked))
+    torch.library.opcheck(torch.ops.planish.attention, (q, k, v, mask, 0.1, not masked))
     compiled = torch.compile(lambda q, k, v: attention(q, k, v, scale=0.1, causal=not masked, mask_BTS=mask), backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(q, k, v), attention(q, k, v, scale=0.1, causal=not masked, mask_BTS=mask))
