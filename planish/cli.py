@@ -30,6 +30,7 @@ from .terminal.options import (
     Settings,
     complete_recipe,
     gate_of,
+    refuse_idle,
     starting,
     torch_dtype,
 )
@@ -165,6 +166,7 @@ def plan(
 
 @app.command()
 def verify(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder of a compressed checkpoint.")],
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="The original model, to measure what the compression cost.")] = None,
     text: Annotated[str, typer.Option(metavar="FILE", help="Text to measure on: a .txt, .jsonl or .parquet file, hub:NAME, or builtin.")] = "builtin",
@@ -181,9 +183,7 @@ def verify(
     traceback: Traceback = False,
 ) -> None:
     """Reload a compressed checkpoint from disk and check it. Exit code 1: a check failed; 3: none failed, but the gate is missed."""
-    check_checkpoint(checkpoint)
-    check_models(against)
-    check_source(text)
+    _check_verify(context, checkpoint, against, text, server, transformers)
     thresholds = gate_of(gate)
     with starting():
         from .eval.scores.measured import COMPARED, figures_metrics
@@ -223,6 +223,18 @@ def verify(
     if not found.ok:
         raise typer.Exit(1)
     end_by(judgement)
+
+
+def _check_verify(context: typer.Context, checkpoint: Path, against: str | None, text: str, server: str | None, transformers: bool) -> None:
+    """PlanishError for what can be refused before libraries are imported."""
+    if server is None:
+        refuse_idle(context, ("server_env",), "no server is asked. Add --server vllm, or leave it out.")
+        if against is None and not transformers:
+            why = "nothing is measured on a text. Add --against MODEL, --server vllm or --transformers, or leave it out."
+            refuse_idle(context, ("text", "windows", "length"), why)
+    check_checkpoint(checkpoint)
+    check_models(against)
+    check_source(text)
 
 
 @app.command()

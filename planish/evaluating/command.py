@@ -14,7 +14,7 @@ from ..calib.files.given import check_models
 from ..common.outfile import check_outfiles
 from ..common.texts import NO_TEXT
 from ..terminal.console import Traceback, end_by, err_console, out_console
-from ..terminal.options import AsJson, Device, Dtype, Gates, Pickle, Quiet, gate_of, starting, torch_dtype
+from ..terminal.options import AsJson, Device, Dtype, Gates, Pickle, Quiet, gate_of, refuse_idle, starting, torch_dtype
 from ..terminal.progress import showing
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ Schema = Annotated[bool, typer.Option("--schema", callback=_print_schema, is_eag
 
 
 def evaluate_command(
+    context: typer.Context,
     checkpoint: Checkpoint,
     against: Against = None,
     tasks: Tasks = "",
@@ -94,6 +95,7 @@ def evaluate_command(
     What the base model says is kept, so that the next checkpoint of it costs half. Tasks need the extra planish\\[eval].
     Exit code 3: the gate is missed.
     """
+    _refuse_idle(context, text, tasks, server, against)
     thresholds = _checked(checkpoint, against, text, {"--out": out, "--html": html, "--markdown": markdown}, force, gate)
     with starting():
         from .job import EvalJob
@@ -120,6 +122,17 @@ def evaluate_command(
         )
         plan = job.plan()
     _run(job, plan, as_json, quiet)
+
+
+def _refuse_idle(context: typer.Context, text: str, tasks: str, server: str | None, against: str | None) -> None:
+    if text == NO_TEXT:
+        refuse_idle(context, ("windows", "length", "stride", "bos"), "there is no text, --text is none. Leave it out, or name a text.")
+    if not tasks:
+        refuse_idle(context, ("batch_size",), "it is for tasks, and none is given. Name some with --tasks, or leave it out.")
+    if server is None:
+        refuse_idle(context, ("server_timeout",), "no server is asked. Add --server URL, or leave it out.")
+    elif against is None:
+        refuse_idle(context, ("device", "dtype"), "the server computes, as it was started. Leave it out, or add --against MODEL, which planish runs.")
 
 
 def _checked(model: str, against: str | None, text: str, files: Mapping[str, Path | None], force: bool, gate: list[str] | None) -> "Gate":

@@ -48,7 +48,7 @@ def inspect(
     text: Text = None,
     images: Images = None,
     samples: Annotated[int, typer.Option(min=1, help="How many windows of text, or images.")] = 32,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of each window, at most.")] = 512,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens of each window of text, at most. Default: 512.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of windows or images.")] = 0,
     against: Against = None,
     html: Html = None,

@@ -33,6 +33,7 @@ from ..quant.errors import PlanishError
 from .findings import findings
 from .recommend import check_bits, recommend
 
+LENGTH = 512  # tokens of a window
 HELD_OUT = 8  # windows or images that tell what a change is worth
 
 Report = Callable[[str, int, int], None]
@@ -44,7 +45,7 @@ def inspect(
     source: str | None = None,
     images: str | None = None,
     samples: int = 32,
-    length: int = 512,
+    length: int | None = None,
     seed: int | None = 0,
     thresholds: Thresholds | None = None,
     bits: str = "w8a8",
@@ -58,13 +59,13 @@ def inspect(
 
     model: anything that compress takes, a checkpoint that it wrote, or a vision transformer. source: of a language model's text: builtin (default), a
     .txt, .jsonl or .parquet file, or hub:NAME. images: of a vision model: generated (default), or a folder of pictures. samples windows of length
-    tokens (at most what the model takes), or images, drawn with seed. thresholds: the criteria. bits: of the recommended recipe. dtype: of the walk
-    (default: bfloat16 where model and hardware have it, else float32). offload_dir: keep the activations on disk there (default: in memory where
-    they fit). progress: called with a stage's name, steps done and steps in all. Raises PlanishError.
+    tokens (default: 512; at most what the model takes), or images, drawn with seed. thresholds: the criteria. bits: of the recommended recipe.
+    dtype: of the walk (default: bfloat16 where model and hardware have it, else float32). offload_dir: keep the activations on disk there (default:
+    in memory where they fit). progress: called with a stage's name, steps done and steps in all. Raises PlanishError.
     """
     start = time.monotonic()
     check_bits(bits)
-    calibration = _asked(source, samples, length, seed)
+    calibration = _asked(source, samples, LENGTH if length is None else length, seed)
     if offload_dir is not None:
         check_writable(Path(offload_dir) / "streams")
     checkpoint = open_any(model, allow_pickle=allow_pickle)
@@ -75,6 +76,8 @@ def inspect(
     if (source if vision else images) is not None:
         kind, wrong, right = ("vision", "source (--text)", "images") if vision else ("language", "images", "source (--text)")
         raise PlanishError(f"{model}: a {kind} model, so {wrong} is of no use. Leave it out, or give {right}.")
+    if vision and length is not None:
+        raise PlanishError(f"{model}: a vision model, whose images have the length that they have, so length is of no use. Leave it out.")
     subject = _images(checkpoint, images or GENERATED, calibration) if vision else _text(checkpoint, calibration)
     with _stream_folder(_stream_bytes(checkpoint, subject, working), where, offload_dir) as folder:
         report = inspect_model(

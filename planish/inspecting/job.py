@@ -37,7 +37,7 @@ class InspectJob:
     source: str | None = None
     images: str | None = None
     samples: int = 32
-    length: int = 512
+    length: int | None = None
     seed: int = 0
     against: str | None = None
     html: Path | None = None

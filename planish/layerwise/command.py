@@ -11,7 +11,7 @@ from ..calib.data.documents import check_source
 from ..calib.files.given import check_checkpoint, check_model
 from ..common.outfile import check_outfile
 from ..terminal.console import Traceback, err_console, out_console
-from ..terminal.options import AsJson, Device, Pickle, Quiet, starting
+from ..terminal.options import AsJson, Device, Pickle, Quiet, refuse_idle, starting
 from ..terminal.progress import showing
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder of a compressed checkpoint.")]
@@ -23,6 +23,7 @@ Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write
 
 
 def layers(
+    context: typer.Context,
     checkpoint: Checkpoint,
     against: Against,
     text: Annotated[str, typer.Option(metavar="FILE", help="Text to measure on: a .txt, .jsonl or .parquet file, hub:NAME, or builtin.")] = "builtin",
@@ -44,6 +45,8 @@ def layers(
 
     Of each site: how far its readers' outputs are off, by weights and by activations; and what the model would gain if it alone stayed as it was.
     """
+    if not sites and not every:
+        refuse_idle(context, ("evenly",), "no site is restored, --sites is 0. Leave out one of them.")
     check_checkpoint(checkpoint)
     check_model(against)
     check_source(text)

@@ -1,6 +1,6 @@
 """Options that several commands have, and what every command does before it works."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..quant.errors import PlanishError
 from .console import err_console, hush
 
 if TYPE_CHECKING:
@@ -54,6 +55,14 @@ def gate_of(settings: list[str] | None) -> "Gate":
         from ..recipe.thresholds import read_gate
 
         return read_gate(settings or ())
+
+
+def refuse_idle(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """PlanishError for an option on the command line of which nothing would come. names: of the command's parameters; why, and what to do."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise PlanishError(f"--{name.replace('_', '-')}: {why}")
 
 
 @contextmanager

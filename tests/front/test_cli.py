@@ -180,6 +180,11 @@ SLIPS = {  # what is wrong, and what is not yet imported when that is said
     "eval demo:smollm2 --out file": "torch",
     "eval demo:smollm2 --gate lk=0.1": "torch",
     "eval demo:smollm2 --gate w8a9": "torch",
+    "eval demo:smollm2 --text none --tasks arc_easy --windows 3": "torch",
+    "eval demo:smollm2 --text none --tasks arc_easy --bos none": "torch",
+    "eval demo:smollm2 --batch-size 8": "torch",
+    "eval demo:smollm2 --server-timeout 5": "torch",
+    "eval demo:smollm2 --server http://127.0.0.1:1 --dtype float32": "torch",
     "search w8a9 --model demo:smollm2 --budget 4bpw --out new.yaml": "torch",
     "search w8a8 --model none --budget 4bpw --out new.yaml": "torch",
     "search w8a8 --model demo:smollm2 --budget 4bits --out new.yaml": "torch",
@@ -187,7 +192,10 @@ SLIPS = {  # what is wrong, and what is not yet imported when that is said
     "search w8a8 --model demo:smollm2 --budget 4bpw --out new.yaml --set solver.gptw=1": "planish.searching.search",
     "inspect none": "torch",
     "layers none --against demo:smollm2": "torch",
+    "layers none --against demo:smollm2 --sites 0 --evenly": "torch",
     "verify none": "torch",
+    "verify none --server-env none": "torch",
+    "verify none --no-transformers --length 5": "torch",
 }
 
 

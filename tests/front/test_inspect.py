@@ -49,6 +49,9 @@ def test_vision_models(family: str, tmp_path: Path, planish: Planish) -> None:
     ran = planish("inspect", model, "--text", "builtin")
     assert ran.code == 2
     assert "a vision model, so source (--text) is of no use" in ran.err
+    ran = planish("inspect", model, "--length", "512")
+    assert ran.code == 2
+    assert "so length is of no use. Leave it out." in ran.err
 
 
 def test_the_terminal_shows_findings_and_progress(planish: Planish, original: Path, tmp_path: Path) -> None:
