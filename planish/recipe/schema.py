@@ -159,7 +159,7 @@ class Recipe:
         if any(map(other_grid, activations)):
             return "transformers scales symmetric dynamic activations of fewer than 8 bits otherwise (symmetric: false is the same everywhere)"
         if activations and self.export.layout == "pack-quantized":
-            return "vLLM and SGLang leave quantized activations in full precision where export.layout is pack-quantized (auto is for them)"
+            return "vLLM leaves quantized activations in full precision where export.layout is pack-quantized (auto is for others)"
         return None
 
     def held_key_values(self, prefix: int) -> HeldKeyValues | None:

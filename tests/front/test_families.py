@@ -143,7 +143,7 @@ SYMMETRIC = "scheme: {weights: {bits: 4}, activations: {bits: 4}}"
 MISREAD = {  # settings of w4a8 that make what others would load, and compute something else
     "all sites": ("transformers scales symmetric dynamic activations", "scheme.activations={bits: 4}"),
     "one site": ("transformers scales symmetric dynamic activations", f"overrides=[{{sites: '1.down', {SYMMETRIC}}}]"),
-    "packed": ("vLLM and SGLang leave quantized activations", "export.layout=pack-quantized"),
+    "packed": ("vLLM leaves quantized activations", "export.layout=pack-quantized"),
 }
 
 
