@@ -95,8 +95,7 @@ def evaluate_command(
     What the base model says is kept, so that the next checkpoint of it costs half. Tasks need the extra planish\\[eval].
     Exit code 3: the gate is missed.
     """
-    _refuse_idle(context, text, tasks, server, against)
-    thresholds = _checked(checkpoint, against, text, {"--out": out, "--html": html, "--markdown": markdown}, force, gate)
+    thresholds = _checked(context, {"--out": out, "--html": html, "--markdown": markdown}, gate)
     with starting():
         from .job import EvalJob
 
@@ -124,22 +123,21 @@ def evaluate_command(
     _run(job, plan, as_json, quiet)
 
 
-def _refuse_idle(context: typer.Context, text: str, tasks: str, server: str | None, against: str | None) -> None:
-    if text == NO_TEXT:
-        refuse_idle(context, ("windows", "length", "stride", "bos"), "there is no text, --text is none. Leave it out, or name a text.")
-    if not tasks:
-        refuse_idle(context, ("batch_size",), "it is for tasks, and none is given. Name some with --tasks, or leave it out.")
-    if server is None:
-        refuse_idle(context, ("server_timeout",), "no server is asked. Add --server URL, or leave it out.")
-    elif against is None:
-        refuse_idle(context, ("device", "dtype"), "the server computes, as it was started. Leave it out, or add --against MODEL, which planish runs.")
-
-
-def _checked(model: str, against: str | None, text: str, files: Mapping[str, Path | None], force: bool, gate: list[str] | None) -> "Gate":
+def _checked(context: typer.Context, files: Mapping[str, Path | None], gate: list[str] | None) -> "Gate":
     """The gate. PlanishError for what can be refused before libraries are imported."""
-    check_models(model, against)
-    check_source(None if text == NO_TEXT else text)
-    check_outfiles(files, replace=force)
+    asked = context.params
+    text = None if asked["text"] == NO_TEXT else asked["text"]
+    if text is None:
+        refuse_idle(context, ("windows", "length", "stride", "bos"), "there is no text, --text is none. Leave it out, or name a text.")
+    if not asked["tasks"]:
+        refuse_idle(context, ("batch_size",), "it is for tasks, and none is given. Name some with --tasks, or leave it out.")
+    if asked["server"] is None:
+        refuse_idle(context, ("server_timeout",), "no server is asked. Add --server URL, or leave it out.")
+    elif asked["against"] is None:
+        refuse_idle(context, ("device", "dtype"), "the server computes, as it was started. Leave it out, or add --against MODEL, which planish runs.")
+    check_models(asked["checkpoint"], asked["against"])
+    check_source(text)
+    check_outfiles(files, replace=asked["force"])
     return gate_of(gate)
 
 

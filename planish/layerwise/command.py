@@ -47,11 +47,7 @@ def layers(
     """
     if not sites and not every:
         refuse_idle(context, ("evenly",), "no site is restored, --sites is 0. Leave out one of them.")
-    check_checkpoint(checkpoint)
-    check_model(against)
-    check_source(text)
-    if html is not None:
-        check_outfile(html, replace=force)
+    _check(checkpoint, against, text, html, force)
     with starting():
         from ..common.files import write_text
         from ..common.schemas import plain
@@ -83,3 +79,12 @@ def layers(
         print(json.dumps(plain(found), allow_nan=False))
     else:
         out_console().print(*layers_tables(found, html), sep="\n")
+
+
+def _check(checkpoint: Path, against: str, text: str, html: Path | None, force: bool) -> None:
+    """PlanishError for what can be refused before libraries are imported."""
+    check_checkpoint(checkpoint)
+    check_model(against)
+    check_source(text)
+    if html is not None:
+        check_outfile(html, replace=force)
