@@ -56,7 +56,7 @@ class Export:
     """The written checkpoint. format: compressed-tensors, to which planish adds what that cannot say, where a recipe needs it (docs/serving.md).
 
     layout auto: one code a byte (int-quantized) where activations are quantized, packed where they are not and wherever planish alone runs the
-    checkpoint. shard_size: of one file at most, such as 5GB or 500MiB.
+    checkpoint; of floats float-quantized. shard_size: of one file at most, such as 5GB or 500MiB.
     """
 
     format: Literal["compressed-tensors"] = "compressed-tensors"
@@ -149,7 +149,9 @@ class Recipe:
     def extended(self) -> bool:
         """Whether planish alone computes what the checkpoint says: inputs are transformed or clipped, or have a prefix, or keys and values are
         held in codes; or the formats are such that others load them and compute something else."""
-        clips = any(scheme.activations is not None and scheme.activations.clip != 1 for scheme in self.schemes())
+        activations = [scheme.activations for scheme in self.schemes() if scheme.activations is not None]
+        learned = any(isinstance(step, Polish) and step.clip for step in self.steps) and any(act.dynamic for act in activations)
+        clips = learned or any(act.clip != 1 for act in activations)
         return clips or self.misread is not None or self.kv_cache is not None or not all(portable(step) for step in self.steps)
 
     @property

@@ -13,7 +13,8 @@ from ..seeds import check_seed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Polish:
-    """steps: of Adam, a batch each. lr: how far the first step moves a scale, as a part of it; it falls to 0 as a cosine. clip: move clips too.
+    """steps: of Adam, a batch each. lr: how far the first step moves a scale, as a part of it; it falls to 0 as a cosine. clip: move clips of
+    dynamic activations too, which planish alone runs.
 
     held_out: the part of the batches by which what was learned is judged; the best that was met is kept, which may be the start.
     """

@@ -124,6 +124,18 @@ def test_it_goes_with_what_runs_beside_the_codes(steps: str, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("pythons_text")
+@pytest.mark.parametrize(("clip", "servers"), [("true", ("planish",)), ("false", ("planish", "transformers"))])
+def test_clips_that_are_learned_are_planishs_own(clip: str, servers: tuple[str, ...], tmp_path: Path) -> None:
+    """Nothing else of the recipe is, and no other consumer could be told of them."""
+    settings = (f"steps=[polish: {{lr: 0.01, steps: 24, clip: {clip}}}]", "scheme.activations={bits: 4, symmetric: false}", "calibration.samples=16")
+    done = planish.compress(quick("w4a8", *settings), outlying(tmp_path / "model"), tmp_path / "out", dtype=torch.float32)
+    assert done.plan.servers == servers
+    assert any(block.polished is not None and block.polished[1] < block.polished[0] for block in done.blocks)
+    assert any(site.clip < 1 for block in done.blocks for site in block.sites.values()) == (clip == "true")
+    assert planish.verify(tmp_path / "out", stock=False).ok
+
+
+@pytest.mark.usefixtures("pythons_text")
 def test_some_sites_alone(tmp_path: Path) -> None:
     """The other sites run as codes and keep their scales; a block without a site of the step's is left as it is."""
     model = outlying(tmp_path / "model")
