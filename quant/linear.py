@@ -1,7 +1,7 @@
 """The linear layer as it will run: integer codes times integer codes, scales applied to the product.
 
 This is what every measurement of planish executes, so that what was measured is what a server computes: activations are quantized per token,
-per tensor or per group; per-channel and per-tensor weights multiply as integers (exact in bfloat16 and float32 alike, for a code has at most
+per tensor or per group; per-channel and per-tensor weights multiply as codes (exact in bfloat16 and float32 alike, for a code has at most
 9 bits), grouped ones are dequantized first, as the kernels of servers do. A side path runs beside the codes, on the input before it is quantized.
 
 Shape suffixes: T tokens, C = I in channels, O out channels, G groups, R channels that are kept out of the codes.
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .formats import ActivationFormat, QuantizedWeight, activation_grid, by_group, to_codes
+from .formats import E4M3, ActivationFormat, QuantizedWeight, activation_grid, by_group, to_codes
 from .low_rank import LowRank
 from .pieces import pieces
 from .transforms.factors import Chain, on_input, restore, store
@@ -32,7 +32,7 @@ class StaticGrid:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedInput:
-    """An activation as integers: codes (T, C) int8, scale and zero (T, G) float32 (T or G may be 1)."""
+    """An activation as codes: (T, C) int8, or bfloat16 with the values of e4m3; scale and zero (T, G) float32 (T or G may be 1)."""
 
     codes: Tensor
     scale: Tensor
@@ -54,11 +54,11 @@ class QuantizedInput:
 def quantize_input(x_TC: Tensor, fmt: ActivationFormat, static: StaticGrid | None = None) -> QuantizedInput:
     """x_TC as codes: with its own dynamic grid, or the given static one."""
     scale, zero = activation_grid(x_TC, fmt) if static is None else (static.scale, static.zero)
-    codes_TC = torch.empty(x_TC.shape, dtype=torch.int8, device=x_TC.device)
+    codes_TC = torch.empty(x_TC.shape, dtype=torch.bfloat16 if fmt.kind == E4M3 else torch.int8, device=x_TC.device)
     for rows in pieces(x_TC):
         grid = rows if scale.shape[0] > 1 else slice(None)
         zero_TG1 = None if zero is None else zero[grid, :, None]
-        codes_TC[rows] = to_codes(by_group(x_TC[rows], scale.shape[1]), scale[grid, :, None], zero_TG1, fmt.bits).flatten(1)
+        codes_TC[rows] = to_codes(by_group(x_TC[rows], scale.shape[1]), scale[grid, :, None], zero_TG1, fmt.kind).flatten(1)
     return QuantizedInput(codes_TC, scale, zero)
 
 

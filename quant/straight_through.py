@@ -7,7 +7,7 @@ Shape suffixes: T tokens, C = I channels, O out channels, G groups.
 
 from torch import Tensor
 
-from .formats import ActivationFormat, WeightFormat, by_group, code_range, scale_and_zero, weight_range
+from .formats import E4M3, ActivationFormat, Kind, WeightFormat, by_group, code_range, nearest, scale_and_zero, weight_range
 
 
 def rounded_input(x_TC: Tensor, fmt: ActivationFormat, clip: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def rounded_input(x_TC: Tensor, fmt: ActivationFormat, clip: Tensor) -> Tensor:
     groups = 1 if fmt.granularity == "tensor" else x_TC.shape[1] // (fmt.group_size or x_TC.shape[1])
     x_TGC = by_group(x_TC, groups)
     over = (0, 1, 2) if fmt.granularity == "tensor" else (2,)
-    return _on_grid(x_TGC, x_TGC.amin(over, keepdim=True) * clip, x_TGC.amax(over, keepdim=True) * clip, fmt.bits, fmt.symmetric).flatten(1)
+    return _on_grid(x_TGC, x_TGC.amin(over, keepdim=True) * clip, x_TGC.amax(over, keepdim=True) * clip, fmt.kind, fmt.symmetric).flatten(1)
 
 
 def rounded_weight(w_OI: Tensor, fmt: WeightFormat, clip: Tensor) -> Tensor:
@@ -29,11 +29,12 @@ def rounded_weight(w_OI: Tensor, fmt: WeightFormat, clip: Tensor) -> Tensor:
     """
     low_OG, high_OG = (end * clip for end in weight_range(w_OI, fmt))
     w_OGI = by_group(w_OI, low_OG.shape[1])
-    return _on_grid(w_OGI, low_OG[:, :, None], high_OG[:, :, None], fmt.bits, fmt.symmetric).flatten(1)
+    return _on_grid(w_OGI, low_OG[:, :, None], high_OG[:, :, None], fmt.kind, fmt.symmetric).flatten(1)
 
 
-def _on_grid(x: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
-    scale, zero = scale_and_zero(low, high, bits, symmetric)
+def _on_grid(x: Tensor, low: Tensor, high: Tensor, kind: Kind, symmetric: bool) -> Tensor:
+    scale, zero = scale_and_zero(low, high, kind, symmetric)
     steps = x / scale if zero is None else x / scale + zero.detach()
-    codes = (steps + (steps.detach().round() - steps.detach())).clamp(*code_range(bits))
+    at = steps.detach()
+    codes = (steps + ((nearest(at, kind) if kind == E4M3 else at.round()) - at)).clamp(*code_range(kind))
     return (codes if zero is None else codes - zero.detach()) * scale

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from planish.quant.formats import QuantizedWeight, WeightFormat, scale_and_zero, to_codes, weight_range
+from planish.quant.formats import E4M3, Kind, QuantizedWeight, WeightFormat, code_range, scale_and_zero, to_codes, weight_range
 from planish.quant.solvers import Clip
 
 Grid = tuple[Tensor, Tensor | None]
@@ -17,11 +17,22 @@ FORMATS = [
     WeightFormat(bits=4, symmetric=False, granularity="tensor"),
     WeightFormat(bits=4, granularity="group", group_size=6),
     WeightFormat(bits=4, symmetric=False, granularity="group", group_size=12),
+    WeightFormat(bits=8, type="float"),
+    WeightFormat(bits=8, type="float", granularity="tensor"),
 ]
 
 
 def format_name(fmt: WeightFormat) -> str:
-    return f"{fmt.bits}{'s' if fmt.symmetric else 'a'}-{fmt.granularity}{fmt.group_size or ''}"
+    return f"{fmt.name}{'s' if fmt.symmetric else 'a'}-{fmt.granularity}{fmt.group_size or ''}"
+
+
+def all_codes(kind: Kind) -> Tensor:
+    """Every code that there is, float32."""
+    if kind == E4M3:
+        codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+        return codes[~codes.isnan()]
+    least, most = code_range(kind)
+    return torch.arange(least, most + 1).float()
 
 
 def inputs(tokens: int, channels: int, seed: int = 0) -> Tensor:
@@ -52,12 +63,12 @@ def output_error(w_OI: Tensor, hat_OI: Tensor, H_II: Tensor) -> float:
 
 
 def plain_grid(w_OI: Tensor, fmt: WeightFormat, dtype: torch.dtype) -> Grid:
-    return scale_and_zero(*weight_range(w_OI, fmt), fmt.bits, fmt.symmetric, dtype)
+    return scale_and_zero(*weight_range(w_OI, fmt), fmt.kind, fmt.symmetric, dtype)
 
 
-def loss(w: Tensor, scale: Tensor, zero: Tensor | None, bits: int, power: float) -> float:
+def loss(w: Tensor, scale: Tensor, zero: Tensor | None, kind: Kind, power: float) -> float:
     """Sum |w - w_hat|^power of all weights under one scale."""
-    codes = to_codes(w, scale, zero, bits)
+    codes = to_codes(w, scale, zero, kind)
     return float(((codes - (0 if zero is None else zero)) * scale - w).abs().pow(power).sum())
 
 
@@ -66,16 +77,16 @@ def clip_losses(w: Tensor, fmt: WeightFormat, clip: Clip, dtype: torch.dtype) ->
     losses, i = [], 0
     while i < clip.shrink * clip.grid - 1e-9:
         factor = 1 - i / clip.grid
-        scale, zero = scale_and_zero(w.min() * factor, w.max() * factor, fmt.bits, fmt.symmetric, dtype)
-        losses.append(loss(w, scale, zero, fmt.bits, clip.power))
+        scale, zero = scale_and_zero(w.min() * factor, w.max() * factor, fmt.kind, fmt.symmetric, dtype)
+        losses.append(loss(w, scale, zero, fmt.kind, clip.power))
         i += 1
     return losses
 
 
-def column(w_O: Tensor, grid: Grid, group: int, bits: int) -> Tensor:
+def column(w_O: Tensor, grid: Grid, group: int, kind: Kind) -> Tensor:
     """One column rounded to its group's grid."""
     scale, zero = grid[0][:, group], None if grid[1] is None else grid[1][:, group]
-    return (to_codes(w_O, scale, zero, bits) - (0 if zero is None else zero)) * scale
+    return (to_codes(w_O, scale, zero, kind) - (0 if zero is None else zero)) * scale
 
 
 def _group_grid(w_OI: Tensor, j: int, fmt: WeightFormat, dtype: torch.dtype, grids: Grid | None) -> tuple[Grid, int]:
@@ -103,7 +114,7 @@ def obq_gptq(w_OI: Tensor, H_II: Tensor, fmt: WeightFormat, damping: float, orde
             grid, group = _group_grid(w_OI, j, fmt, dtype, None)
         elif grids is not None:
             grid, group = _group_grid(w_OI, j, fmt, dtype, grids)
-        hat_OI[:, j] = column(w_OI[:, j], grid, group, fmt.bits)
+        hat_OI[:, j] = column(w_OI[:, j], grid, group, fmt.kind)
         free[j] = False
         error = (w_OI[:, j] - hat_OI[:, j]) / inverse[j, j]
         w_OI[:, free] -= error[:, None] * inverse[j, free]
@@ -123,7 +134,7 @@ def least_squares_gptaq(w_OI: Tensor, x_TI: Tensor, full_TI: Tensor, fmt: Weight
     for j in range(size):
         if j == 0 or (fmt.group_size and j % fmt.group_size == 0):
             grid, group = _group_grid(w_OI, j, fmt, dtype, None)
-        hat_OI[:, j] = column(w_OI[:, j], grid, group, fmt.bits)
+        hat_OI[:, j] = column(w_OI[:, j], grid, group, fmt.kind)
         if j + 1 < size:
             lost_TO = torch.outer(x[:, j], w_OI[:, j] - hat_OI[:, j]) + alpha * torch.outer(gap[:, j], first_OI[:, j])
             w_OI[:, j + 1 :] += torch.linalg.lstsq(x[:, j + 1 :], lost_TO).solution.T
@@ -173,7 +184,7 @@ def pulled_gptaq(
             grid = plain_grid(ahead_OI[:, j : j + span], one, dtype)
         assert grid is not None
         group = 0 if natural or fmt.group_size is None else order[j] // span
-        hat_OI[:, j] = column(pulled(w_OI, aim_OI, j), grid, group, fmt.bits)
+        hat_OI[:, j] = column(pulled(w_OI, aim_OI, j), grid, group, fmt.kind)
         step(w_OI, j, hat_OI[:, j])
         for moved_OI in (w_OI, aim_OI):
             moved_OI[:, j + 1 :] += torch.outer(first_OI[:, j], P_II[j, j + 1 :])
@@ -191,7 +202,7 @@ def obq_heads(w_OI: Tensor, H_II: Tensor, metric_NDD: Tensor, fmt: WeightFormat,
         for n in range(inner * size):
             if n % span == 0:
                 grid = plain_grid(w[None, n : n + span], replace(fmt, granularity="channel", group_size=None), dtype)
-            hat_n[n] = column(w[n : n + 1], grid, 0, fmt.bits)
+            hat_n[n] = column(w[n : n + 1], grid, 0, fmt.kind)
             w = w - (w[n] - hat_n[n]) / inverse[n, n] * inverse[n]
             inverse = inverse - torch.outer(inverse[:, n], inverse[n]) / inverse[n, n]
         hats.append(hat_n.view(inner, size))

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...quant.errors import PlanishError
-from ...quant.formats import WeightFormat
+from ...quant.formats import WeightFormat, code_dtype
 from ...quant.transforms.factors import Chain, on_input
 from ..blocks.prefix import tensor_names
 from ..blocks.sites import Site
@@ -154,7 +154,7 @@ def _expected(how: Packed, local: str, n: int, k: int) -> tuple[tuple[torch.dtyp
     packed = how.layout == "pack-quantized" and fmt.granularity != "tensor"
     match local:
         case "weight":
-            return (torch.int8,), ((n, k),)
+            return (code_dtype(fmt.kind),), ((n, k),)
         case "weight_packed":
             return (torch.int32,), ((n, math.ceil(k * fmt.bits / 32)),)
         case "weight_shape":

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 
 from ...quant.errors import PlanishError
 from ...quant.kernels import cpu, native
+from ...quant.kernels.floats import FloatLinear, runs_floats
 from ...quant.kernels.joined import JoinedLinear, Part, join, joinable
 from ...quant.kernels.modules import PackedLinear, few_tokens_group
 from ...quant.linear import Parts, QuantizedLinear, share_input
@@ -87,14 +88,16 @@ def packed_readers(parts: Sequence[Parts]) -> list[nn.Module]:
     return list(alone)
 
 
-def _alone(parts: Parts) -> PackedLinear | QuantizedLinear:
+def _alone(parts: Parts) -> PackedLinear | FloatLinear | QuantizedLinear:
+    if runs_floats(parts) and _trusted(floats := FloatLinear(parts), parts):
+        return floats
     if _wins(parts) and _trusted(packed := PackedLinear(*parts), parts):
         return packed
     return QuantizedLinear(*parts)
 
 
 @torch.no_grad()
-def _trusted(packed: PackedLinear, parts: Parts) -> bool:
+def _trusted(packed: PackedLinear | FloatLinear, parts: Parts) -> bool:
     """Whether the layer computes what QuantizedLinear does, few tokens and many; only asked on devices whose kernels the tests do not run."""
     device = parts.weight.codes.device
     if device.type in _TESTED:
@@ -297,7 +300,8 @@ class GatedMlp(nn.Module):
 
 def kernels_used(model: nn.Module) -> dict[str, str]:
     """What each quantized linear and each fused module of a loaded model runs on, by its path."""
-    kinds = {Part: "packed, one product with its site's other readers", PackedLinear: "packed", QuantizedLinear: "reference", RmsNorm: "one pass"}
+    kinds = {Part: "packed, one product with its site's other readers", PackedLinear: "packed", FloatLinear: "packed"}
+    kinds |= {QuantizedLinear: "reference", RmsNorm: "one pass"}
     kinds |= {Passed: "in one pass with its readers' quantization"}
     kinds |= {GatedMlp: "SiLU, product and quantization in one pass"}
     named = {name: kinds[type(module)] for name, module in model.named_modules() if type(module) in kinds}

@@ -1,6 +1,6 @@
 """Between planish's quantized weights and compressed-tensors checkpoints: config objects and packing are that library's own.
 
-Tensors of a quantized linear (N out, K in): see the table of the compressed-tensors format; the integer codes are the solver's, bit for bit.
+Tensors of a quantized linear (N out, K in): see the table of the compressed-tensors format; the codes are the solver's, bit for bit.
 """
 
 import re
@@ -11,14 +11,23 @@ from typing import Any, Literal
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus, QuantizationStrategy
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationStrategy,
+    QuantizationType,
+)
 from torch import Tensor
 
 from ...quant.errors import PlanishError
-from ...quant.formats import ActivationFormat, QuantizedWeight, Scheme, WeightFormat
+from ...quant.formats import ActivationFormat, NumberType, QuantizedWeight, Scheme, WeightFormat
 from ...quant.linear import StaticGrid
 
-Layout = Literal["int-quantized", "pack-quantized"]
+Layout = Literal["int-quantized", "float-quantized", "pack-quantized"]
+LAYOUTS: Mapping[str, tuple[Layout, ...]] = {"int": ("int-quantized", "pack-quantized"), "float": ("float-quantized",)}
+"""Those that planish reads, by the type of weights."""
 _SHAPE_BYTES = 16  # weight_shape: two 64-bit numbers
 PLAIN, OWN = "compressed-tensors", "planish"
 """A checkpoint's quant_method. OWN where the checkpoint says more than compressed-tensors can (extension.py), has transposed layers, which its
@@ -50,11 +59,13 @@ def other_grid(act: ActivationFormat | None) -> bool:
 
 
 def default_layout(scheme: Scheme, *, own: bool = False) -> Layout:
-    """Weight-only schemes are packed; with quantized activations codes lie one a byte.
+    """Weight-only schemes are packed; with quantized activations codes lie one a byte, as floats always do.
 
     That is what servers' int8 kernels take; and for activations of fewer bits it is what makes vLLM refuse, where it would silently leave packed ones
     unquantized. In a checkpoint of planish's own all codes are packed.
     """
+    if scheme.weights is not None and scheme.weights.type == "float":
+        return "float-quantized"
     return "pack-quantized" if scheme.activations is None or own else "int-quantized"
 
 
@@ -66,7 +77,7 @@ def pack(weight: QuantizedWeight, layout: Layout, scale_dtype: torch.dtype, stat
     tensors = {"weight_scale": scale.reshape(1) if whole else scale}
     if zero is not None:
         tensors["weight_zero_point"] = zero.reshape(1) if whole else zero
-    if layout == "int-quantized":
+    if layout != "pack-quantized":
         tensors["weight"] = codes
     else:
         tensors["weight_packed"] = pack_to_int32(codes, fmt.bits)
@@ -87,7 +98,7 @@ def unpack(tensors: Mapping[str, Tensor], packed: Packed) -> tuple[QuantizedWeig
     scale = tensors["weight_scale"].float()
     scale = scale.reshape(1, 1) if fmt.granularity == "tensor" else scale
     zero = tensors.get("weight_zero_point")
-    if packed.layout == "int-quantized":
+    if packed.layout != "pack-quantized":
         codes = tensors["weight"]
     else:
         shape = torch.Size(int(n) for n in tensors["weight_shape"])
@@ -116,7 +127,7 @@ def stored_names(packed: Packed) -> tuple[str, ...]:
     """Local names of the tensors that `pack` writes for a linear stored like this."""
     fmt, act = packed.scheme.weights, packed.scheme.activations
     assert fmt is not None
-    names = ["weight_scale", *(["weight"] if packed.layout == "int-quantized" else ["weight_packed", "weight_shape"])]
+    names = ["weight_scale", *(["weight_packed", "weight_shape"] if packed.layout == "pack-quantized" else ["weight"])]
     names += [] if fmt.symmetric else ["weight_zero_point"]
     if act is not None and not act.dynamic:
         names += ["input_scale", *([] if act.symmetric else ["input_zero_point"])]
@@ -172,8 +183,9 @@ def _unclipped(packed: Packed) -> Packed:
 
 def made_dynamic(packed: Packed) -> Packed:
     """The same with activations dynamic per token; symmetric at 8 bits, where that is the same everywhere (other_grid)."""
-    assert packed.scheme.activations is not None
-    dynamic = ActivationFormat(bits=packed.scheme.activations.bits, symmetric=packed.scheme.activations.bits == 8)
+    act = packed.scheme.activations
+    assert act is not None
+    dynamic = ActivationFormat(bits=act.bits, type=act.type, symmetric=act.bits == 8)
     return Packed(Scheme(weights=packed.scheme.weights, activations=dynamic), packed.layout)
 
 
@@ -188,12 +200,22 @@ def _scheme(packed: Packed, names: list[str], alone: bool) -> QuantizationScheme
     fmt, act = packed.scheme.weights, packed.scheme.activations
     assert fmt is not None
     weights = QuantizationArgs(
-        num_bits=fmt.bits, symmetric=fmt.symmetric, strategy=QuantizationStrategy(fmt.granularity), group_size=fmt.group_size, dynamic=False
+        num_bits=fmt.bits,
+        type=QuantizationType(fmt.type),
+        symmetric=fmt.symmetric,
+        strategy=QuantizationStrategy(fmt.granularity),
+        group_size=fmt.group_size,
+        dynamic=False,
     )
     inputs = None
     if act is not None:
         inputs = QuantizationArgs(
-            num_bits=act.bits, symmetric=act.symmetric, strategy=QuantizationStrategy(act.granularity), group_size=act.group_size, dynamic=act.dynamic
+            num_bits=act.bits,
+            type=QuantizationType(act.type),
+            symmetric=act.symmetric,
+            strategy=QuantizationStrategy(act.granularity),
+            group_size=act.group_size,
+            dynamic=act.dynamic,
         )
     targets = ["Linear"] if alone else [f"re:^{re.escape(name)}$" for name in names]
     return QuantizationScheme(targets=targets, weights=weights, input_activations=inputs, format=CompressionFormat(packed.layout))
@@ -251,27 +273,36 @@ def _matches(name: str, pattern: str) -> bool:
 def _packed(scheme: QuantizationScheme, default: str, name: str) -> Packed:
     weights, inputs = scheme.weights, scheme.input_activations
     layout = str(getattr(scheme.format, "value", scheme.format) or default)
-    if weights is None or weights.type != "int" or layout not in ("int-quantized", "pack-quantized"):
+    if weights is None or layout not in LAYOUTS[weights.type]:
         kind = f"{layout} {weights and weights.type}"
-        raise PlanishError(f"{name}: stored as {kind}; planish reads integer checkpoints (int-quantized, pack-quantized).")
+        raise PlanishError(f"{name}: stored as {kind}; planish reads integers (int-quantized, pack-quantized) and fp8 (float-quantized).")
     fmt = WeightFormat(
         bits=weights.num_bits,
+        type=_type(weights, name),
         symmetric=weights.symmetric,
         granularity=_strategy(weights, name, ("tensor", "channel", "group")),
         group_size=_group(weights),
     )
     act = None
     if inputs is not None:
-        if inputs.type != "int":
-            raise PlanishError(f"{name}: inputs of type {inputs.type} with {inputs.num_bits} bits; planish runs integer ones.")
         act = ActivationFormat(
             bits=inputs.num_bits,
+            type=_type(inputs, name),
             symmetric=inputs.symmetric,
             granularity=_strategy(inputs, name, ("tensor", "token", "group")),
             group_size=_group(inputs),
             dynamic=inputs.dynamic is True,
         )
-    return Packed(Scheme(weights=fmt, activations=act), "int-quantized" if layout == "int-quantized" else "pack-quantized")
+    return Packed(Scheme(weights=fmt, activations=act), next(known for known in LAYOUTS[fmt.type] if known == layout))
+
+
+def _type(args: QuantizationArgs, name: str) -> NumberType:
+    """PlanishError for floats that are not e4m3."""
+    if args.type == "int":
+        return "int"
+    if args.num_bits != 8:
+        raise PlanishError(f"{name}: floats of {args.num_bits} bits; planish runs those of 8 (e4m3).")
+    return "float"
 
 
 def _strategy(args: QuantizationArgs, name: str, known: tuple[str, ...]) -> Any:

@@ -143,12 +143,12 @@ def _formats(scheme: Scheme) -> dict[str, str | None]:
     weights, activations = scheme.weights, scheme.activations
     assert weights is not None
     group = f"group of {weights.group_size}" if weights.group_size else weights.granularity
-    words = f"int{weights.bits} per {group}{'' if weights.symmetric else ', asymmetric'}"
+    words = f"{weights.name} per {group}{'' if weights.symmetric else ', asymmetric'}"
     if activations is None:
         return {"weights": words, "activations": None}
     group = f"group of {activations.group_size}" if activations.group_size else activations.granularity
     kind = ("" if activations.dynamic else ", static") + ("" if activations.symmetric else ", asymmetric")
-    return {"weights": words, "activations": f"int{activations.bits} per {group}{kind}"}
+    return {"weights": words, "activations": f"{activations.name} per {group}{kind}"}
 
 
 def report_path(out: Path) -> Path:

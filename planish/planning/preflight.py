@@ -214,11 +214,24 @@ def _saving(sizes: Sizes, program: int, asked: bool) -> tuple[bool, bool]:
 def layout_for(recipe: Recipe, scheme: Scheme, family: str) -> Layout:
     """How the recipe stores linears of this scheme. PlanishError: a layout that a checkpoint of planish's own does not have."""
     own, layout = recipe.extended or family in PLAIN_LINEARS, recipe.export.layout
+    if scheme.weights is not None and scheme.weights.type == "float":
+        return _float_layout(own, layout)
     if own and layout == "int-quantized":
         raise PlanishError(
             "export.layout: int-quantized is for other consumers, but planish alone runs this one, and packs its codes. Leave export.layout out."
         )
     return default_layout(scheme, own=own) if layout == "auto" else layout
+
+
+def _float_layout(own: bool, layout: str) -> Layout:
+    if layout != "auto":
+        raise PlanishError(f"export.layout: {layout} is for integers, and floats have float-quantized alone. Leave export.layout out.")
+    if own:
+        raise PlanishError(
+            "scheme: floats in a checkpoint that planish alone runs (transforms at run time, clips, side paths, a prefix, keys and values in codes, "
+            "Conv1D layers). Leave those steps out, or use integers."
+        )
+    return "float-quantized"
 
 
 def _prefix(recipe: Recipe, checkpoint: Checkpoint) -> tuple[int, ...]:

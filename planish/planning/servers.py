@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from ..calib.compressed.packing import Packed, other_grid
+from ..quant.formats import Scheme
 from ..recipe.resolve import SERVED_GROUPS
 
 PLAIN_LINEARS = ("gpt2",)  # families whose linear layers are transposed Conv1D modules, which servers and transformers refuse quantized
@@ -35,6 +36,8 @@ def vllm_devices(how: Packed) -> frozenset[str]:
     """On which of CPU and GPU vLLM runs linears that are stored like this, with the arithmetic that planish measures."""
     fmt, act = how.scheme.weights, how.scheme.activations
     assert fmt is not None
+    if fmt.type == "float":
+        return _devices_of_floats(how.scheme)
     if act is None:
         served = how.layout == "pack-quantized" and (fmt.granularity == "channel" or fmt.group_size in SERVED_GROUPS)
         if served and fmt.bits == 4:
@@ -51,3 +54,12 @@ def vllm_devices(how: Packed) -> frozenset[str]:
     if act.dynamic or act.granularity != "tensor":
         return frozenset()
     return frozenset({"GPU"}) if act.symmetric else BOTH  # on CPUs with AMX it leaves a static symmetric scale aside
+
+
+def _devices_of_floats(scheme: Scheme) -> frozenset[str]:
+    """GPUs below Ada leave activations in full precision. Its CPU build has the kernel for channels and tokens alone."""
+    fmt, act = scheme.weights, scheme.activations
+    assert fmt is not None
+    if act is not None and act.dynamic and act.granularity != "token":
+        return frozenset()  # it scales them per token
+    return BOTH if fmt.granularity == "channel" and act is not None and act.dynamic else frozenset({"GPU"})

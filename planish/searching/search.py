@@ -167,6 +167,8 @@ def _plan(
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if loaded.calibration is None:
         raise PlanishError("calibration is null, but a search measures on its text. Remove the line to use the built-in text.")
+    if any(scheme.weights is not None and scheme.weights.type == "float" for scheme in loaded.schemes()):
+        raise PlanishError(f"recipe {loaded.name}: its weights are floats, and a search chooses among integers. Give a recipe of integers.")
     if loaded.extended and target != "planish":
         raise PlanishError(
             f"recipe {loaded.name}: {loaded.misread or 'its transforms at run time, clips, side paths or prefix run in planish alone'}. "

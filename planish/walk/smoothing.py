@@ -70,7 +70,7 @@ def static_grid(seen: Extremes, scheme: Scheme, divisor_C: Tensor | None = None,
     if fmt is None or fmt.dynamic:
         return None
     low_C, high_C = _ends((seen.minimum_C, seen.maximum_C), divisor_C, shifts)
-    scale, zero = scale_and_zero(low_C.amin().reshape(1, 1), high_C.amax().reshape(1, 1), fmt.bits, fmt.symmetric, torch.bfloat16)
+    scale, zero = scale_and_zero(low_C.amin().reshape(1, 1), high_C.amax().reshape(1, 1), fmt.kind, fmt.symmetric, torch.bfloat16)
     return StaticGrid(scale, zero)
 
 

@@ -28,7 +28,24 @@ _FEW = 32  # tokens up to which torch's int4 kernel for few tokens is taken; bey
 _TORCH_GROUPS = (32, 64, 128, 256)
 
 
-class PackedLinear(nn.Module):
+class Placed(nn.Module):
+    """A layer whose codes and scales stay what and where they are."""
+
+    w_scale: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Placed":
+        """Nothing: dtypes stay, for codes and scales are what they are. PlanishError: to another device, whose kernels want another layout."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(self.w_scale[:0]).device
+        if device != self.w_scale.device:
+            raise PlanishError(
+                f"to {device}: packed weights lie as the kernels of {self.w_scale.device} want them. "
+                f"Load the model on {device} (device= of planish.load, device_map= of from_pretrained)."
+            )
+        return self
+
+
+class PackedLinear(Placed):
     """y = Q(x T) Ŵᵀ + b for x (..., I): see QuantizedLinear. Only for what `supports` says yes to."""
 
     def __init__(
@@ -76,7 +93,7 @@ class PackedLinear(nn.Module):
     def supports(weight: QuantizedWeight, activations: ActivationFormat | None, side: Side | None = None) -> bool:
         """Whether the operators compute such a layer: weight-only of 4 bits; else integer codes on both sides, their scales per channel or tensor and
         per token or tensor, symmetric weights (or asymmetric of up to 7 bits); no channels kept out of the codes."""
-        if side is not None and side.kept is not None:
+        if (side is not None and side.kept is not None) or weight.format.type == "float":
             return False
         if activations is None:
             return weight.format.bits == 4 and weight.codes.shape[1] % 2 == 0
@@ -113,17 +130,6 @@ class PackedLinear(nn.Module):
             self.few_weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI, 1)
             scale_GO = self.w_scale.T.repeat_interleave(self.in_features // self.group // shape[1], 0)
             self.few_grid = torch.stack([scale_GO, torch.zeros_like(scale_GO)], -1).to(dtype).contiguous()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        """Nothing: dtypes stay, for codes and scales are what they are. PlanishError: to another device, whose kernels want another layout."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = fn(self.w_scale[:0]).device
-        if device != self.w_scale.device:
-            raise PlanishError(
-                f"to {device}: packed weights lie as the kernels of {self.w_scale.device} want them. "
-                f"Load the model on {device} (device= of planish.load, device_map= of from_pretrained)."
-            )
-        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
         """With the same weight, which nothing changes, and which torch cannot copy where it is oneDNN's."""

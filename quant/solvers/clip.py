@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanishError
-from ..formats import WeightFormat, code_range, scale_and_zero, weight_range
+from ..formats import Kind, WeightFormat, code_range, nearest, scale_and_zero, weight_range
 from ..pieces import pieces
 
 Grid = tuple[Tensor, Tensor | None]
@@ -47,7 +47,7 @@ class Clip:
 def fit_grid(w_OI: Tensor, fmt: WeightFormat, clip: Clip | None, scale_dtype: torch.dtype) -> Grid:
     """Scale (O, G) and zero point (O, G) or None of a weight; (1, 1) per tensor. Scales are exact in scale_dtype."""
     if clip is None:
-        return scale_and_zero(*weight_range(w_OI, fmt), fmt.bits, fmt.symmetric, scale_dtype)
+        return scale_and_zero(*weight_range(w_OI, fmt), fmt.kind, fmt.symmetric, scale_dtype)
     groups = fmt.groups(w_OI.shape[1])
     shape = (1, 1) if fmt.granularity == "tensor" else (w_OI.shape[0], groups)
     w_RK = w_OI.reshape(shape[0] * shape[1], -1)
@@ -64,29 +64,28 @@ def _search(w_RK: Tensor, fmt: WeightFormat, clip: Clip, scale_dtype: torch.dtyp
     """
     low_R, high_R = w_RK.aminmax(dim=1)
     factors_F1 = torch.tensor(clip.factors(), dtype=w_RK.dtype, device=w_RK.device)[:, None]
-    scale_FR, zero_FR = scale_and_zero(low_R * factors_F1, high_R * factors_F1, fmt.bits, fmt.symmetric, scale_dtype)
+    scale_FR, zero_FR = scale_and_zero(low_R * factors_F1, high_R * factors_F1, fmt.kind, fmt.symmetric, scale_dtype)
     # Relative to the unclipped scale: a tiny scale would underflow when raised to the power.
     unit_FR = (scale_FR / scale_FR[:1]) ** clip.power
     largest_RE = w_RK.gather(1, w_RK.abs().topk(-(-w_RK.shape[1] // EXTREMES), dim=1, sorted=False).indices)
-    bound_FR = unit_FR * _loss(largest_RE, scale_FR, zero_FR, fmt.bits, clip.power)
+    bound_FR = unit_FR * _loss(largest_RE, scale_FR, zero_FR, fmt.kind, clip.power)
     loss_FR = torch.full_like(scale_FR, math.inf)
     best_R = loss_FR[0]
     for f, scale_R in enumerate(scale_FR):
         if (bound_FR[f] < best_R).any():
-            loss_FR[f] = unit_FR[f] * _loss(w_RK, scale_R, None if zero_FR is None else zero_FR[f], fmt.bits, clip.power)
+            loss_FR[f] = unit_FR[f] * _loss(w_RK, scale_R, None if zero_FR is None else zero_FR[f], fmt.kind, clip.power)
             best_R = torch.minimum(best_R, loss_FR[f])
     best_1R = loss_FR.argmin(0, keepdim=True)
     return scale_FR.gather(0, best_1R)[0], None if zero_FR is None else zero_FR.gather(0, best_1R)[0]
 
 
-def _loss(w_RK: Tensor, scale_R: Tensor, zero_R: Tensor | None, bits: int, power: float) -> Tensor:
-    """Sum over K of |w / scale - integer|^power, in the shape of scale_R; leading dimensions broadcast."""
-    qmin, qmax = code_range(bits)
+def _loss(w_RK: Tensor, scale_R: Tensor, zero_R: Tensor | None, kind: Kind, power: float) -> Tensor:
+    """Sum over K of |w / scale - code|^power, in the shape of scale_R; leading dimensions broadcast."""
     steps_RK = w_RK / scale_R[..., None]
-    integers_RK = steps_RK.round()
     if zero_R is None:
-        integers_RK.clamp_(qmin, qmax)
+        codes_RK = nearest(steps_RK.clone(), kind)
     else:
-        integers_RK.clamp_(qmin - zero_R[..., None], qmax - zero_R[..., None])
+        qmin, qmax = code_range(kind)
+        codes_RK = steps_RK.round().clamp_(qmin - zero_R[..., None], qmax - zero_R[..., None])
     # exp(power * log) takes a quarter of the time of pow; log(0) = -inf gives 0.
-    return steps_RK.sub_(integers_RK).abs_().log_().mul_(power).exp_().sum(-1)
+    return steps_RK.sub_(codes_RK).abs_().log_().mul_(power).exp_().sum(-1)

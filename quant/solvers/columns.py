@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..formats import code_range
+from ..formats import E4M3, Kind, code_range, to_codes
 
 LAUNCHED = 128  # columns of a launch at most: their deviations are in registers
 _LAUNCHES = 12  # about: for a column without such a kernel; with it for a block, or as long as its steps take
@@ -39,12 +39,14 @@ class Block(NamedTuple):
     zero_KO: Tensor | None
 
 
-def round_block(block: Block, bits: int) -> None:
+def round_block(block: Block, kind: Kind) -> None:
     """Each column takes what those before it owe it, then is rounded as formats.to_codes does. What the weights then hold is of no matter."""
-    if launched(block.weights_KO):
-        launch(block, bits)
+    if kind == E4M3:
+        floats_one_by_one(block)
+    elif launched(block.weights_KO):
+        launch(block, kind)
     else:
-        one_by_one(block, bits)
+        one_by_one(block, kind)
 
 
 def launched(weights_KO: Tensor) -> bool:
@@ -60,7 +62,7 @@ def launches(columns: int, device: torch.device) -> int:
 
 
 def one_by_one(block: Block, bits: int) -> None:
-    """As `round_block`, on any device."""
+    """As `round_block`, on any device, of integers."""
     w_KO, original_KO, deviations_KO, codes_KO, shares_KK, scale_KO = map(_quick, block[:6])
     zero_KO = None if block.zero_KO is None else _quick(block.zero_KO)
     lowest, highest = code_range(bits)
@@ -71,6 +73,16 @@ def one_by_one(block: Block, bits: int) -> None:
         codes_O = (w_O / scale_O + zero_O).round().clip(lowest, highest)
         codes_KO[k] = codes_O
         deviations_KO[k] = original_KO[k] - (codes_O - zero_O) * scale_O
+
+
+def floats_one_by_one(block: Block) -> None:
+    """As `round_block`, of e4m3."""
+    codes_KO = torch.empty_like(block.weights_KO)
+    for k, (w_O, original_O, scale_O) in enumerate(zip(block.weights_KO, block.original_KO, block.scale_KO, strict=True)):
+        w_O += block.shares_KK[k, :k] @ block.deviations_KO[:k]
+        codes_KO[k] = to_codes(w_O, scale_O, None, E4M3)
+        block.deviations_KO[k] = original_O - codes_KO[k] * scale_O
+    block.codes_KO.copy_(codes_KO)
 
 
 def _quick(tensor: Tensor) -> Any:

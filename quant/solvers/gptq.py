@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanishError
-from ..formats import QuantizedWeight, WeightFormat
+from ..formats import Kind, QuantizedWeight, WeightFormat, code_dtype
 from .cholesky import factor
 from .clip import Clip, Grid, fit_grid
 from .columns import LAUNCHED, Block, launched, round_block
@@ -176,13 +176,13 @@ class Gptq:
         """Codes (O, I), scales and zero points of some rows w_OI that aim at target_OI. Grids fitted beforehand fit w_OI."""
         out_channels, in_channels = w_OI.shape
         order_I = plan.order_I
-        columns = Columns(target_OI if order_I is None else target_OI[:, order_I], plan.shares_II, plan.offsets_II)
+        columns = Columns(target_OI if order_I is None else target_OI[:, order_I], plan.shares_II, plan.offsets_II, code_dtype(fmt.kind))
         if order_I is None:
             scale_OG, zero_OG = self._natural(columns, fmt, scale_dtype)
             return columns.codes_IO.T.contiguous(), scale_OG, zero_OG
         scale_OG, zero_OG = fit_grid(w_OI, fmt, self.clip, scale_dtype)
         steps_IO, zeros_IO = _per_column((scale_OG, zero_OG), in_channels, out_channels)
-        columns.round(0, in_channels, (steps_IO[order_I], None if zeros_IO is None else zeros_IO[order_I]), fmt.bits, self.block_size)
+        columns.round(0, in_channels, (steps_IO[order_I], None if zeros_IO is None else zeros_IO[order_I]), fmt.kind, self.block_size)
         return columns.codes_IO[order_I.argsort()].T.contiguous(), scale_OG, zero_OG
 
     def _offsets(self, lower_II: Tensor, moments: Moments, order_I: Tensor | None) -> Tensor | None:
@@ -197,7 +197,7 @@ class Gptq:
         for start in range(0, in_channels, span):
             columns.settle(0, start, start + span)
             grids.append(fit_grid(columns.expected(start, start + span).T, fmt, self.clip, scale_dtype))
-            columns.round(start, start + span, _per_column(grids[-1], span, out_channels), fmt.bits, self.block_size)
+            columns.round(start, start + span, _per_column(grids[-1], span, out_channels), fmt.kind, self.block_size)
         zeros = [zero_O1 for _, zero_O1 in grids if zero_O1 is not None]
         return torch.cat([scale_O1 for scale_O1, _ in grids], dim=1), torch.cat(zeros, dim=1) if zeros else None
 
@@ -235,15 +235,15 @@ class Columns:
 
     original_IO: (I, O). weights_IO: (I, O). What is left to round, current up to what was settled. deviations_IO: (I, O). original - rounded.
     shares_II: (I, I). What column k takes of each deviation before it: L_kj / L_kk. offsets_II: as Gptq._offsets says.
-    codes_IO: (I, O) int8, filled as columns are rounded.
+    codes_IO: (I, O), filled as columns are rounded.
     """
 
-    def __init__(self, w_OI: Tensor, shares_II: Tensor, offsets_II: Tensor | None) -> None:
+    def __init__(self, w_OI: Tensor, shares_II: Tensor, offsets_II: Tensor | None, codes: torch.dtype) -> None:
         """w_OI: (out, in), shares_II and offsets_II: (in, in), all in the order of rounding."""
         self.original_IO = w_OI.T.contiguous()
         self.weights_IO, self.deviations_IO = self.original_IO.clone(), torch.zeros_like(self.original_IO)
         self.shares_II, self.offsets_II = shares_II, offsets_II
-        self.codes_IO = torch.empty(self.weights_IO.shape, dtype=torch.int8, device=w_OI.device)
+        self.codes_IO = torch.empty(self.weights_IO.shape, dtype=codes, device=w_OI.device)
 
     def settle(self, first: int, start: int, stop: int) -> None:
         """Columns start:stop take what columns first:start owe them."""
@@ -262,7 +262,7 @@ class Columns:
         solved_IO: Tensor = torch.linalg.solve_triangular(self.shares_II[start:stop, start:stop], moved_IO, upper=False, unitriangular=True)
         return self.original_IO[start:stop] + solved_IO
 
-    def round(self, start: int, stop: int, grid: Grid, bits: int, block_size: int) -> None:
+    def round(self, start: int, stop: int, grid: Grid, kind: Kind, block_size: int) -> None:
         """Round columns start:stop, to which nothing before start owes any more. grid: scales and zero points, (stop - start, O)."""
         scale_IO, zero_IO = grid
         size = min(block_size, LAUNCHED) if launched(self.weights_IO) else block_size
@@ -280,7 +280,7 @@ class Columns:
                 scale_KO=scale_IO[here],
                 zero_KO=None if zero_IO is None else zero_IO[here],
             )
-            round_block(block, bits)
+            round_block(block, kind)
 
 
 def _per_column(grid: Grid, in_channels: int, out_channels: int) -> Grid:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..formats import QuantizedWeight, WeightFormat, to_codes
+from ..formats import QuantizedWeight, WeightFormat, code_dtype, to_codes
 from .clip import Clip, fit_grid
 from .moments import Moments, Solution
 
@@ -30,6 +30,6 @@ class Rtn:
         """Quantize w_OI: (out, in). moments are not looked at. Scales are rounded to scale_dtype before codes are chosen."""
         scale_OG, zero_OG = fit_grid(w_OI, fmt, self.clip, scale_dtype)
         zero_OG1 = None if zero_OG is None else zero_OG[:, :, None]
-        codes_OGI = to_codes(w_OI.reshape(len(w_OI), fmt.groups(w_OI.shape[1]), -1), scale_OG[:, :, None], zero_OG1, fmt.bits)
-        codes_OI = codes_OGI.flatten(1).to(torch.int8)
+        codes_OGI = to_codes(w_OI.reshape(len(w_OI), fmt.groups(w_OI.shape[1]), -1), scale_OG[:, :, None], zero_OG1, fmt.kind)
+        codes_OI = codes_OGI.flatten(1).to(code_dtype(fmt.kind))
         return Solution(weight=QuantizedWeight(codes_OI, scale_OG.float(), None if zero_OG is None else zero_OG.float(), fmt))

@@ -1,5 +1,7 @@
 """Packing: what is stored comes back exactly, by planish's own reading and by the compressed-tensors library's; so do configurations."""
 
+from typing import Literal
+
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -41,7 +43,7 @@ def rounded(fmt: WeightFormat, rows: int = 10, columns: int = 48) -> QuantizedWe
 
 def same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
     zeros = (one.zero is None and other.zero is None) or (one.zero is not None and other.zero is not None and torch.equal(one.zero, other.zero))
-    return torch.equal(one.codes, other.codes) and torch.equal(one.scale, other.scale) and zeros and one.format == other.format
+    return torch.equal(one.codes.float(), other.codes.float()) and torch.equal(one.scale, other.scale) and zeros and one.format == other.format
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,7 +96,26 @@ def test_static_grids(symmetric: bool, layout: Layout) -> None:
     assert (found.zero is None and grid.zero is None) or (found.zero is not None and grid.zero is not None and torch.equal(found.zero, grid.zero))
 
 
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_floats_come_back_and_the_library_reads_them(granularity: Literal["channel", "tensor"]) -> None:
+    weight = rounded(WeightFormat(bits=8, type="float", granularity=granularity))
+    act = ActivationFormat(bits=8, type="float", granularity="tensor", dynamic=False)
+    packed, grid = Packed(Scheme(weights=weight.format, activations=act), "float-quantized"), StaticGrid(torch.tensor([[0.5]]), None)
+    tensors = pack(weight, packed.layout, torch.bfloat16, grid)
+    assert set(tensors) == set(stored_names(packed)) == {"weight", "weight_scale", "input_scale"}
+    assert tensors["weight"].dtype == torch.float8_e4m3fn
+    found, static = unpack(tensors, packed)
+    assert same(found, weight)
+    assert static is not None
+    assert torch.equal(static.scale, grid.scale)
+    scheme = QuantizationConfig.model_validate(quantization_config({"a": packed}, [])).config_groups["group_0"]
+    library = BaseCompressor.get_value_from_registry("float-quantized")
+    values = library.decompress({**tensors, "weight_scale": tensors["weight_scale"].float()}, scheme)["weight"]
+    assert torch.equal(values.float(), weight.dequantize())
+
+
 def test_default_layouts() -> None:
+    assert default_layout(Scheme(weights=WeightFormat(bits=8, type="float"))) == "float-quantized"
     four = WeightFormat(bits=4)
     assert default_layout(Scheme(weights=four)) == "pack-quantized"
     assert default_layout(Scheme(weights=four, activations=TOKEN)) == "int-quantized"
@@ -108,6 +129,7 @@ MIXED = {
     "m.11.q": Packed(Scheme(weights=WeightFormat(bits=4, symmetric=False)), "pack-quantized"),
     "m.1.d": Packed(Scheme(weights=WeightFormat(bits=4, symmetric=False)), "pack-quantized"),
     "m.2.d": Packed(Scheme(weights=WeightFormat(bits=4, granularity="tensor"), activations=GROUPS), "int-quantized"),
+    "m.3.q": Packed(Scheme(weights=WeightFormat(bits=8, type="float"), activations=ActivationFormat(bits=8, type="float")), "float-quantized"),
 }
 
 
@@ -141,7 +163,9 @@ def test_foreign_formats_are_refused() -> None:
     data = quantization_config({"a": MIXED["m.0.q"]}, [])
     group = data["config_groups"]["group_0"]
     for changes, words in (
-        ({"format": "float-quantized", "weights": {**group["weights"], "type": "float"}}, "a: stored as float-quantized float"),
+        ({"format": "nvfp4-pack-quantized", "weights": {**group["weights"], "type": "float"}}, "a: stored as nvfp4-pack-quantized float"),
+        ({"format": "float-quantized", "weights": {"num_bits": 4, "type": "float"}}, "a: floats of 4 bits; planish runs those of 8"),
+        ({"format": "int-quantized", "weights": {"num_bits": 8, "type": "float"}}, "a: stored as int-quantized float"),
         ({"format": "pack-quantized", "weights": {"num_bits": 4, "strategy": "tensor_group", "group_size": 16}}, "strategy tensor_group is none of"),
     ):
         with pytest.raises(PlanishError, match=words):
@@ -158,7 +182,7 @@ FLOAT = {"num_bits": 8, "type": "float"}
         ({"transform_config": {"config_groups": {"R4": {}}}}, {}, r"quantization_config\.transform_config: planish runs"),
         ({}, {"output_activations": FLOAT}, r"config_groups\.group_0\.output_activations: planish runs"),
         ({}, {"targets": ["LlamaAttention"]}, r"config_groups\.group_0\.targets \['LlamaAttention'\]: planish runs"),
-        ({}, {"input_activations": {**FLOAT, "strategy": "token", "dynamic": True}}, "a: inputs of type float with 8 bits"),
+        ({}, {"input_activations": {**FLOAT, "strategy": "token", "dynamic": True}}, "weights are of type int, activations of type float"),
     ],
 )
 def test_what_planish_would_leave_out_is_refused(whole: dict[str, object], group: dict[str, object], message: str) -> None:

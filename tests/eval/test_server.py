@@ -31,7 +31,9 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     ("name", "length"),
-    [("w8a8", 2048), ("w4a8", 512), ("w4a16-channel", 2048), ("w4a16-g128", 2048), ("w8a8-static", 2048)],  # vLLM runs w4a8 at 10 tokens a second
+    [  # vLLM runs w4a8 at 10 tokens a second
+        *(("w8a8", 2048), ("w4a8", 512), ("w4a16-channel", 2048), ("w4a16-g128", 2048), ("w8a8-static", 2048), ("w8a8-fp8", 2048)),
+    ],
 )
 def test_vllm_computes_what_was_measured(name: str, length: int, tmp_path: Path) -> None:
     recipe = with_settings(load_recipe(name), ["calibration.samples=8", "calibration.length=256"])

@@ -38,6 +38,9 @@ WEIGHTS = ({"bits": 4}, {"bits": 8, "granularity": "tensor"}, {"bits": 3, "symme
 DYNAMIC = ({"bits": 8}, {"bits": 4, "symmetric": False}, {"bits": 4, "clip": 0.9}, {"bits": 8, "granularity": "group", "group_size": 16})
 ACTIVATIONS = (*DYNAMIC, *DYNAMIC, None, {"bits": 8, "granularity": "tensor", "dynamic": False})  # few steps go with the last
 
+FLOAT = {"bits": 8, "type": "float"}
+FLOATS = ({"weights": FLOAT, "activations": FLOAT}, {"weights": {**FLOAT, "granularity": "tensor"}})  # no steps at inputs go with them
+
 
 class Interrupting(planish.Callback):
     """Stops behind the first block."""
@@ -54,7 +57,8 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         return [draw(st.sampled_from(of))] if draw(st.booleans()) else []
 
     def scheme() -> dict[str, Any]:
-        return {"weights": draw(st.sampled_from(WEIGHTS)), "activations": draw(st.sampled_from(ACTIVATIONS))}
+        whole = {"weights": draw(st.sampled_from(WEIGHTS)), "activations": draw(st.sampled_from(ACTIVATIONS))}
+        return draw(st.sampled_from((whole, whole, whole, *FLOATS)))
 
     steps = one_or_none(PREFIX) + draw(st.sampled_from(EARLY))
     for of in (ABSORBED, PERMUTE, VALUE, INPUTS, KEEPING, CLIP, BESIDE):

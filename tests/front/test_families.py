@@ -19,14 +19,16 @@ import planish
 from planish.eval.verifying.probe import read_probe
 from planish.eval.verifying.stock import by_itself
 from planish.quant import linear
+from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, activation_grid
 from planish.quant.linear import QuantizedLinear
 from planish.quant.transforms.smooth import Smooth
 from planish.recipe.schema import Recipe
 
-RECIPES = ("w8a8", "w8a8-static", "w4a8", "w4a16-g128", "w4a16-channel")
+RECIPES = ("w8a8", "w8a8-static", "w4a8", "w4a16-g128", "w4a16-channel", "w8a8-fp8")
 VARIANTS = tuple(name for name in CONFIGS if name not in FAMILIES)
-CASES = [(family, recipe) for family in FAMILIES for recipe in RECIPES] + [(family, recipe) for family in VARIANTS for recipe in RECIPES[1:5:2]]
+CASES = [(family, recipe) for family in FAMILIES for recipe in RECIPES if (family, recipe) != ("gpt2", "w8a8-fp8")]
+CASES += [(family, recipe) for family in VARIANTS for recipe in RECIPES[1:6:2]]
 CONV1D = ("gpt2",)
 
 
@@ -75,6 +77,9 @@ def check_stock(folder: Path, model: PreTrainedModel, monkeypatch: pytest.Monkey
         assert isinstance(theirs, nn.Linear)
         assert torch.equal(theirs.weight, weight)
     activations = [layer.activations for layer in layers.values() if layer.activations is not None]
+    if activations and all(act.type == "float" for act in activations):
+        assert distance(found, expected) < 0.06  # one code that last bits moved is a sixteenth of its value
+        return
     if not any(act.dynamic for act in activations):
         assert distance(found, expected) < (3e-3 if activations else 1e-5)  # one code that last bits moved is 5e-4
         return
@@ -115,6 +120,11 @@ SCHEMES = {
     "3-group": planish.Scheme(weights=planish.WeightFormat(bits=3, granularity="group", group_size=16)),
     "8-group": planish.Scheme(weights=planish.WeightFormat(bits=8, granularity="group", group_size=32)),
     "8-tensor-8": planish.Scheme(weights=planish.WeightFormat(bits=8, granularity="tensor"), activations=ActivationFormat(bits=8)),
+    "fp8-channel": planish.Scheme(weights=planish.WeightFormat(bits=8, type="float")),
+    "fp8-channel-token": planish.Scheme(weights=planish.WeightFormat(bits=8, type="float"), activations=ActivationFormat(bits=8, type="float")),
+    "fp8-tensor-token": planish.Scheme(
+        weights=planish.WeightFormat(bits=8, type="float", granularity="tensor"), activations=ActivationFormat(bits=8, type="float")
+    ),
     "4-channel-asymmetric-8": planish.Scheme(weights=planish.WeightFormat(bits=4, symmetric=False), activations=ActivationFormat(bits=8)),
     "4-tensor-asymmetric-8": planish.Scheme(
         weights=planish.WeightFormat(bits=4, symmetric=False, granularity="tensor"), activations=ActivationFormat(bits=8)
@@ -129,6 +139,10 @@ def test_any_format_in_stock_transformers(
     scheme: str, layout: Any, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe(name="any", calibration=None, scheme=SCHEMES[scheme], solver=planish.Rtn(), export=planish.Export(layout=layout))
+    if scheme.startswith("fp8") and layout != "auto":
+        with pytest.raises(PlanishError, match=f"export.layout: {layout} is for integers, and floats have float-quantized alone"):
+            planish.compress(recipe, sources["phi3"], tmp_path / "out")
+        return
     plan = planish.compress(recipe, sources["phi3"], tmp_path / "out", dtype=torch.float32).plan
     model = planish.load(tmp_path / "out", dtype=torch.float32)
     if "transformers" in plan.servers:
@@ -203,3 +217,10 @@ def test_other_stored_types(family: str, dtype: torch.dtype, tmp_path: Path, mon
     check_against_probe(tmp_path / "out", model)
     check_stock(tmp_path / "out", model, monkeypatch)
     assert distance(model(ids()).logits, planish.load(folder, dtype=torch.float32)(ids()).logits) < 0.4
+
+
+def test_floats_are_for_servers(sources: dict[str, Path], tmp_path: Path) -> None:
+    for family, settings in (("llama", ["steps=[hadamard]"]), ("llama", ["kv_cache={bits: 8}"]), ("gpt2", [])):
+        with pytest.raises(PlanishError, match="scheme: floats in a checkpoint that planish alone runs"):
+            planish.compress(quick("w8a8-fp8", *settings), sources[family], tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -45,6 +45,7 @@ NAMES = (
     "w4a8",
     "w4a8-best",
     "w8a8",
+    "w8a8-fp8",
     "w8a8-static",
 )
 

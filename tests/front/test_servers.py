@@ -9,6 +9,7 @@ from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 EIGHT, FOUR = WeightFormat(bits=8), WeightFormat(bits=4)
 TOKEN, OWN_RANGE = ActivationFormat(bits=8), ActivationFormat(bits=8, symmetric=False)
 STATIC = ActivationFormat(bits=8, symmetric=False, granularity="tensor", dynamic=False)
+FLOAT, FLOATS = WeightFormat(bits=8, type="float"), ActivationFormat(bits=8, type="float")
 PLAIN: Layout = "int-quantized"
 CASES: dict[str, tuple[WeightFormat, ActivationFormat | None, Layout, str | None]] = {
     "w8a8": (EIGHT, TOKEN, PLAIN, "vLLM"),
@@ -34,6 +35,11 @@ CASES: dict[str, tuple[WeightFormat, ActivationFormat | None, Layout, str | None
     "w4a16, not packed": (FOUR, None, PLAIN, None),
     "w8a16": (EIGHT, None, "pack-quantized", "vLLM (GPU)"),
     "w8a16, asymmetric": (WeightFormat(bits=8, symmetric=False), None, "pack-quantized", None),
+    "fp8": (FLOAT, FLOATS, "float-quantized", "vLLM"),
+    "fp8, weights per tensor": (WeightFormat(bits=8, type="float", granularity="tensor"), FLOATS, "float-quantized", "vLLM (GPU)"),
+    "fp8, static": (FLOAT, ActivationFormat(bits=8, type="float", granularity="tensor", dynamic=False), "float-quantized", "vLLM (GPU)"),
+    "fp8, dynamic per tensor": (FLOAT, ActivationFormat(bits=8, type="float", granularity="tensor"), "float-quantized", None),
+    "fp8, weights alone": (FLOAT, None, "float-quantized", "vLLM (GPU)"),
     "w3a16": (WeightFormat(bits=3), None, "pack-quantized", None),
 }
 

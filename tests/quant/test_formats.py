@@ -7,19 +7,24 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
-from helpers_solvers import FORMATS, format_name, weights
+from helpers_solvers import FORMATS, all_codes, format_name, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from planish.quant.errors import PlanishError, nearest
+from planish.quant import errors
+from planish.quant.errors import PlanishError
 from planish.quant.formats import (
+    E4M3,
     ActivationFormat,
+    Kind,
     QuantizedWeight,
     Scheme,
     WeightFormat,
     activation_grid,
+    code_dtype,
     code_range,
+    nearest,
     scale_and_zero,
     to_codes,
     weight_range,
@@ -32,15 +37,17 @@ numbers = st.one_of(st.just(0.0), st.floats(-1e3, 1e3, width=32), st.sampled_fro
 def quantized(w_OI: Tensor, fmt: WeightFormat, dtype: torch.dtype = torch.float32) -> QuantizedWeight:
     """Rounded to nearest on the plain grid."""
     low, high = weight_range(w_OI, fmt)
-    scale, zero = scale_and_zero(low, high, fmt.bits, fmt.symmetric, dtype)
+    scale, zero = scale_and_zero(low, high, fmt.kind, fmt.symmetric, dtype)
     each = [None if part is None else part.repeat_interleave(w_OI.shape[1] // part.shape[1], 1) for part in (scale, zero)]
     assert each[0] is not None
-    return QuantizedWeight(to_codes(w_OI, each[0], each[1], fmt.bits).to(torch.int8), scale, zero, fmt)
+    return QuantizedWeight(to_codes(w_OI, each[0], each[1], fmt.kind).to(code_dtype(fmt.kind)), scale, zero, fmt)
 
 
-def plain_range(values: list[float], bits: int, symmetric: bool) -> tuple[float, int]:
+def plain_range(values: list[float], bits: Kind, symmetric: bool) -> tuple[float, int]:
     """Scale and zero point in Python's own numbers."""
     low, high = min(0.0, *values), max(0.0, *values)
+    if bits == E4M3:
+        return max(-low, high) / 448, 0
     if symmetric:
         return max(-low, high) / (2 ** (bits - 1) - 1) or 1.0, 0
     scale = (high - low) / (2**bits - 1) or 1.0
@@ -48,7 +55,7 @@ def plain_range(values: list[float], bits: int, symmetric: bool) -> tuple[float,
 
 
 def library(fmt: WeightFormat) -> QuantizationArgs:
-    return QuantizationArgs(num_bits=fmt.bits, symmetric=fmt.symmetric, strategy=fmt.granularity, group_size=fmt.group_size)
+    return QuantizationArgs(num_bits=fmt.bits, type=fmt.type, symmetric=fmt.symmetric, strategy=fmt.granularity, group_size=fmt.group_size)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
@@ -58,10 +65,12 @@ def test_weights_equal_the_plain_reference(fmt: WeightFormat) -> None:
     per_scale = w_OI.flatten()[None, None] if fmt.granularity == "tensor" else w_OI.unflatten(1, (-1, fmt.group_size or 24))
     for row, groups in enumerate(per_scale):
         for group, values in enumerate(groups):
-            scale, zero = plain_range(values.tolist(), fmt.bits, fmt.symmetric)
+            scale, zero = plain_range(values.tolist(), fmt.kind, fmt.symmetric)
             assert found.scale[row, group].item() == pytest.approx(scale, rel=1e-6)
             assert fmt.symmetric or (found.zero is not None and found.zero[row, group].item() == zero)
     step = found.scale.repeat_interleave(24 // found.scale.shape[1], 1).double()
+    if fmt.type == "float":
+        step = torch.maximum(w_OI.abs() / 8, step * 2**-9)
     assert bool(((found.dequantize() - w_OI).abs() <= step * 0.501 * (1 if fmt.symmetric else 2)).all())
 
 
@@ -74,8 +83,8 @@ def test_codes_and_values_equal_the_librarys(fmt: WeightFormat, dtype: torch.dty
     args = library(fmt)
     scale = found.scale.reshape(1) if fmt.granularity == "tensor" else found.scale
     zero = torch.zeros_like(scale) if found.zero is None else found.zero.reshape(scale.shape)
-    codes = quantize(w_OI, scale, zero, args, dtype=torch.int8)
-    assert torch.equal(found.codes, codes)
+    codes = quantize(w_OI, scale, zero, args, dtype=code_dtype(fmt.kind))
+    assert torch.equal(found.codes.float(), codes.float())
     assert torch.equal(found.dequantize(), dequantize(codes, scale, None if found.zero is None else zero, args))
 
 
@@ -198,7 +207,35 @@ def test_activation_clip_scales_the_range(symmetric: bool, fmt: dict[str, Any]) 
         assert zero is None if plain[1] is None else zero is not None and torch.equal(zero, plain[1])
 
 
+floats = st.one_of(st.floats(-500, 500, width=32), st.floats(-(2**-5), 2**-5, width=32), st.sampled_from([0.0, 448.0, HUGE, -HUGE]))
+
+
+@given(st.lists(floats, min_size=1))
+def test_floats_go_to_the_nearest_of_all_codes(values: list[float]) -> None:
+    codes, x = all_codes(E4M3).double(), torch.tensor(values)
+    found = nearest(x.clone(), E4M3)
+    assert found.dtype == torch.float32
+    assert bool(torch.isin(found, codes.float()).all())
+    assert torch.equal((found - x).abs().double(), (codes - x.double()[:, None]).abs().amin(1).float().double())
+
+
+def test_every_float_is_a_code_and_ties_go_to_the_even_one() -> None:
+    codes = all_codes(E4M3)
+    assert (len(codes), codes.min(), codes.max(), codes[codes > 0].min()) == (254, -448, 448, 2**-9)
+    assert torch.equal(nearest(codes.clone(), E4M3), codes)
+    assert nearest(torch.tensor([17.0, 19.0, 21.0, -17.0, 2**-10, 3 * 2**-10, math.nan, math.inf]), E4M3).nan_to_num(7).tolist() == [
+        *(16, 20, 20, -16, 0, 2**-8, 7, 448)
+    ]
+
+
 REFUSED = {
+    "weights: a float of 4 bits": lambda: WeightFormat(bits=4, type="float"),
+    "activations: a float of 8 bits, symmetric False": lambda: ActivationFormat(bits=8, type="float", symmetric=False),
+    "Use channel": lambda: WeightFormat(bits=8, type="float", granularity="group", group_size=32),
+    "Use token": lambda: ActivationFormat(bits=8, type="float", granularity="group", group_size=32),
+    "weights are of type int, activations of type float": lambda: Scheme(
+        weights=WeightFormat(bits=8), activations=ActivationFormat(bits=8, type="float")
+    ),
     "activations.clip is 0.0": lambda: ActivationFormat(bits=4, clip=0.0),
     "activations.clip is 1.5": lambda: ActivationFormat(bits=4, clip=1.5),
     "activations.clip is nan": lambda: ActivationFormat(bits=4, clip=math.nan),
@@ -223,5 +260,5 @@ def test_refused(words: str) -> None:
 
 
 def test_nearest_names() -> None:
-    assert nearest("gptk", ["gptq", "rtn"]) == "Did you mean gptq?"
-    assert nearest("zzz", ["gptq", "rtn"]) == "Known: gptq, rtn."
+    assert errors.nearest("gptk", ["gptq", "rtn"]) == "Did you mean gptq?"
+    assert errors.nearest("zzz", ["gptq", "rtn"]) == "Known: gptq, rtn."

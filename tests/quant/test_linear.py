@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers_solvers import FORMATS, format_name, inputs, weights
+from helpers_solvers import FORMATS, all_codes, format_name, inputs, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,18 +21,20 @@ ACTIVATIONS: list[ActivationFormat | None] = [
     *(ActivationFormat(bits=8, symmetric=symmetric) for symmetric in (True, False)),
     *(ActivationFormat(bits=4, symmetric=symmetric, granularity="group", group_size=8) for symmetric in (True, False)),
     *(ActivationFormat(bits=8, symmetric=s, granularity="tensor", dynamic=dynamic) for s in (True, False) for dynamic in (True, False)),
+    ActivationFormat(bits=8, type="float"),
+    ActivationFormat(bits=8, type="float", granularity="tensor", dynamic=False),
 ]
 
 
 def activation_name(fmt: ActivationFormat | None) -> str:
-    return "none" if fmt is None else f"{fmt.bits}{'s' if fmt.symmetric else 'a'}-{fmt.granularity}{'' if fmt.dynamic else '-static'}"
+    return "none" if fmt is None else f"{fmt.name}{'s' if fmt.symmetric else 'a'}-{fmt.granularity}{'' if fmt.dynamic else '-static'}"
 
 
 def static_of(x_TC: Tensor, fmt: ActivationFormat | None) -> StaticGrid | None:
     """A static grid that clips a little."""
     if fmt is None or fmt.dynamic:
         return None
-    return StaticGrid(*scale_and_zero(0.8 * x_TC.amin().reshape(1, 1), 0.9 * x_TC.amax().reshape(1, 1), fmt.bits, fmt.symmetric, torch.bfloat16))
+    return StaticGrid(*scale_and_zero(0.8 * x_TC.amin().reshape(1, 1), 0.9 * x_TC.amax().reshape(1, 1), fmt.kind, fmt.symmetric, torch.bfloat16))
 
 
 def rounded(out_channels: int, in_channels: int, fmt: WeightFormat, seed: int = 1) -> QuantizedWeight:
@@ -46,12 +48,16 @@ def fake(x_TC: Tensor, fmt: ActivationFormat | None, static: StaticGrid | None) 
     size = {"tensor": x_TC.numel(), "token": x_TC.shape[1], "group": fmt.group_size or 0}[fmt.granularity]
     x = x_TC.reshape(-1, size).double()
     if static is None:
-        scale, zero = scale_and_zero(x.amin(1, True).float(), x.amax(1, True).float(), fmt.bits, fmt.symmetric)
+        scale, zero = scale_and_zero(x.amin(1, True).float(), x.amax(1, True).float(), fmt.kind, fmt.symmetric)
     else:
         scale, zero = static.scale, static.zero
     offset = 0.0 if zero is None else zero.double()
-    half = 2 ** (fmt.bits - 1)
-    codes = (x / scale.double() + offset).round().clamp(-half, half - 1)
+    steps, half = x / scale.double() + offset, 2 ** (fmt.bits - 1)
+    if fmt.type == "float":
+        every = all_codes(fmt.kind).double()
+        codes = every[(steps[..., None] - every).abs().argmin(-1)]
+    else:
+        codes = steps.round().clamp(-half, half - 1)
     return ((codes - offset) * scale.double()).reshape(x_TC.shape)
 
 
@@ -101,7 +107,7 @@ def test_readers_share_the_quantized_input(act: ActivationFormat) -> None:
     x = inputs(15, 24).float()
     static = static_of(x, act)
     quantized = quantize_input(x, act, static)
-    assert quantized.codes.dtype is torch.int8
+    assert quantized.codes.dtype is (torch.int8 if act.type == "int" else torch.bfloat16)
     assert torch.allclose(quantized.dequantize().double(), fake(x, act, static), rtol=1e-6)
     layers = [QuantizedLinear(rounded(10, 24, fmt, seed), None, act, static) for seed, fmt in enumerate(FORMATS[:2])]
     left = layers[0].left(quantized)

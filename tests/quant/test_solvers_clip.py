@@ -28,7 +28,7 @@ def test_fast_search_finds_the_twins_argmin(fmt, scale_dtype, clip):
     scale, zero = fit_grid(w_OI, fmt, clip, scale_dtype)
     for r, w in enumerate(rows(w_OI, fmt)):
         best = min(clip_losses(w, fmt, clip, scale_dtype))
-        found = loss(w, scale.flatten()[r], None if zero is None else zero.flatten()[r], fmt.bits, clip.power)
+        found = loss(w, scale.flatten()[r], None if zero is None else zero.flatten()[r], fmt.kind, clip.power)
         assert found == pytest.approx(best, rel=1e-9)
 
 
@@ -38,7 +38,7 @@ def test_float32_search_is_as_good_as_float64(fmt):
     scale, zero = fit_grid(w_OI.float(), fmt, Clip(), torch.bfloat16)
     for r, w in enumerate(rows(w_OI, fmt)):
         best = min(clip_losses(w, fmt, Clip(), torch.bfloat16))
-        found = loss(w, scale.flatten()[r].double(), None if zero is None else zero.flatten()[r].double(), fmt.bits, 2.4)
+        found = loss(w, scale.flatten()[r].double(), None if zero is None else zero.flatten()[r].double(), fmt.kind, 2.4)
         assert found <= best * (1 + 1e-4)
         if r > 40:
             break

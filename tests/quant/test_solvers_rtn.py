@@ -4,10 +4,10 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers_solvers import FORMATS, format_name, weights
+from helpers_solvers import FORMATS, all_codes, format_name, weights
 
 from planish.quant.errors import PlanishError
-from planish.quant.formats import WeightFormat, code_range
+from planish.quant.formats import WeightFormat
 from planish.quant.solvers import SOLVERS, Clip, Rtn
 from planish.quant.solvers.clip import fit_grid
 
@@ -18,12 +18,11 @@ def test_every_weight_goes_to_the_nearest_point_of_its_grid(fmt, clip):
     w_OI = weights(5, 36).float()
     weight = Rtn(clip=clip).solve(w_OI, fmt, None, torch.bfloat16).weight
     assert torch.equal(weight.scale, fit_grid(w_OI, fmt, clip, torch.bfloat16)[0])
-    qmin, qmax = code_range(fmt.bits)
     for o in range(5):
         for i in range(36):
             row, group = (0, 0) if fmt.granularity == "tensor" else (o, 0 if fmt.group_size is None else i // fmt.group_size)
             zero = 0 if weight.zero is None else weight.zero[row, group]
-            points = (torch.arange(qmin, qmax + 1) - zero) * weight.scale[row, group]
+            points = (all_codes(fmt.kind) - zero) * weight.scale[row, group]
             assert (weight.dequantize()[o, i] - w_OI[o, i]).abs() <= (points - w_OI[o, i]).abs().min() * (1 + 1e-5) + 1e-9
 
 
