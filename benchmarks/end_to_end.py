@@ -1,6 +1,6 @@
 """Prefill and decode of a Llama 3 8B with random weights on a GPU, bfloat16 against the packed schemes, in one run.
 
-python benchmarks/end_to_end.py [--layers 32] [--tokens 8192] [--steps 64] [--schemes w8a8 w4a8 w4a4 w4a4-rotated w4a16]
+python benchmarks/end_to_end.py [--layers 32] [--tokens 8192] [--steps 64] [--schemes w8a8 w8a8-fp8 w4a8 w4a4 w4a4-rotated w4a16]
 
 Decode runs in a CUDA graph. The quantized models are the bfloat16 one with its blocks' linears, norms and MLPs replaced as planish.load does: random
 codes would do, it is speed that is measured. Tokens per second, medians.
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Sta
 from planish.calib.blocks.topology import topology
 from planish.calib.compressed.packed import fuse, packed_readers
 from planish.calib.compressed.quantized import put
-from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat
+from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat, code_dtype
 from planish.quant.linear import Parts
 from planish.quant.transforms.factors import Chain, Hadamard
 from planish.quant.transforms.hadamard import hadamard_block
@@ -29,6 +29,7 @@ from planish.quant.transforms.hadamard import hadamard_block
 ROTATED = "w4a4-rotated"  # a Hadamard rotation of every site's input at run time
 SCHEMES: dict[str, tuple[WeightFormat, ActivationFormat | None]] = {
     "w8a8": (WeightFormat(bits=8), ActivationFormat(bits=8)),
+    "w8a8-fp8": (WeightFormat(bits=8, type="float"), ActivationFormat(bits=8, type="float")),
     "w4a8": (WeightFormat(bits=4), ActivationFormat(bits=8, symmetric=False)),
     "w4a4": (WeightFormat(bits=4), ActivationFormat(bits=4, symmetric=False)),
     ROTATED: (WeightFormat(bits=4), ActivationFormat(bits=4, symmetric=False)),
@@ -69,7 +70,7 @@ def random_parts(linear: nn.Module, scheme: str, chain: Chain) -> Parts:
     weights, activations = SCHEMES[scheme]
     assert isinstance(linear, nn.Linear)
     out, inputs, top = linear.out_features, linear.in_features, 1 << weights.bits - 1
-    codes = torch.randint(-top, top, (out, inputs), dtype=torch.int8, device=linear.weight.device)
+    codes = torch.randint(-top, top, (out, inputs), dtype=torch.int8, device=linear.weight.device).to(code_dtype(weights.kind))
     scale = torch.full((out, weights.groups(inputs)), 0.02 / top, device=codes.device).bfloat16().float()
     return Parts(QuantizedWeight(codes, scale, None, weights), None, activations, None, chain, linear.weight.dtype, None)
 

@@ -105,7 +105,8 @@ def test_a_small_llama_of_every_scheme_runs(scheme: str) -> None:
 
     model = AutoModelForCausalLM.from_config(end_to_end.config(1, hidden=128, inner=256, vocabulary=64), dtype=torch.bfloat16).eval()
     packed = end_to_end.packed(model, scheme)
-    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 4  # q, k and v are one, gate and up too
+    linears = 0 if scheme == "w8a8-fp8" else 4  # q, k and v are one, gate and up too; floats have no kernel on a CPU
+    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == linears
     assert ("SiLU, product and quantization in one pass" in kernels_used(packed).values()) == (
         scheme in ("w8a8", "w4a8", "w4a4") and native.found().library is not None
     )
