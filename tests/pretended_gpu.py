@@ -154,6 +154,7 @@ def _copy_from(source: Tensor, target: Pretended, _non_blocking: bool = False) -
 
 BACKEND = _Backend()
 _setup_privateuseone_for_python_backend(NAME, BACKEND)
+torch.cuda.get_device_capability = lambda _device=None: (9, 0)
 LIBRARY = torch.library.Library("aten", "IMPL")
 for _made in ("empty.memory_format", "empty_strided", "arange", "arange.start", "arange.start_step", "eye", "eye.m", "linspace", "randperm"):
     _packet, _, _overload = _made.partition(".")

@@ -1,5 +1,7 @@
 """FloatLinear computes what QuantizedLinear does of 8-bit floats, and is taken where it can."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers_solvers import inputs, weights
@@ -14,6 +16,7 @@ from planish.quant.low_rank import LowRank
 from planish.quant.solvers import Rtn
 from planish.quant.transforms.factors import Scale
 
+cuda: Any = pytest.importorskip("planish.quant.kernels.cuda")  # needs Triton
 TOKEN = ActivationFormat(bits=8, type="float")
 
 
@@ -43,6 +46,16 @@ def test_equals_the_reference(shape: tuple[int, ...], granularity: str, dtype: t
     assert (found.shape, found.dtype) == (expected.shape, dtype)
     exact = QuantizedLinear(*layer._replace(dtype=torch.float32))(x.float())
     assert (found.float() - exact).norm() <= 1.5 * (expected.float() - exact).norm() + 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(32)], ids=["plain", "bias"])
+def test_the_gpus_product_is_the_cpus_but_for_its_rounding(bias: Tensor | None) -> None:
+    """torch's own kernel has a CPU implementation, too."""
+    x, weight = inputs(7, 48).float(), weights(32, 48).float()
+    (q_TC, s_T1), (k_OC, t_O1) = torch.ops.planish.quantize_fp8(x), torch.ops.planish.quantize_fp8(weight)
+    expected = torch.ops.planish.linear_fp8(q_TC, s_T1, k_OC, t_O1.flatten(), bias, torch.float32)
+    found = cuda.linear_fp8(q_TC, s_T1, k_OC, t_O1.flatten(), bias, torch.float32)
+    assert (found - expected).norm() < 2**-8 * expected.norm()
 
 
 @pytest.fixture
