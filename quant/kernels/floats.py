@@ -16,12 +16,13 @@ _CAPABILITY = (8, 9)
 
 
 def runs_floats(parts: Parts) -> bool:
-    """Whether the layer is one of floats on both sides, scaled per token and per channel or tensor, and its device multiplies them."""
+    """Whether the layer is one of floats on both sides, scaled per token and per channel or tensor, in 16 bits, for the product is rounded to
+    bfloat16, and its device multiplies them."""
     weight, act = parts.weight, parts.activations
     if weight.format.type != "float" or act is None or not act.dynamic or act.granularity != "token" or act.clip != 1:
         return False
     beside = bool(parts.chain) or parts.side is not None
-    fits = not any(width % _WIDTHS for width in weight.codes.shape)
+    fits = parts.dtype in (torch.bfloat16, torch.float16) and not any(width % _WIDTHS for width in weight.codes.shape)
     return fits and not beside and weight.codes.is_cuda and torch.cuda.get_device_capability(weight.codes.device) >= _CAPABILITY
 
 

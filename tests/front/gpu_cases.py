@@ -93,7 +93,7 @@ def test_every_step(step: str, model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["reference", "packed"])
-@pytest.mark.parametrize("name", ["w4a4-fast", "w8a8-static", "w4a8", "w4a16-g128", "paper-lorc", "w8a8-fp8"])
+@pytest.mark.parametrize("name", ["w4a4-fast", "w8a8-static", "w4a8", "w4a16-g128", "paper-lorc"])
 def test_loaded(name: str, kernels: Kernels, model: Path, tmp_path: Path) -> None:
     """A batch, one padded on the left, and what is generated with a cache that grows and one that does not."""
     planish.compress(quick(name), model, tmp_path / "out", device="cpu", dtype=torch.float32)
@@ -115,6 +115,22 @@ def test_loaded(name: str, kernels: Kernels, model: Path, tmp_path: Path) -> Non
         for cache in ("dynamic", "static"):
             found = there.generate(tokens[:1].to(GPU), max_new_tokens=3, do_sample=False, cache_implementation=cache)
             assert found.shape == expected.shape if REAL else found.tolist() == expected.tolist()
+
+
+def test_floats_run_on_the_gpus_own_product(model: Path, tmp_path: Path) -> None:
+    """In 16 bits; in float32 they run on the reference, for that product is rounded to bfloat16."""
+    planish.compress(quick("w8a8-fp8"), model, tmp_path / "out", device="cpu", dtype=torch.float32)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        exact, half = (
+            planish.load(tmp_path / "out", device="cpu", dtype=dtype, kernels="reference")(ids()).logits.float()
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        there = planish.load(tmp_path / "out", device=GPU, dtype=torch.bfloat16, kernels="packed")
+        assert "packed" in kernels_used(there).values()
+        assert distance(there(ids().to(GPU)).logits.float().cpu(), exact) <= 2 * distance(half, exact)
+        wide = planish.load(tmp_path / "out", device=GPU, dtype=torch.float32, kernels="packed")
+        assert "packed" not in kernels_used(wide).values()
+        assert distance(wide(ids().to(GPU)).logits.cpu(), exact) <= CLOSE
 
 
 @pytest.mark.parametrize("kernels", ["reference", "packed"])

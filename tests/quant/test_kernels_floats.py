@@ -1,5 +1,6 @@
 """FloatLinear computes what QuantizedLinear does of 8-bit floats, and is taken where it can."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -67,24 +68,26 @@ def on_ada(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("on_ada")
 def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert runs_floats(parts())
-    assert runs_floats(parts(granularity="tensor"))
+    assert runs_floats(parts(dtype=torch.bfloat16))
+    assert runs_floats(parts(dtype=torch.float16, granularity="tensor"))
+    half = partial(parts, dtype=torch.bfloat16)
     others = {
-        "integers": parts(kind="int", activations=ActivationFormat(bits=8)),
-        "no activations": parts(activations=None),
-        "static": parts(activations=ActivationFormat(bits=8, type="float", granularity="tensor", dynamic=False)),
-        "clipped": parts(activations=ActivationFormat(bits=8, type="float", clip=0.9)),
-        "odd widths": parts(out=33),
-        "transformed": parts(chain=True),
-        "a side path": parts(side=True),
+        "float32": parts(),
+        "integers": half(kind="int", activations=ActivationFormat(bits=8)),
+        "no activations": half(activations=None),
+        "static": half(activations=ActivationFormat(bits=8, type="float", granularity="tensor", dynamic=False)),
+        "clipped": half(activations=ActivationFormat(bits=8, type="float", clip=0.9)),
+        "odd widths": half(out=33),
+        "transformed": half(chain=True),
+        "a side path": half(side=True),
     }
     assert [name for name, layer in others.items() if runs_floats(layer)] == []
     monkeypatch.setattr(floats, "_CAPABILITY", (9, 0))
-    assert not runs_floats(parts())
+    assert not runs_floats(half())
 
 
 def test_never_on_a_cpu_and_never_moved() -> None:
-    assert not runs_floats(parts())
+    assert not runs_floats(parts(dtype=torch.bfloat16))
     layer = FloatLinear(parts())
     assert layer.to(torch.float16).weight.dtype is torch.float8_e4m3fn
     with pytest.raises(PlanishError, match="to meta: packed weights lie as the kernels of cpu want them"):
