@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .formats import E4M3, ActivationFormat, QuantizedWeight, activation_grid, by_group, to_codes
+from .formats import ActivationFormat, Factored, QuantizedWeight, activation_grid, by_group, to_codes
 from .low_rank import LowRank
 from .pieces import pieces
 from .transforms.factors import Chain, on_input, restore, store
@@ -24,7 +24,8 @@ from .transforms.factors import Chain, on_input, restore, store
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StaticGrid:
-    """Scale and zero point of a static activation format, each (1, 1) float32; zero None if symmetric."""
+    """Scale and zero point of a static activation format, each (1, 1) float32; zero None if symmetric. Of NVFP4, whose scales are dynamic, scale is 1
+    over the factor that they share."""
 
     scale: Tensor
     zero: Tensor | None
@@ -32,7 +33,7 @@ class StaticGrid:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedInput:
-    """An activation as codes: (T, C) int8, or bfloat16 with the values of e4m3; scale and zero (T, G) float32 (T or G may be 1)."""
+    """An activation as codes: (T, C) int8, or bfloat16 with a float's values; scale and zero (T, G) float32 (T or G may be 1)."""
 
     codes: Tensor
     scale: Tensor
@@ -52,9 +53,12 @@ class QuantizedInput:
 
 
 def quantize_input(x_TC: Tensor, fmt: ActivationFormat, static: StaticGrid | None = None) -> QuantizedInput:
-    """x_TC as codes: with its own dynamic grid, or the given static one."""
-    scale, zero = activation_grid(x_TC, fmt) if static is None else (static.scale, static.zero)
-    codes_TC = torch.empty(x_TC.shape, dtype=torch.bfloat16 if fmt.kind == E4M3 else torch.int8, device=x_TC.device)
+    """x_TC as codes: with its own dynamic grid, or the given static one; of NVFP4 with dynamic scales by the given factor."""
+    if static is None or fmt.dynamic:
+        scale, zero = activation_grid(x_TC, fmt, None if static is None else Factored(static.scale.reciprocal()))
+    else:
+        scale, zero = static.scale, static.zero
+    codes_TC = torch.empty(x_TC.shape, dtype=torch.int8 if isinstance(fmt.kind, int) else torch.bfloat16, device=x_TC.device)
     for rows in pieces(x_TC):
         grid = rows if scale.shape[0] > 1 else slice(None)
         zero_TG1 = None if zero is None else zero[grid, :, None]

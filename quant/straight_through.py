@@ -7,7 +7,7 @@ Shape suffixes: T tokens, C = I channels, O out channels, G groups.
 
 from torch import Tensor
 
-from .formats import E4M3, ActivationFormat, Kind, WeightFormat, by_group, code_range, nearest, scale_and_zero, weight_range
+from .formats import ActivationFormat, Kind, WeightFormat, by_group, code_range, nearest, scale_and_zero, weight_range
 
 
 def rounded_input(x_TC: Tensor, fmt: ActivationFormat, clip: Tensor) -> Tensor:
@@ -36,5 +36,5 @@ def _on_grid(x: Tensor, low: Tensor, high: Tensor, kind: Kind, symmetric: bool) 
     scale, zero = scale_and_zero(low, high, kind, symmetric)
     steps = x / scale if zero is None else x / scale + zero.detach()
     at = steps.detach()
-    codes = (steps + ((nearest(at, kind) if kind == E4M3 else at.round()) - at)).clamp(*code_range(kind))
+    codes = (steps + ((at.round() if isinstance(kind, int) else nearest(at.clone(), kind)) - at)).clamp(*code_range(kind))
     return (codes if zero is None else codes - zero.detach()) * scale

@@ -1,11 +1,24 @@
 """Textbook twins of the solvers: slow, float64, one column at a time, nothing blocked, nothing shared with the fast code but the number formats."""
 
+import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from planish.quant.formats import E4M3, Kind, QuantizedWeight, WeightFormat, code_range, scale_and_zero, to_codes, weight_range
+from planish.quant.formats import (
+    E4M3,
+    NVFP4,
+    Kind,
+    QuantizedWeight,
+    ScaleType,
+    WeightFormat,
+    code_range,
+    fitted,
+    scale_and_zero,
+    to_codes,
+    weight_range,
+)
 from planish.quant.solvers import Clip
 
 Grid = tuple[Tensor, Tensor | None]
@@ -19,7 +32,9 @@ FORMATS = [
     WeightFormat(bits=4, symmetric=False, granularity="group", group_size=12),
     WeightFormat(bits=8, type="float"),
     WeightFormat(bits=8, type="float", granularity="tensor"),
+    WeightFormat(bits=4, type="float", granularity="group", group_size=16),
 ]
+PLAIN = FORMATS[:-1]  # whose scales are numbers by themselves
 
 
 def format_name(fmt: WeightFormat) -> str:
@@ -31,6 +46,8 @@ def all_codes(kind: Kind) -> Tensor:
     if kind == E4M3:
         codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
         return codes[~codes.isnan()]
+    if kind == NVFP4:
+        return torch.tensor([sign * size for sign in (-1, 1) for size in (0, 0.5, 1, 1.5, 2, 3, 4, 6)])
     least, most = code_range(kind)
     return torch.arange(least, most + 1).float()
 
@@ -62,8 +79,14 @@ def output_error(w_OI: Tensor, hat_OI: Tensor, H_II: Tensor) -> float:
     return float((gap @ H_II * gap).sum())
 
 
-def plain_grid(w_OI: Tensor, fmt: WeightFormat, dtype: torch.dtype) -> Grid:
-    return scale_and_zero(*weight_range(w_OI, fmt), fmt.kind, fmt.symmetric, dtype)
+def plain_grid(w_OI: Tensor, fmt: WeightFormat, dtype: ScaleType) -> Grid:
+    return scale_and_zero(*weight_range(w_OI, fmt), fmt.kind, fmt.symmetric, fitted(w_OI, fmt, dtype))
+
+
+def one_group(fmt: WeightFormat) -> WeightFormat:
+    """The format of a group's weights by themselves, or of what has no groups."""
+    whole = fmt.granularity == "tensor" or fmt.kind == NVFP4
+    return fmt if whole else replace(fmt, granularity="channel", group_size=None)
 
 
 def loss(w: Tensor, scale: Tensor, zero: Tensor | None, kind: Kind, power: float) -> float:
@@ -72,9 +95,9 @@ def loss(w: Tensor, scale: Tensor, zero: Tensor | None, kind: Kind, power: float
     return float(((codes - (0 if zero is None else zero)) * scale - w).abs().pow(power).sum())
 
 
-def clip_losses(w: Tensor, fmt: WeightFormat, clip: Clip, dtype: torch.dtype) -> list[float]:
+def clip_losses(w: Tensor, fmt: WeightFormat, clip: Clip, dtype: ScaleType) -> list[float]:
     """The loss of every candidate, for the weights under one scale."""
-    losses, i = [], 0
+    losses, i = [], -math.floor(clip.grid / 2 + 1e-9) if fmt.kind == NVFP4 else 0
     while i < clip.shrink * clip.grid - 1e-9:
         factor = 1 - i / clip.grid
         scale, zero = scale_and_zero(w.min() * factor, w.max() * factor, fmt.kind, fmt.symmetric, dtype)
@@ -89,16 +112,16 @@ def column(w_O: Tensor, grid: Grid, group: int, kind: Kind) -> Tensor:
     return (to_codes(w_O, scale, zero, kind) - (0 if zero is None else zero)) * scale
 
 
-def _group_grid(w_OI: Tensor, j: int, fmt: WeightFormat, dtype: torch.dtype, grids: Grid | None) -> tuple[Grid, int]:
+def _group_grid(w_OI: Tensor, j: int, fmt: WeightFormat, dtype: ScaleType, grids: Grid | None) -> tuple[Grid, int]:
     if grids is not None:
         return grids, 0 if fmt.group_size is None else j // fmt.group_size
     size = fmt.group_size or w_OI.shape[1]
     return plain_grid(w_OI[:, j // size * size :][:, :size], fmt, dtype), 0
 
 
-def obq_gptq(w_OI: Tensor, H_II: Tensor, fmt: WeightFormat, damping: float, order: str, dtype: torch.dtype) -> Tensor:
+def obq_gptq(w_OI: Tensor, H_II: Tensor, fmt: WeightFormat, damping: float, order: str, dtype: ScaleType) -> Tensor:
     """GPTQ by the explicit inverse of what is free, downdated by each column that is rounded (optimal brain surgeon). Returns w_hat."""
-    w_OI, H_II = w_OI.clone(), H_II.clone()
+    w_OI, H_II, dtype = w_OI.clone(), H_II.clone(), fitted(w_OI, fmt, dtype)
     size = w_OI.shape[1]
     dead = H_II.diagonal() == 0
     w_OI[:, dead] = 0
@@ -122,12 +145,12 @@ def obq_gptq(w_OI: Tensor, H_II: Tensor, fmt: WeightFormat, damping: float, orde
     return hat_OI
 
 
-def least_squares_gptaq(w_OI: Tensor, x_TI: Tensor, full_TI: Tensor, fmt: WeightFormat, damping: float, alpha: float, dtype: torch.dtype) -> Tensor:
+def least_squares_gptaq(w_OI: Tensor, x_TI: Tensor, full_TI: Tensor, fmt: WeightFormat, damping: float, alpha: float, dtype: ScaleType) -> Tensor:
     """GPTAQ by one least-squares problem a column, on the inputs themselves: the free columns stand in for what the column lost. Returns w_hat.
 
     Damping is written as extra tokens sqrt(damping * mean) * I that both streams share.
     """
-    first_OI, w_OI, size = w_OI, w_OI.clone(), w_OI.shape[1]
+    first_OI, w_OI, size, dtype = w_OI, w_OI.clone(), w_OI.shape[1], fitted(w_OI, fmt, dtype)
     extra = (damping * x_TI.square().sum(0).mean()).sqrt() * torch.eye(size, dtype=w_OI.dtype)
     x, gap = torch.cat([x_TI, extra]), torch.cat([full_TI - x_TI, torch.zeros_like(extra)])
     hat_OI = torch.zeros_like(w_OI)
@@ -150,14 +173,14 @@ def pulled_gptaq(
     alpha: float,
     beta: float,
     order: list[int],
-    dtype: torch.dtype,
+    dtype: ScaleType,
 ) -> Tensor:
     """GPTQ with a pull and GPTAQ by updates column by column, U of the explicit inverse; the pull is towards w0 and what P has added so far.
 
     Channels come in `order`; the natural order is the one in which groups fit their grids late: to what columns would round to if none lost anything,
     all that P will add included. Returns w_hat.
     """
-    size, natural = len(H_II), order == sorted(order)
+    size, natural, dtype = len(H_II), order == sorted(order), fitted(w_OI, fmt, dtype)
     damped_II = (H_II + damping * H_II.diagonal().mean() * torch.eye(size, dtype=H_II.dtype))[order][:, order]
     U_II = torch.linalg.cholesky(torch.linalg.inv(damped_II), upper=True)
     P_II = torch.zeros_like(H_II) if D_II is None else alpha * (D_II[order][:, order] @ U_II.T).triu(1) @ U_II
@@ -180,8 +203,7 @@ def pulled_gptaq(
                 lossless_O = pulled(ahead_OI, last_OI, k)
                 step(ahead_OI, k, lossless_O)
                 ahead_OI[:, k] = lossless_O
-            one = replace(fmt, granularity="tensor" if fmt.granularity == "tensor" else "channel", group_size=None)
-            grid = plain_grid(ahead_OI[:, j : j + span], one, dtype)
+            grid = plain_grid(ahead_OI[:, j : j + span], one_group(fmt), dtype)
         assert grid is not None
         group = 0 if natural or fmt.group_size is None else order[j] // span
         hat_OI[:, j] = column(pulled(w_OI, aim_OI, j), grid, group, fmt.kind)
@@ -191,9 +213,9 @@ def pulled_gptaq(
     return hat_OI[:, torch.tensor(order).argsort()]
 
 
-def obq_heads(w_OI: Tensor, H_II: Tensor, metric_NDD: Tensor, fmt: WeightFormat, damping: float, dtype: torch.dtype) -> Tensor:
+def obq_heads(w_OI: Tensor, H_II: Tensor, metric_NDD: Tensor, fmt: WeightFormat, damping: float, dtype: ScaleType) -> Tensor:
     """Attention-aware GPTQ by the explicit inverse of a head's whole Hessian G ⊗ H, downdated by each weight that is rounded. Returns w_hat."""
-    size, inner = w_OI.shape[1], metric_NDD.shape[1]
+    size, inner, dtype = w_OI.shape[1], metric_NDD.shape[1], fitted(w_OI, fmt, dtype)
     H_II = H_II + damping * H_II.diagonal().mean() * torch.eye(size, dtype=w_OI.dtype)
     span, hats = fmt.group_size or size, []
     for G_DD, head_DI in zip(metric_NDD, w_OI.split(inner), strict=True):
@@ -201,7 +223,7 @@ def obq_heads(w_OI: Tensor, H_II: Tensor, metric_NDD: Tensor, fmt: WeightFormat,
         w, hat_n = head_DI.flatten().clone(), torch.zeros(inner * size, dtype=w_OI.dtype)
         for n in range(inner * size):
             if n % span == 0:
-                grid = plain_grid(w[None, n : n + span], replace(fmt, granularity="channel", group_size=None), dtype)
+                grid = plain_grid(w[None, n : n + span], one_group(fmt), dtype)
             hat_n[n] = column(w[n : n + 1], grid, 0, fmt.kind)
             w = w - (w[n] - hat_n[n]) / inverse[n, n] * inverse[n]
             inverse = inverse - torch.outer(inverse[:, n], inverse[n]) / inverse[n, n]

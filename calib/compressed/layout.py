@@ -27,7 +27,7 @@ from ..files.locate import weight_files
 from ..files.naming import LEFTOVERS
 from ..files.shards import TensorInfo, read_json, read_shards
 from .extension import KEY, Extension, SiteInput, chain_prefix, restored
-from .packing import GUARD, OWN, PLAIN, Packed, is_own, read_config, stored_names
+from .packing import FOURS, GUARD, OWN, PLAIN, Packed, is_own, read_config, stored_names
 from .side import FLOATS, expected_tensors, side_name
 
 MARK = ".planish."  # in the names of tensors that only planish knows
@@ -155,6 +155,10 @@ def _expected(how: Packed, local: str, n: int, k: int) -> tuple[tuple[torch.dtyp
     match local:
         case "weight":
             return (code_dtype(fmt.kind),), ((n, k),)
+        case "weight_packed" if how.layout == FOURS:
+            return (torch.uint8,), ((n, k // 2),)
+        case "weight_scale" if how.layout == FOURS:
+            return (torch.float8_e4m3fn,), ((n, groups),)
         case "weight_packed":
             return (torch.int32,), ((n, math.ceil(k * fmt.bits / 32)),)
         case "weight_shape":

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpack_fp4_from_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
+    DynamicType,
     QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
@@ -22,13 +24,24 @@ from compressed_tensors.quantization import (
 from torch import Tensor
 
 from ...quant.errors import PlanishError
-from ...quant.formats import ActivationFormat, NumberType, QuantizedWeight, Scheme, WeightFormat
+from ...quant.formats import (
+    NVFP4,
+    NVFP4_GROUP,
+    ActivationFormat,
+    Factored,
+    NumberType,
+    QuantizedWeight,
+    ScaleType,
+    Scheme,
+    WeightFormat,
+    code_dtype,
+)
 from ...quant.linear import StaticGrid
 
-Layout = Literal["int-quantized", "float-quantized", "pack-quantized"]
-LAYOUTS: Mapping[str, tuple[Layout, ...]] = {"int": ("int-quantized", "pack-quantized"), "float": ("float-quantized",)}
-"""Those that planish reads, by the type of weights."""
+Layout = Literal["int-quantized", "float-quantized", "pack-quantized", "nvfp4-pack-quantized"]
+FOURS: Layout = "nvfp4-pack-quantized"
 _SHAPE_BYTES = 16  # weight_shape: two 64-bit numbers
+_FACTOR_BYTES = 4  # weight_global_scale: float32
 PLAIN, OWN = "compressed-tensors", "planish"
 """A checkpoint's quant_method. OWN where the checkpoint says more than compressed-tensors can (extension.py), has transposed layers, which its
 consumers leave out, or formats that they compute otherwise (other_grid; codes packed beside quantized activations). vLLM and SGLang refuse a
@@ -52,26 +65,35 @@ class Packed:
 def other_grid(act: ActivationFormat | None) -> bool:
     """Whether compressed-tensors' emulation, which transformers runs, has another grid for these activations.
 
-    Where they are symmetric and dynamic it divides the largest modulus by 2^(b-1) - 1/2, servers and planish by 2^(b-1) - 1: at 8 bits that is
-    within rounding, at 4 bits scales are 7 % apart.
+    Where they are symmetric and dynamic integers it divides the largest modulus by 2^(b-1) - 1/2, servers and planish by 2^(b-1) - 1: at 8 bits that
+    is within rounding, at 4 bits scales are 7 % apart.
     """
-    return act is not None and act.symmetric and act.dynamic and act.bits < 8
+    return act is not None and act.type == "int" and act.symmetric and act.dynamic and act.bits < 8
+
+
+def layouts(fmt: WeightFormat) -> tuple[Layout, ...]:
+    """Those that planish reads for such weights."""
+    if fmt.type == "int":
+        return "int-quantized", "pack-quantized"
+    return (FOURS,) if fmt.kind == NVFP4 else ("float-quantized",)
 
 
 def default_layout(scheme: Scheme, *, own: bool = False) -> Layout:
-    """Weight-only schemes are packed; with quantized activations codes lie one a byte, as floats always do.
+    """Weight-only schemes are packed; with quantized activations codes lie one a byte, as floats of 8 bits always do.
 
     That is what servers' int8 kernels take; and for activations of fewer bits it is what makes vLLM refuse, where it would silently leave packed ones
     unquantized. In a checkpoint of planish's own all codes are packed.
     """
     if scheme.weights is not None and scheme.weights.type == "float":
-        return "float-quantized"
+        return layouts(scheme.weights)[0]
     return "pack-quantized" if scheme.activations is None or own else "int-quantized"
 
 
-def pack(weight: QuantizedWeight, layout: Layout, scale_dtype: torch.dtype, static: StaticGrid | None) -> dict[str, Tensor]:
+def pack(weight: QuantizedWeight, layout: Layout, scale_type: ScaleType, static: StaticGrid | None) -> dict[str, Tensor]:
     """The tensors of one linear by their local names (weight or weight_packed, weight_scale, ...)."""
-    codes, fmt = weight.codes, weight.format
+    if isinstance(scale_type, Factored):
+        return _pack_fours(weight, scale_type, static)
+    codes, fmt, scale_dtype = weight.codes, weight.format, scale_type
     scale, zero = weight.scale.to(scale_dtype), None if weight.zero is None else weight.zero.to(torch.int8)
     whole = fmt.granularity == "tensor"  # one scale and zero point: both of shape (1,), and the library packs neither
     tensors = {"weight_scale": scale.reshape(1) if whole else scale}
@@ -91,10 +113,32 @@ def pack(weight: QuantizedWeight, layout: Layout, scale_dtype: torch.dtype, stat
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+def _pack_fours(weight: QuantizedWeight, factored: Factored, static: StaticGrid | None) -> dict[str, Tensor]:
+    """Of NVFP4; what the library calls global scales are divisors."""
+    tensors = {
+        "weight_packed": pack_fp4_to_uint8(weight.codes.float()),
+        "weight_scale": factored.numbers(weight.scale),
+        "weight_global_scale": torch.tensor([factored.factor], dtype=torch.float32),
+    }
+    if static is not None:
+        tensors["input_global_scale"] = static.scale.reciprocal().reshape(1)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _unpack_fours(tensors: Mapping[str, Tensor], fmt: WeightFormat) -> tuple[QuantizedWeight, StaticGrid | None]:
+    packed = tensors["weight_packed"]
+    codes = unpack_fp4_from_uint8(packed, packed.shape[0], 2 * packed.shape[1]).to(code_dtype(fmt.kind))
+    scale = tensors["weight_scale"].float() / tensors["weight_global_scale"].float().reshape(1, 1)
+    static = StaticGrid(tensors["input_global_scale"].float().reciprocal().reshape(1, 1), None) if "input_global_scale" in tensors else None
+    return QuantizedWeight(codes, scale, None, fmt), static
+
+
 def unpack(tensors: Mapping[str, Tensor], packed: Packed) -> tuple[QuantizedWeight, StaticGrid | None]:
     """What `pack` stored, back as codes and scales."""
     fmt = packed.scheme.weights
     assert fmt is not None
+    if packed.layout == FOURS:
+        return _unpack_fours(tensors, fmt)
     scale = tensors["weight_scale"].float()
     scale = scale.reshape(1, 1) if fmt.granularity == "tensor" else scale
     zero = tensors.get("weight_zero_point")
@@ -127,6 +171,8 @@ def stored_names(packed: Packed) -> tuple[str, ...]:
     """Local names of the tensors that `pack` writes for a linear stored like this."""
     fmt, act = packed.scheme.weights, packed.scheme.activations
     assert fmt is not None
+    if packed.layout == FOURS:
+        return ("weight_packed", "weight_scale", "weight_global_scale", *([] if act is None else ["input_global_scale"]))
     names = ["weight_scale", *(["weight_packed", "weight_shape"] if packed.layout == "pack-quantized" else ["weight"])]
     names += [] if fmt.symmetric else ["weight_zero_point"]
     if act is not None and not act.dynamic:
@@ -138,6 +184,8 @@ def stored_size(packed: Packed, out_channels: int, in_channels: int, scale_bytes
     """Bytes of the tensors that `pack` makes of a linear's weight, without static scales. scale_bytes: of one scale."""
     fmt = packed.scheme.weights
     assert fmt is not None
+    if packed.layout == FOURS:
+        return out_channels * (in_channels // 2 + fmt.groups(in_channels)) + _FACTOR_BYTES
     whole, groups = fmt.granularity == "tensor", fmt.groups(in_channels)
     scales = 1 if whole else out_channels * groups
     narrow = packed.layout == "pack-quantized"
@@ -199,26 +247,22 @@ def clipped(packed: Packed, clip: float) -> Packed:
 def _scheme(packed: Packed, names: list[str], alone: bool) -> QuantizationScheme:
     fmt, act = packed.scheme.weights, packed.scheme.activations
     assert fmt is not None
-    weights = QuantizationArgs(
+    weights, inputs = _args(fmt, dynamic=False), None if act is None else _args(act, dynamic=act.dynamic)
+    targets = ["Linear"] if alone else [f"re:^{re.escape(name)}$" for name in names]
+    return QuantizationScheme(targets=targets, weights=weights, input_activations=inputs, format=CompressionFormat(packed.layout))
+
+
+def _args(fmt: WeightFormat | ActivationFormat, *, dynamic: bool) -> QuantizationArgs:
+    fours = fmt.kind == NVFP4
+    return QuantizationArgs(
         num_bits=fmt.bits,
         type=QuantizationType(fmt.type),
         symmetric=fmt.symmetric,
-        strategy=QuantizationStrategy(fmt.granularity),
+        strategy=QuantizationStrategy.TENSOR_GROUP if fours else QuantizationStrategy(fmt.granularity),
         group_size=fmt.group_size,
-        dynamic=False,
+        dynamic=DynamicType.LOCAL if fours and dynamic else dynamic,
+        scale_dtype=torch.float8_e4m3fn if fours else None,
     )
-    inputs = None
-    if act is not None:
-        inputs = QuantizationArgs(
-            num_bits=act.bits,
-            type=QuantizationType(act.type),
-            symmetric=act.symmetric,
-            strategy=QuantizationStrategy(act.granularity),
-            group_size=act.group_size,
-            dynamic=act.dynamic,
-        )
-    targets = ["Linear"] if alone else [f"re:^{re.escape(name)}$" for name in names]
-    return QuantizationScheme(targets=targets, weights=weights, input_activations=inputs, format=CompressionFormat(packed.layout))
 
 
 def read_config(data: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Packed]:
@@ -273,9 +317,8 @@ def _matches(name: str, pattern: str) -> bool:
 def _packed(scheme: QuantizationScheme, default: str, name: str) -> Packed:
     weights, inputs = scheme.weights, scheme.input_activations
     layout = str(getattr(scheme.format, "value", scheme.format) or default)
-    if weights is None or layout not in LAYOUTS[weights.type]:
-        kind = f"{layout} {weights and weights.type}"
-        raise PlanishError(f"{name}: stored as {kind}; planish reads integers (int-quantized, pack-quantized) and fp8 (float-quantized).")
+    if weights is None:
+        raise PlanishError(f"{name}: its weights are not quantized, only its inputs are; planish reads layers of quantized weights.")
     fmt = WeightFormat(
         bits=weights.num_bits,
         type=_type(weights, name),
@@ -283,6 +326,8 @@ def _packed(scheme: QuantizationScheme, default: str, name: str) -> Packed:
         granularity=_strategy(weights, name, ("tensor", "channel", "group")),
         group_size=_group(weights),
     )
+    if layout not in layouts(fmt):
+        raise PlanishError(f"{name}: {fmt.name} stored as {layout}; planish reads {' and '.join(layouts(fmt))} of them.")
     act = None
     if inputs is not None:
         act = ActivationFormat(
@@ -291,25 +336,32 @@ def _packed(scheme: QuantizationScheme, default: str, name: str) -> Packed:
             symmetric=inputs.symmetric,
             granularity=_strategy(inputs, name, ("tensor", "token", "group")),
             group_size=_group(inputs),
-            dynamic=inputs.dynamic is True,
+            dynamic=inputs.dynamic is not False,
         )
-    return Packed(Scheme(weights=fmt, activations=act), next(known for known in LAYOUTS[fmt.type] if known == layout))
+    return Packed(Scheme(weights=fmt, activations=act), next(known for known in layouts(fmt) if known == layout))
 
 
 def _type(args: QuantizationArgs, name: str) -> NumberType:
-    """PlanishError for floats that are not e4m3."""
+    """PlanishError for floats that are neither e4m3 nor NVFP4."""
     if args.type == "int":
         return "int"
-    if args.num_bits != 8:
-        raise PlanishError(f"{name}: floats of {args.num_bits} bits; planish runs those of 8 (e4m3).")
+    if args.num_bits != 8 and (args.num_bits, _strategy_name(args), args.group_size) != (4, "tensor_group", NVFP4_GROUP):
+        groups = f" in groups of {args.group_size}" if _group(args) else ""
+        raise PlanishError(f"{name}: floats of {args.num_bits} bits per {_strategy_name(args)}{groups}; planish runs fp8 (e4m3) and NVFP4.")
     return "float"
 
 
 def _strategy(args: QuantizationArgs, name: str, known: tuple[str, ...]) -> Any:
-    value = str(getattr(args.strategy, "value", args.strategy))
+    value = _strategy_name(args)
+    if value == "tensor_group" and args.type == "float":
+        return "group"
     if value not in known:
         raise PlanishError(f"{name}: strategy {value} is none of {', '.join(known)}.")
     return value
+
+
+def _strategy_name(args: QuantizationArgs) -> str:
+    return str(getattr(args.strategy, "value", args.strategy))
 
 
 def _group(args: QuantizationArgs) -> int | None:

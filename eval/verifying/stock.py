@@ -78,6 +78,13 @@ def _refused(checkpoint: StoredCheckpoint) -> Check:
     )
 
 
+def wide(model: nn.Module, _: object) -> None:
+    """To be called before a model's forward, behind the hook that unpacks weights: those of NVFP4 become bfloat16, whatever dtype was asked for."""
+    for parameter in model.parameters():
+        if parameter.dtype is torch.bfloat16:
+            parameter.data = parameter.data.float()
+
+
 @contextlib.contextmanager
 def by_itself() -> Iterator[None]:
     """Transformers as it is where planish is not imported."""
@@ -123,6 +130,7 @@ def _stock_logits(folder: Path, ids_NL: Tensor) -> tuple[list[Tensor], list[str]
             str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
         model, info = loaded
+        model.register_forward_pre_hook(wide)
         faults = [f"{name} ({key})" for key in ("missing_keys", "mismatched_keys", "unexpected_keys") for name in info[key]]
         return [model(ids_L[None], use_cache=False).logits[0] for ids_L in ids_NL], faults
 

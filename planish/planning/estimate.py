@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from ..calib.blocks.sites import reader_weight
-from ..calib.compressed.packing import Packed
+from ..calib.compressed.packing import Packed, stored_size
 from ..calib.data.own_text import BATCH
 from ..calib.data.windows import Calibration
 from ..calib.files.checkpoint import Checkpoint
@@ -119,11 +119,8 @@ class Sizes:
                 continue
             for path in readers[name]:
                 out_channels, in_channels = reader_weight(self.runner.blocks[index].get_submodule(path)).shape
-                fmt = how.scheme.weights
-                scales = out_channels * fmt.groups(in_channels) if fmt.granularity != "tensor" else 1
                 quantized += out_channels * in_channels
-                stored = 8 if how.layout == "int-quantized" else fmt.bits
-                code_bits += out_channels * in_channels * stored + scales * (16 + (0 if fmt.symmetric else stored))
+                code_bits += 8 * stored_size(how, out_channels, in_channels, self.runner.checkpoint.dtype.itemsize)
                 beside = [step for step in self.recipe.steps if isinstance(step, Keeping | SideStep) and matches(step.sites, index, name)]
                 code_bits += sum(step.side_bits(out_channels, in_channels, 8 * self.runner.checkpoint.dtype.itemsize) for step in beside)
         kept = self.runner.checkpoint.nbytes - quantized * self.runner.checkpoint.dtype.itemsize

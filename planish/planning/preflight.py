@@ -27,7 +27,7 @@ from ..calib.walk.runner import BlockRunner
 from ..common.outfile import check_writable
 from ..common.units import counted, size
 from ..quant.errors import PlanishError
-from ..quant.formats import Scheme
+from ..quant.formats import NVFP4, Scheme
 from ..quant.transforms import Prefix
 from ..recipe.resolve import Address, Resolved, resolve
 from ..recipe.schema import Recipe, load_recipe
@@ -215,7 +215,7 @@ def layout_for(recipe: Recipe, scheme: Scheme, family: str) -> Layout:
     """How the recipe stores linears of this scheme. PlanishError: a layout that a checkpoint of planish's own does not have."""
     own, layout = recipe.extended or family in PLAIN_LINEARS, recipe.export.layout
     if scheme.weights is not None and scheme.weights.type == "float":
-        return _float_layout(own, layout)
+        return _float_layout(scheme, own, layout)
     if own and layout == "int-quantized":
         raise PlanishError(
             "export.layout: int-quantized is for other consumers, but planish alone runs this one, and packs its codes. Leave export.layout out."
@@ -223,15 +223,15 @@ def layout_for(recipe: Recipe, scheme: Scheme, family: str) -> Layout:
     return default_layout(scheme, own=own) if layout == "auto" else layout
 
 
-def _float_layout(own: bool, layout: str) -> Layout:
+def _float_layout(scheme: Scheme, own: bool, layout: str) -> Layout:
     if layout != "auto":
-        raise PlanishError(f"export.layout: {layout} is for integers, and floats have float-quantized alone. Leave export.layout out.")
+        raise PlanishError(f"export.layout: {layout} is for integers, and floats have {default_layout(scheme)} alone. Leave export.layout out.")
     if own:
         raise PlanishError(
             "scheme: floats in a checkpoint that planish alone runs (transforms at run time, clips, side paths, a prefix, keys and values in codes, "
             "Conv1D layers). Leave those steps out, or use integers."
         )
-    return "float-quantized"
+    return default_layout(scheme)
 
 
 def _prefix(recipe: Recipe, checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -360,6 +360,8 @@ def _warnings(packed: dict[Address, Packed | None], topology: Topology, recipe: 
     if topology.family in PLAIN_LINEARS:
         return (f"{topology.family}: its linear layers are Conv1D modules; transformers runs the checkpoint only with planish, vLLM refuses it.",)
     quantized = [how.scheme.activations for how in packed.values() if how and how.scheme.activations is not None]
+    if any(act.kind == NVFP4 for act in quantized):
+        return ("NVFP4: vLLM multiplies it on GPUs from Blackwell on; on older ones it leaves activations in full precision (docs/serving.md).",)
     if any(act.bits != 8 for act in quantized):
         return ("activations of other than 8 bits: transformers simulates them, vLLM refuses the checkpoint.",)
     return ()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from ..calib.compressed.packing import Packed, other_grid
-from ..quant.formats import Scheme
+from ..quant.formats import NVFP4, Scheme
 from ..recipe.resolve import SERVED_GROUPS
 
 PLAIN_LINEARS = ("gpt2",)  # families whose linear layers are transposed Conv1D modules, which servers and transformers refuse quantized
@@ -57,9 +57,12 @@ def vllm_devices(how: Packed) -> frozenset[str]:
 
 
 def _devices_of_floats(scheme: Scheme) -> frozenset[str]:
-    """GPUs below Ada leave activations in full precision. Its CPU build has the kernel for channels and tokens alone."""
+    """GPUs below Ada leave activations in full precision, those below Blackwell also NVFP4's. Its CPU build has one kernel, for fp8 per channel
+    and token."""
     fmt, act = scheme.weights, scheme.activations
     assert fmt is not None
+    if fmt.kind == NVFP4:
+        return frozenset({"GPU"})
     if act is not None and act.dynamic and act.granularity != "token":
         return frozenset()  # it scales them per token
     return BOTH if fmt.granularity == "channel" and act is not None and act.dynamic else frozenset({"GPU"})

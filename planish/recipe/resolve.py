@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from ..calib.blocks.topology import Topology
 from ..quant.errors import PlanishError
-from ..quant.formats import Scheme, WeightFormat
+from ..quant.formats import NVFP4, NVFP4_GROUP, Scheme, WeightFormat
 from .schema import Recipe
 
 Address: TypeAlias = tuple[int, str]
@@ -78,6 +78,11 @@ def _scheme_at(recipe: Recipe, address: Address) -> Scheme:
 def _fit(scheme: Scheme, recipe: Recipe, address: Address, width: int) -> tuple[Scheme, str | None]:
     """The scheme with group sizes that divide the width, and what to say if that is not the one asked for."""
     where = f"recipe {recipe.name}: site {address[0]}.{address[1]}"
+    size = scheme.weights.group_size if scheme.weights else None
+    if scheme.weights is not None and scheme.weights.kind == NVFP4 and width % NVFP4_GROUP:
+        raise PlanishError(
+            f"{where}: its {width} channels are not whole groups of {NVFP4_GROUP}. Keep the site by an override, or use another format."
+        )
     size = scheme.activations.group_size if scheme.activations else None
     if size and width % size:
         raise PlanishError(

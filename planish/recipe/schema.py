@@ -18,7 +18,7 @@ from ..common.decode import Named, decode, encode
 from ..common.yamltext import dump_yaml, parse_yaml
 from ..eval.scores.gate import Gate
 from ..quant.errors import PlanishError
-from ..quant.formats import Scheme
+from ..quant.formats import NVFP4, Scheme
 from ..quant.key_values import HeldKeyValues, KvCache
 from ..quant.solvers import SOLVERS, Gptq, Solver
 from ..quant.transforms import STEPS, Center, Flat, Lorc, Polish, Prefix, RaiseActivations, ScaleRms, Smooth, Step, SuperWeights, Svdquant
@@ -115,7 +115,7 @@ class Recipe:
         users = {
             **{f"the step {step_name(step)}": needs_text(step) for step in self.steps},
             f"the solver {_name(self.solver, SOLVERS)}": self.solver.needs_moments,
-            "a static activation scale": any(not activation.dynamic for activation in activations),
+            "a static activation scale": any(activation.calibrated for activation in activations),
         }
         mixing = [
             step_name(step) for step in self.steps if not (portable(step) or isinstance(step, SAME_INPUTS) or step is rotation_at(self.steps, "keys"))
@@ -125,11 +125,15 @@ class Recipe:
                 f"scheme: static scales do not know what {mixing[0]} makes of inputs at run time. Set dynamic: true, or use steps that weights "
                 "absorb, shift, prefix, low_rank, svdquant or super_weight."
             )
-        if any(isinstance(step, RaiseActivations) for step in self.steps) and not (activations and all(act.dynamic for act in activations)):
+        dynamic = all(act.dynamic and act.type == "int" for act in activations)
+        if any(isinstance(step, RaiseActivations) for step in self.steps) and not (activations and dynamic):
             raise PlanishError(
-                "steps: raise_activations measures what dynamic activations lose, but here some are static or none are quantized. "
+                "steps: raise_activations measures what dynamic integers lose, but here some activations are static, floats, or none are quantized. "
                 "Remove it, or set scheme.activations with dynamic: true."
             )
+        fours = any(scheme.weights is not None and scheme.weights.kind == NVFP4 for scheme in self.schemes())
+        if fours and any(isinstance(step, Polish) for step in self.steps):
+            raise PlanishError("steps: polish moves scales by less than NVFP4's are apart. Remove it, or use integers.")
         if self.calibration is None and any(users.values()):
             needing = " and ".join(user for user, needs in users.items() if needs)
             raise PlanishError(f"calibration is null, but {needing} cannot do without. Remove the line to use the built-in text.")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..calib.blocks.prefix import PrefixStream, tensor_names
 from ..calib.compressed.extension import SiteInput, chain_prefix, restored
 from ..calib.compressed.key_values import hold, holding
-from ..calib.compressed.packing import Packed, made_dynamic, pack
+from ..calib.compressed.packing import Packed, made_dynamic
 from ..calib.compressed.quantized import load_rest, quantized_readers
 from ..calib.compressed.side import side_name, side_tensors
 from ..calib.machine.heap import WORTH_TRIMMING, trim
@@ -217,13 +217,13 @@ class Turn:
 
     def _fix_range(self, name: str, scale_C: Tensor | None, shifts: Chain = ()) -> None:
         """The static grid of a site; where sink tokens lie far outside it, the site's activations become dynamic instead."""
-        packed, seen = self.packed[name], self.observation.seen[name]
+        packed, seen, sinks_C = self.packed[name], self.observation.seen[name], self.observation.sinks_C[name]
         if packed is None:
             return
-        self.static[name] = static_grid(seen, packed.scheme, scale_C, shifts)
-        if self.static[name] is None:
+        self.static[name] = static_grid(seen, sinks_C, packed.scheme, scale_C, shifts)
+        if self.static[name] is None or (packed.scheme.activations is not None and packed.scheme.activations.dynamic):
             return
-        ratio = sink_ratio(seen, self.observation.sinks_C[name], scale_C, shifts)
+        ratio = sink_ratio(seen, sinks_C, scale_C, shifts)
         if ratio > STATIC_SINK_RATIO:
             self.packed[name] = made_dynamic(packed)
             self.static[name] = None
@@ -370,11 +370,9 @@ class Turn:
         packed: dict[str, Packed] = {}
         for name, readers in self.readers.items():
             self.record.sites[name].clip = 1.0 if readers.activations is None else readers.activations.clip
-            for path, solved in readers.solved.items():
-                assert readers.packed is not None
-                packed[f"{prefix}.{path}"] = readers.packed
-                for local, tensor in pack(solved, readers.packed.layout, self.stored, readers.static).items():
-                    tensors[f"{prefix}.{path}.{local}"] = tensor
+            if readers.packed is not None:
+                packed |= dict.fromkeys((f"{prefix}.{path}" for path in readers.solved), readers.packed)
+                tensors |= {f"{prefix}.{name}": tensor for name, tensor in readers.stored(self.stored).items()}
         tensors |= self._extras(prefix)
         quantized = {f"{path}.weight" for readers in self.readers.values() for path in readers.solved}
         for name, parameter in block.state_dict().items():

@@ -19,7 +19,7 @@ from ..calib.walk.site_walk import replaced, site_inputs
 from ..calib.walk.statistics import Extremes
 from ..calib.walk.stream import relative_error
 from ..quant.errors import PlanishError
-from ..quant.formats import Scheme, scale_and_zero
+from ..quant.formats import NVFP4, Factored, Scheme, scale_and_zero
 from ..quant.linear import QuantizedLinear, StaticGrid
 from ..quant.solvers import Rtn
 from ..quant.transforms.factors import Chain, Scale, on_input, on_weight
@@ -62,14 +62,20 @@ Behind = Callable[[str, Tensor], Chain]
 """behind(site, x): what the site's input x (T, C) goes through behind the scale, as far as that does not hang on the scale."""
 
 
-def static_grid(seen: Extremes, scheme: Scheme, divisor_C: Tensor | None = None, shifts: Chain = ()) -> StaticGrid | None:
-    """The static grid of a site from the range of the tokens kept; None if the scheme's activations are dynamic or not quantized.
+def static_grid(seen: Extremes, sinks_C: Tensor, scheme: Scheme, divisor_C: Tensor | None = None, shifts: Chain = ()) -> StaticGrid | None:
+    """What is fixed of a site's grid: the static one, from the range of the tokens kept; the factor of NVFP4, which reaches twice as far as any
+    token. None if the scheme's activations are dynamic in all, or not quantized.
 
-    divisor_C, shifts: what the channels are divided by, and what is then taken from them, before they are quantized."""
+    sinks_C: the sink tokens' absolute maxima. divisor_C, shifts: what the channels are divided by, and what is then taken from them, before they are
+    quantized."""
     fmt = scheme.activations
-    if fmt is None or fmt.dynamic:
+    if fmt is None or not fmt.calibrated:
         return None
     low_C, high_C = _ends((seen.minimum_C, seen.maximum_C), divisor_C, shifts)
+    if fmt.kind == NVFP4:
+        sinks_2C = _ends((-sinks_C, sinks_C), divisor_C, shifts)
+        reach = max(float(end.abs().amax()) for end in (low_C, high_C, sinks_2C))
+        return StaticGrid(low_C.new_ones(1, 1) / Factored.reaching(reach, room=2).factor, None)
     scale, zero = scale_and_zero(low_C.amin().reshape(1, 1), high_C.amax().reshape(1, 1), fmt.kind, fmt.symmetric, torch.bfloat16)
     return StaticGrid(scale, zero)
 
@@ -129,7 +135,7 @@ def choose(
             scales = {None: None, **scales}
             chain = behind(name, seen_TC[name])
             for tried, on_trial_C in scales.items():
-                with replaced(block, {**still[name], **_rounded(block, site, scheme, observed.seen[name], on_trial_C, chain)}):
+                with replaced(block, {**still[name], **_rounded(block, site, scheme, observed, on_trial_C, chain)}):
                     errors[tried] = relative_error(reference, probe.run(block))
         best = min(scales, key=lambda setting: errors.get(setting, 0.0))
         chosen[name] = Scaling(step, scales[best], best, {str(setting): error for setting, error in errors.items()})
@@ -159,11 +165,11 @@ def _scales(block: nn.Module, site: Site, observed: Observation, step: Smooth | 
     return {setting: tie(site, torch.where(driven_C, scale_C.clamp(min=1), scale_C)) for setting, scale_C in made.items()}
 
 
-def _rounded(block: nn.Module, site: Site, scheme: Scheme, seen: Extremes, scale_C: Tensor | None, behind: Chain) -> dict[str, nn.Module]:
+def _rounded(block: nn.Module, site: Site, scheme: Scheme, observed: Observation, scale_C: Tensor | None, behind: Chain) -> dict[str, nn.Module]:
     """Stand-ins for the site's readers: rounded to nearest, with the scale on trial and what is behind it."""
     layers: dict[str, nn.Module] = {}
     assert scheme.weights is not None
-    static = static_grid(seen, scheme, scale_C)
+    static = static_grid(observed.seen[site.name], observed.sinks_C[site.name], scheme, scale_C)
     chain = behind if scale_C is None else (Scale(scale_C), *behind)
     for path in site.readers:
         module = block.get_submodule(path)

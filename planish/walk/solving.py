@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..calib.blocks.sites import Site, reader_bias, reader_weight
-from ..calib.compressed.packing import Packed
+from ..calib.compressed.packing import Packed, pack
 from ..calib.compressed.side import kept_formats
 from ..calib.machine.precision import bfloat16_products
 from ..calib.walk.site_walk import Pass, Prepared, SiteWalk
-from ..quant.formats import ActivationFormat, QuantizedWeight, WeightFormat
+from ..quant.formats import ActivationFormat, QuantizedWeight, ScaleType, WeightFormat, fitted, shared_type
 from ..quant.linear import Kept, QuantizedInput, QuantizedLinear, Side, StaticGrid, quantize_input, without_first
 from ..quant.low_rank import LowRank
 from ..quant.solvers import Moments, Rtn, Solution, Solver
@@ -146,6 +146,14 @@ class Readers:
                 layers[path].bias = nn.Parameter(bias_O.to(dtype), requires_grad=False)
         return layers
 
+    def stored(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors of the solved readers as a checkpoint holds them, by their names in the block."""
+        assert self.packed is not None
+        scale_type, found = shared_type(self.solved.values(), dtype), dict[str, Tensor]()
+        for path, weight in self.solved.items():
+            found |= {f"{path}.{local}": tensor for local, tensor in pack(weight, self.packed.layout, scale_type, self.static).items()}
+        return found
+
     def drop_solved(self) -> int:
         """Give back the float32 weights that have become codes, and say how many bytes that is."""
         dropped = sum(self.weights[path].nbytes for path in self.solved)
@@ -224,7 +232,7 @@ class _Sums:
         return Moments(second_II=self.second_II, tokens=self.tokens, cross_II=self.cross_II, ordinary=ordinary)
 
 
-def solve(readers: Readers, solver: Solver, moments: Moments | None, scale_dtype: torch.dtype, heads: Heads | None = None) -> Solution | None:
+def solve(readers: Readers, solver: Solver, moments: Moments | None, scale_dtype: ScaleType, heads: Heads | None = None) -> Solution | None:
     """Quantize the site's readers, all in one matrix unless the format has one scale per tensor. Returns the last solution, for the record.
 
     heads: of attention among the rows, where they are to be rounded by what it makes of them.
@@ -236,13 +244,13 @@ def solve(readers: Readers, solver: Solver, moments: Moments | None, scale_dtype
 
 
 def _solve(
-    readers: Readers, fmt: WeightFormat, solver: Solver, moments: Moments | None, scale_dtype: torch.dtype, heads: Heads | None
+    readers: Readers, fmt: WeightFormat, solver: Solver, moments: Moments | None, scale_dtype: ScaleType, heads: Heads | None
 ) -> Solution | None:
     whole = fmt.granularity == "tensor"
     solution = None
     for paths in [[path] for path in readers.weights] if whole else [list(readers.weights)]:
         w_OI = readers.together(paths)
-        solution = _chosen(solver, w_OI, fmt, moments, scale_dtype, heads)
+        solution = _chosen(solver, w_OI, fmt, moments, fitted(w_OI, fmt, scale_dtype), heads)
         found, start = solution.weight, 0
         for path in paths:
             rows = slice(start, start + len(readers.weights[path]))
@@ -253,7 +261,7 @@ def _solve(
     return solution
 
 
-def _chosen(solver: Solver, w_OI: Tensor, fmt: WeightFormat, moments: Moments | None, scale_dtype: torch.dtype, heads: Heads | None) -> Solution:
+def _chosen(solver: Solver, w_OI: Tensor, fmt: WeightFormat, moments: Moments | None, scale_dtype: ScaleType, heads: Heads | None) -> Solution:
     """The solution with the settings that held-out text chooses, where there are any to choose from."""
     if moments is None or isinstance(solver, Rtn):
         return solver.solve(w_OI, fmt, moments, scale_dtype)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanishError
-from ..formats import QuantizedWeight, WeightFormat
+from ..formats import QuantizedWeight, ScaleType, WeightFormat, fitted
 from ..pieces import LAUNCHED
 from .cholesky import factor
 from .gptq import Gptq, assembled, chosen
@@ -127,7 +127,7 @@ def _turned_for_keys(q_GQD: Tensor, turns_GQDD: Tensor, half: int) -> Tensor:
 
 
 @torch.no_grad()
-def solve_heads(w_OI: Tensor, fmt: WeightFormat, moments: Moments | None, metric_NDD: Tensor, solver: Gptq, scale_dtype: torch.dtype) -> Solution:
+def solve_heads(w_OI: Tensor, fmt: WeightFormat, moments: Moments | None, metric_NDD: Tensor, solver: Gptq, scale_dtype: ScaleType) -> Solution:
     """Quantize w_OI of q or k, (N * D, I), as `solver` does and with errors made up for by later rows of their head as well.
 
     metric_NDD: G of each head; its scale does not matter, and it is damped as H is. With solver gptaq, rows aim at its target; solver.beta acts
@@ -137,6 +137,7 @@ def solve_heads(w_OI: Tensor, fmt: WeightFormat, moments: Moments | None, metric
     moments = require_moments(type(solver).__name__.lower(), moments, w_OI.shape[1])
     _check(w_OI, fmt, metric_NDD)
     heads, size = metric_NDD.shape[:2]
+    scale_dtype = fitted(w_OI, fmt, scale_dtype)
     plan = solver.plan(moments, w_OI.dtype, targets=True)
     shares_NDD = torch.stack([_shares(G_DD, chosen(solver.damping)) for G_DD in metric_NDD]).to(w_OI)
     target_NDI = plan.target(plan.alive(w_OI)).reshape(heads, size, -1)
@@ -161,9 +162,9 @@ class Heads:
 
 
 @torch.no_grad()
-def solve_among(w_OI: Tensor, fmt: WeightFormat, moments: Moments | None, heads: Heads, solver: Gptq, scale_dtype: torch.dtype) -> Solution:
+def solve_among(w_OI: Tensor, fmt: WeightFormat, moments: Moments | None, heads: Heads, solver: Gptq, scale_dtype: ScaleType) -> Solution:
     """Quantize w_OI, the rows of heads as `solve_heads` does and all others as `solver` does."""
-    mine_O = heads.rows_ND.flatten()
+    mine_O, scale_dtype = heads.rows_ND.flatten(), fitted(w_OI, fmt, scale_dtype)
     others_O = torch.ones(len(w_OI), dtype=torch.bool, device=w_OI.device).index_fill_(0, mine_O, False).nonzero()[:, 0]
     found = solve_heads(w_OI[mine_O], fmt, moments, heads.metric_NDD, solver, scale_dtype)
     parts = [found.weight] + ([solver.solve(w_OI[others_O], fmt, moments, scale_dtype).weight] if len(others_O) else [])

@@ -1,7 +1,8 @@
 """Where a weight's grid ends: at its largest value, or at the clip that loses least.
 
 Clip search (the weight quantizer of GPTQ, Frantar et al. 2023, and QuaRot, Ashkboos et al. 2024): per scale
-c* = argmin_c sum |w - w_hat(c)|^p over c = 1 - i / grid, i < shrink * grid, where c multiplies the range [min, max].
+c* = argmin_c sum |w - w_hat(c)|^p over c = 1 - i / grid, i < shrink * grid, where c multiplies the range [min, max];
+of NVFP4 also over c = 1 + i / grid, up to 1.5.
 
 Shape suffixes: O out channels, I in channels, G groups along I; R scales, K weights under one scale, F candidates, E largest weights.
 """
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanishError
-from ..formats import Kind, WeightFormat, code_range, nearest, scale_and_zero, weight_range
+from ..formats import NVFP4, Kind, ScaleType, WeightFormat, code_range, fitted, nearest, scale_and_zero, weight_range
 from ..pieces import pieces
 
 Grid = tuple[Tensor, Tensor | None]
 
+WIDER = 1.5
+"""The range whose end is at NVFP4's code 4: its last two codes, 4 and 6, are the furthest apart, and some groups lose less without the last (Cook et
+al., "Four Over Six", 2025)."""
 EXTREMES = 16
 """One weight in so many, the largest, bounds the loss of a candidate."""
 
@@ -38,14 +42,16 @@ class Clip:
         if not 0 < self.power < math.inf:
             raise PlanishError(f"clip.power is {self.power}, but the exponent of the error is positive and finite.")
 
-    def factors(self) -> list[float]:
-        """Candidate shrink factors, falling from 1."""
+    def factors(self, kind: Kind = 8) -> list[float]:
+        """Candidate shrink factors, falling from 1; then, of NVFP4, those up to WIDER."""
         count = math.ceil(round(self.shrink * self.grid, 9))
-        return [1 - i / self.grid for i in range(count)]
+        wider = math.floor(round((WIDER - 1) * self.grid, 9)) if kind == NVFP4 else 0
+        return [1 - i / self.grid for i in range(count)] + [1 + i / self.grid for i in range(1, wider + 1)]
 
 
-def fit_grid(w_OI: Tensor, fmt: WeightFormat, clip: Clip | None, scale_dtype: torch.dtype) -> Grid:
+def fit_grid(w_OI: Tensor, fmt: WeightFormat, clip: Clip | None, scale_dtype: ScaleType) -> Grid:
     """Scale (O, G) and zero point (O, G) or None of a weight; (1, 1) per tensor. Scales are exact in scale_dtype."""
+    scale_dtype = fitted(w_OI, fmt, scale_dtype)
     if clip is None:
         return scale_and_zero(*weight_range(w_OI, fmt), fmt.kind, fmt.symmetric, scale_dtype)
     groups = fmt.groups(w_OI.shape[1])
@@ -57,13 +63,13 @@ def fit_grid(w_OI: Tensor, fmt: WeightFormat, clip: Clip | None, scale_dtype: to
     return scale, torch.cat(zeros).reshape(shape) if zeros else None
 
 
-def _search(w_RK: Tensor, fmt: WeightFormat, clip: Clip, scale_dtype: torch.dtype) -> Grid:
+def _search(w_RK: Tensor, fmt: WeightFormat, clip: Clip, scale_dtype: ScaleType) -> Grid:
     """Best scale (R) and zero point (R) or None of each row.
 
     The largest weights alone bound a candidate's loss from below; candidates that cut them too short for every row are passed over.
     """
     low_R, high_R = w_RK.aminmax(dim=1)
-    factors_F1 = torch.tensor(clip.factors(), dtype=w_RK.dtype, device=w_RK.device)[:, None]
+    factors_F1 = torch.tensor(clip.factors(fmt.kind), dtype=w_RK.dtype, device=w_RK.device)[:, None]
     scale_FR, zero_FR = scale_and_zero(low_R * factors_F1, high_R * factors_F1, fmt.kind, fmt.symmetric, scale_dtype)
     # Relative to the unclipped scale: a tiny scale would underflow when raised to the power.
     unit_FR = (scale_FR / scale_FR[:1]) ** clip.power

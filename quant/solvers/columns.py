@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..formats import E4M3, Kind, code_range, to_codes
+from ..formats import Kind, code_range, to_codes
 
 LAUNCHED = 128  # columns of a launch at most: their deviations are in registers
 _LAUNCHES = 12  # about: for a column without such a kernel; with it for a block, or as long as its steps take
@@ -41,8 +41,8 @@ class Block(NamedTuple):
 
 def round_block(block: Block, kind: Kind) -> None:
     """Each column takes what those before it owe it, then is rounded as formats.to_codes does. What the weights then hold is of no matter."""
-    if kind == E4M3:
-        floats_one_by_one(block)
+    if isinstance(kind, str):
+        floats_one_by_one(block, kind)
     elif launched(block.weights_KO):
         launch(block, kind)
     else:
@@ -75,12 +75,12 @@ def one_by_one(block: Block, bits: int) -> None:
         deviations_KO[k] = original_KO[k] - (codes_O - zero_O) * scale_O
 
 
-def floats_one_by_one(block: Block) -> None:
-    """As `round_block`, of e4m3."""
+def floats_one_by_one(block: Block, kind: Kind) -> None:
+    """As `round_block`, of floats."""
     codes_KO = torch.empty_like(block.weights_KO)
     for k, (w_O, original_O, scale_O) in enumerate(zip(block.weights_KO, block.original_KO, block.scale_KO, strict=True)):
         w_O += block.shares_KK[k, :k] @ block.deviations_KO[:k]
-        codes_KO[k] = to_codes(w_O, scale_O, None, E4M3)
+        codes_KO[k] = to_codes(w_O, scale_O, None, kind)
         block.deviations_KO[k] = original_O - codes_KO[k] * scale_O
     block.codes_KO.copy_(codes_KO)
 

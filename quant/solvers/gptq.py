@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanishError
-from ..formats import Kind, QuantizedWeight, WeightFormat, code_dtype
+from ..formats import Kind, QuantizedWeight, ScaleType, WeightFormat, code_dtype, fitted
 from .cholesky import factor
 from .clip import Clip, Grid, fit_grid
 from .columns import LAUNCHED, Block, launched, round_block
@@ -143,13 +143,14 @@ class Gptq:
         return [(settings, replace(self, held_out=None, **settings)) for settings in found]
 
     @torch.no_grad()
-    def solve(self, w_OI: Tensor, fmt: WeightFormat, moments: Moments | None, scale_dtype: torch.dtype) -> Solution:
+    def solve(self, w_OI: Tensor, fmt: WeightFormat, moments: Moments | None, scale_dtype: ScaleType) -> Solution:
         """Quantize w_OI: (out, in), computing in its dtype. Scales are rounded to scale_dtype before codes are chosen.
 
         Input channels that were always zero get weight 0. Raises PlanishError without moments, or if they hold NaN or Inf, or settings to be chosen.
         """
         moments = require_moments(type(self).__name__.lower(), moments, w_OI.shape[1])
         plan = self.plan(moments, w_OI.dtype)
+        scale_dtype = fitted(w_OI, fmt, scale_dtype)
         rows = len(w_OI) if fmt.granularity == "tensor" else max(1, piece(w_OI.device) // w_OI.shape[1])
         pieces = (plan.alive(w_OI[start : start + rows]) for start in range(0, len(w_OI), rows))
         parts = [self.round(piece_OI, plan.target(piece_OI), fmt, plan, scale_dtype) for piece_OI in pieces]
@@ -172,7 +173,7 @@ class Gptq:
         some_dead = bool(dead_I.any() and not dead_I.all())
         return Plan(shares_II, offsets_II, targets_II, order_I, dead_I if some_dead else None, found.damping, found.repairs)
 
-    def round(self, w_OI: Tensor, target_OI: Tensor, fmt: WeightFormat, plan: Plan, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    def round(self, w_OI: Tensor, target_OI: Tensor, fmt: WeightFormat, plan: Plan, scale_dtype: ScaleType) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes (O, I), scales and zero points of some rows w_OI that aim at target_OI. Grids fitted beforehand fit w_OI."""
         out_channels, in_channels = w_OI.shape
         order_I = plan.order_I
@@ -189,7 +190,7 @@ class Gptq:
         """S (I, I), strictly upper: column k is moved by w_j * S_jk for each column j before it. None: nothing but deviations moves columns."""
         return None
 
-    def _natural(self, columns: "Columns", fmt: WeightFormat, scale_dtype: torch.dtype) -> Grid:
+    def _natural(self, columns: "Columns", fmt: WeightFormat, scale_dtype: ScaleType) -> Grid:
         """Round group after group, each on the grid that fits its weights once all earlier columns are paid for."""
         in_channels, out_channels = columns.codes_IO.shape
         span = fmt.group_size or in_channels

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..formats import QuantizedWeight, WeightFormat, code_dtype, to_codes
+from ..formats import QuantizedWeight, ScaleType, WeightFormat, code_dtype, to_codes
 from .clip import Clip, fit_grid
 from .moments import Moments, Solution
 
@@ -26,7 +26,7 @@ class Rtn:
     clip: Clip | None = None
 
     @torch.no_grad()
-    def solve(self, w_OI: Tensor, fmt: WeightFormat, moments: Moments | None, scale_dtype: torch.dtype) -> Solution:
+    def solve(self, w_OI: Tensor, fmt: WeightFormat, moments: Moments | None, scale_dtype: ScaleType) -> Solution:
         """Quantize w_OI: (out, in). moments are not looked at. Scales are rounded to scale_dtype before codes are chosen."""
         scale_OG, zero_OG = fit_grid(w_OI, fmt, self.clip, scale_dtype)
         zero_OG1 = None if zero_OG is None else zero_OG[:, :, None]

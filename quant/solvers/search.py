@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanishError
-from ..formats import WeightFormat
+from ..formats import ScaleType, WeightFormat
 from .gptq import Gptq
 from .moments import Moments
 
@@ -42,7 +42,7 @@ class Choice:
 
 
 @torch.no_grad()
-def choose(solver: Gptq, w_OI: Tensor, fmt: WeightFormat, moments: Moments, scale_dtype: torch.dtype) -> Choice:
+def choose(solver: Gptq, w_OI: Tensor, fmt: WeightFormat, moments: Moments, scale_dtype: ScaleType) -> Choice:
     """Choose among the solver's settings for a weight (out, in). Of equally good candidates the first is taken.
 
     Raises PlanishError: moments without held-out ones, and what solvers refuse.

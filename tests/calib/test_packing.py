@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from helpers_solvers import format_name, weights
 from pydantic import ValidationError
 
@@ -19,10 +19,11 @@ from planish.calib.compressed.packing import (
     quantization_config,
     read_config,
     stored_names,
+    stored_size,
     unpack,
 )
 from planish.quant.errors import PlanishError
-from planish.quant.formats import ActivationFormat, QuantizedWeight, Scheme, WeightFormat
+from planish.quant.formats import ActivationFormat, QuantizedWeight, Scheme, WeightFormat, shared_type
 from planish.quant.linear import StaticGrid
 from planish.quant.solvers import Rtn
 
@@ -34,6 +35,7 @@ FORMATS = [
 ]
 LAYOUTS: tuple[Layout, ...] = ("int-quantized", "pack-quantized")
 GROUPS = ActivationFormat(bits=4, granularity="group", group_size=32)
+FOURS = WeightFormat(bits=4, type="float", granularity="group", group_size=16)
 TOKEN, STATIC = ActivationFormat(bits=8), ActivationFormat(bits=8, symmetric=False, granularity="tensor", dynamic=False)
 
 
@@ -114,7 +116,53 @@ def test_floats_come_back_and_the_library_reads_them(granularity: Literal["chann
     assert torch.equal(values.float(), weight.dequantize())
 
 
+@pytest.mark.parametrize("with_inputs", [True, False])
+def test_fours_come_back_and_the_library_reads_them(with_inputs: bool) -> None:
+    weight = rounded(FOURS)
+    act = ActivationFormat(bits=4, type="float", granularity="group", group_size=16) if with_inputs else None
+    packed = Packed(Scheme(weights=FOURS, activations=act), default_layout(Scheme(weights=FOURS, activations=act)))
+    grid = StaticGrid(torch.tensor([[2.0**-7]]), None) if with_inputs else None
+    tensors = pack(weight, packed.layout, shared_type([weight], torch.bfloat16), grid)
+    assert set(tensors) == set(stored_names(packed))
+    assert sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("weight")) == stored_size(packed, 10, 48, 2)
+    found, static = unpack(tensors, packed)
+    assert same(found, weight)
+    assert (static is None) == (grid is None)
+    assert static is None or torch.equal(static.scale, torch.tensor([[2.0**-7]]))
+    scheme = QuantizationConfig.model_validate(quantization_config({"a": packed}, [])).config_groups["group_0"]
+    library = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    assert torch.equal(library.decompress(tensors, scheme)["weight"].float(), weight.dequantize())
+    again = library.compress({"weight": weight.dequantize(), "weight_scale": tensors["weight_scale"].float(), **_global(tensors)}, scheme)
+    assert torch.equal(again["weight_packed"] & 0x77, tensors["weight_packed"] & 0x77)  # but for the sign of zeros
+    assert torch.equal(again["weight_scale"].float(), tensors["weight_scale"].float())
+
+
+def _global(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"weight_global_scale": tensors["weight_global_scale"]}
+
+
+def test_what_the_library_calls_nvfp4() -> None:
+    """Its preset is what planish declares; one of its checkpoints, whose factors are no powers of two, is read as the library reads it."""
+    act = ActivationFormat(bits=4, type="float", granularity="group", group_size=16)
+    packed = Packed(Scheme(weights=FOURS, activations=act), "nvfp4-pack-quantized")
+    mine = QuantizationConfig.model_validate(quantization_config({"a": packed}, [])).config_groups["group_0"]
+    theirs = preset_name_to_scheme("NVFP4", ["Linear"])
+    for one, other in ((mine.weights, theirs.weights), (mine.input_activations, theirs.input_activations)):
+        what = ("num_bits", "type", "symmetric", "group_size", "strategy", "dynamic", "scale_dtype")
+        assert [getattr(one, name) for name in what] == [getattr(other, name) for name in what]
+    w_OI = weights(10, 48).float()
+    factor = 2688 / w_OI.abs().max()
+    scale = (w_OI.unflatten(1, (3, 16)).abs().amax(2) / 6 * factor).to(torch.float8_e4m3fn)
+    library = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    tensors = library.compress({"weight": w_OI, "weight_scale": scale.float(), "weight_global_scale": factor.reshape(1)}, theirs)
+    found, static = unpack({**tensors, "input_global_scale": torch.tensor([3.0])}, packed)
+    assert torch.equal(found.dequantize().bfloat16(), library.decompress(tensors, theirs)["weight"])
+    assert static is not None
+    assert static.scale.item() == pytest.approx(1 / 3)
+
+
 def test_default_layouts() -> None:
+    assert default_layout(Scheme(weights=FOURS)) == "nvfp4-pack-quantized"
     assert default_layout(Scheme(weights=WeightFormat(bits=8, type="float"))) == "float-quantized"
     four = WeightFormat(bits=4)
     assert default_layout(Scheme(weights=four)) == "pack-quantized"
@@ -163,9 +211,16 @@ def test_foreign_formats_are_refused() -> None:
     data = quantization_config({"a": MIXED["m.0.q"]}, [])
     group = data["config_groups"]["group_0"]
     for changes, words in (
-        ({"format": "nvfp4-pack-quantized", "weights": {**group["weights"], "type": "float"}}, "a: stored as nvfp4-pack-quantized float"),
-        ({"format": "float-quantized", "weights": {"num_bits": 4, "type": "float"}}, "a: floats of 4 bits; planish runs those of 8"),
-        ({"format": "int-quantized", "weights": {"num_bits": 8, "type": "float"}}, "a: stored as int-quantized float"),
+        (
+            {"format": "nvfp4-pack-quantized", "weights": {**group["weights"], "type": "float"}},
+            "a: fp8 stored as nvfp4-pack-quantized; planish reads float-quantized of them",
+        ),
+        ({"format": "float-quantized", "weights": {"num_bits": 4, "type": "float"}}, "a: floats of 4 bits per tensor; planish runs fp8"),
+        ({"format": "int-quantized", "weights": {"num_bits": 8, "type": "float"}}, "a: fp8 stored as int-quantized"),
+        (
+            {"format": "mxfp4-pack-quantized", "weights": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}},
+            r"a: floats of 4 bits per group in groups of 32; planish runs fp8 \(e4m3\) and NVFP4",
+        ),
         ({"format": "pack-quantized", "weights": {"num_bits": 4, "strategy": "tensor_group", "group_size": 16}}, "strategy tensor_group is none of"),
     ):
         with pytest.raises(PlanishError, match=words):

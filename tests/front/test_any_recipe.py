@@ -39,7 +39,12 @@ DYNAMIC = ({"bits": 8}, {"bits": 4, "symmetric": False}, {"bits": 4, "clip": 0.9
 ACTIVATIONS = (*DYNAMIC, *DYNAMIC, None, {"bits": 8, "granularity": "tensor", "dynamic": False})  # few steps go with the last
 
 FLOAT = {"bits": 8, "type": "float"}
-FLOATS = ({"weights": FLOAT, "activations": FLOAT}, {"weights": {**FLOAT, "granularity": "tensor"}})  # no steps at inputs go with them
+FOUR = {"bits": 4, "type": "float", "granularity": "group", "group_size": 16}
+FLOATS = (
+    {"weights": FLOAT, "activations": FLOAT},
+    {"weights": {**FLOAT, "granularity": "tensor"}},
+    {"weights": FOUR, "activations": FOUR},
+)  # no steps at inputs go with them
 
 
 class Interrupting(planish.Callback):

@@ -176,7 +176,7 @@ def test_refused_with_its_place(steps: str, message: str) -> None:
         ("[auto: {sites: '9.*'}]", (), "steps.0.sites: '9.*' matches no site"),
         ("[raise_activations: {share: 0.01}]", (), "share is 0.01, less than one of 12 sites. Give at least 0.0833"),
         ("[raise_activations]", ("scheme.activations.bits=8",), "raise_activations matches no site whose activations have fewer than 8 bits"),
-        ("[raise_activations]", ("scheme.activations=null",), "raise_activations measures what dynamic activations lose"),
+        ("[raise_activations]", ("scheme.activations=null",), "raise_activations measures what dynamic integers lose"),
         ("[raise_activations]", ("calibration=null", "solver=rtn"), "the step raise_activations cannot do without"),
     ],
 )

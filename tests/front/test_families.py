@@ -17,18 +17,18 @@ from transformers.pytorch_utils import Conv1D
 
 import planish
 from planish.eval.verifying.probe import read_probe
-from planish.eval.verifying.stock import by_itself
+from planish.eval.verifying.stock import by_itself, wide
 from planish.quant import linear
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, activation_grid
 from planish.quant.linear import QuantizedLinear
 from planish.quant.transforms.smooth import Smooth
-from planish.recipe.schema import Recipe
+from planish.recipe.schema import Recipe, load_recipe, with_settings
 
-RECIPES = ("w8a8", "w8a8-static", "w4a8", "w4a16-g128", "w4a16-channel", "w8a8-fp8")
+RECIPES = ("w8a8", "w8a8-static", "w4a8", "w4a16-g128", "w4a16-channel", "w8a8-fp8", "w4a4-nvfp4")
 VARIANTS = tuple(name for name in CONFIGS if name not in FAMILIES)
-CASES = [(family, recipe) for family in FAMILIES for recipe in RECIPES if (family, recipe) != ("gpt2", "w8a8-fp8")]
-CASES += [(family, recipe) for family in VARIANTS for recipe in RECIPES[1:6:2]]
+CASES = [(family, recipe) for family in FAMILIES for recipe in RECIPES if family != "gpt2" or "fp" not in recipe]
+CASES += [(family, recipe) for family in VARIANTS for recipe in RECIPES[1:7:2]]
 CONV1D = ("gpt2",)
 
 
@@ -52,6 +52,7 @@ def stock(folder: Path) -> PreTrainedModel:
     model, info = loaded
     assert not any(info.values()), info
     assert isinstance(model, PreTrainedModel)
+    model.register_forward_pre_hook(wide)
     return model
 
 
@@ -125,6 +126,7 @@ SCHEMES = {
     "fp8-tensor-token": planish.Scheme(
         weights=planish.WeightFormat(bits=8, type="float", granularity="tensor"), activations=ActivationFormat(bits=8, type="float")
     ),
+    "nvfp4": planish.Scheme(weights=planish.WeightFormat(bits=4, type="float", granularity="group", group_size=16)),
     "4-channel-asymmetric-8": planish.Scheme(weights=planish.WeightFormat(bits=4, symmetric=False), activations=ActivationFormat(bits=8)),
     "4-tensor-asymmetric-8": planish.Scheme(
         weights=planish.WeightFormat(bits=4, symmetric=False, granularity="tensor"), activations=ActivationFormat(bits=8)
@@ -139,8 +141,9 @@ def test_any_format_in_stock_transformers(
     scheme: str, layout: Any, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe(name="any", calibration=None, scheme=SCHEMES[scheme], solver=planish.Rtn(), export=planish.Export(layout=layout))
-    if scheme.startswith("fp8") and layout != "auto":
-        with pytest.raises(PlanishError, match=f"export.layout: {layout} is for integers, and floats have float-quantized alone"):
+    if "fp" in scheme and layout != "auto":
+        only = "nvfp4-pack-quantized" if scheme == "nvfp4" else "float-quantized"
+        with pytest.raises(PlanishError, match=f"export.layout: {layout} is for integers, and floats have {only} alone"):
             planish.compress(recipe, sources["phi3"], tmp_path / "out")
         return
     plan = planish.compress(recipe, sources["phi3"], tmp_path / "out", dtype=torch.float32).plan
@@ -224,3 +227,17 @@ def test_floats_are_for_servers(sources: dict[str, Path], tmp_path: Path) -> Non
         with pytest.raises(PlanishError, match="scheme: floats in a checkpoint that planish alone runs"):
             planish.compress(quick("w8a8-fp8", *settings), sources[family], tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_goes_with_nvfp4(tmp_path: Path) -> None:
+    for settings, words in (
+        (["steps=[{polish: {clip: false}}]"], "polish moves scales by less than NVFP4's are apart"),
+        (["steps=[raise_activations]"], "raise_activations measures what dynamic integers lose"),
+        (["steps=[]", "solver=rtn", "calibration=null"], "calibration is null, but a static activation scale"),
+    ):
+        with pytest.raises(PlanishError, match=words):
+            with_settings(load_recipe("w4a4-nvfp4"), settings)
+    narrow = source("llama", tmp_path / "narrow", changes={"intermediate_size": 72})
+    with pytest.raises(PlanishError, match=r"site 0\.down: its 72 channels are not whole groups of 16\. Keep the site"):
+        planish.compress(quick("w4a4-nvfp4"), narrow, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"narrow"}

@@ -41,6 +41,7 @@ NAMES = (
     "w4a4-best",
     "w4a4-fast",
     "w4a4-learned",
+    "w4a4-nvfp4",
     "w4a4-portable-mixed",
     "w4a8",
     "w4a8-best",

@@ -106,6 +106,7 @@ def test_a_budget_too_small_says_what_is_possible(base: Path) -> None:
         ({"candidates": ["4", "int8"]}, "candidate 'int8' is none"),
         ({"candidates": ["3", "5"]}, "vllm runs none of the candidates 3, 5 there"),
         ({"recipe": "w4a4-best"}, "Give --target planish"),
+        ({"recipe": "w4a4-nvfp4"}, "its weights are floats"),
         ({"recipe": "w8a8-fp8"}, "its weights are floats, and a search chooses among integers"),
     ],
 )

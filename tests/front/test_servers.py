@@ -10,6 +10,8 @@ EIGHT, FOUR = WeightFormat(bits=8), WeightFormat(bits=4)
 TOKEN, OWN_RANGE = ActivationFormat(bits=8), ActivationFormat(bits=8, symmetric=False)
 STATIC = ActivationFormat(bits=8, symmetric=False, granularity="tensor", dynamic=False)
 FLOAT, FLOATS = WeightFormat(bits=8, type="float"), ActivationFormat(bits=8, type="float")
+FOUR_FLOAT = WeightFormat(bits=4, type="float", granularity="group", group_size=16)
+FOUR_FLOATS = ActivationFormat(bits=4, type="float", granularity="group", group_size=16)
 PLAIN: Layout = "int-quantized"
 CASES: dict[str, tuple[WeightFormat, ActivationFormat | None, Layout, str | None]] = {
     "w8a8": (EIGHT, TOKEN, PLAIN, "vLLM"),
@@ -40,6 +42,8 @@ CASES: dict[str, tuple[WeightFormat, ActivationFormat | None, Layout, str | None
     "fp8, static": (FLOAT, ActivationFormat(bits=8, type="float", granularity="tensor", dynamic=False), "float-quantized", "vLLM (GPU)"),
     "fp8, dynamic per tensor": (FLOAT, ActivationFormat(bits=8, type="float", granularity="tensor"), "float-quantized", None),
     "fp8, weights alone": (FLOAT, None, "float-quantized", "vLLM (GPU)"),
+    "nvfp4": (FOUR_FLOAT, FOUR_FLOATS, "nvfp4-pack-quantized", "vLLM (GPU)"),
+    "nvfp4, weights alone": (FOUR_FLOAT, None, "nvfp4-pack-quantized", "vLLM (GPU)"),
     "w3a16": (WeightFormat(bits=3), None, "pack-quantized", None),
 }
 

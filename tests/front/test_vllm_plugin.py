@@ -40,6 +40,7 @@ CASES = {
     "side-paths": ("paper-svdquant", EIGHT, 6, 180, 0.005, 0.02, WIDE),
     "taken over": ("w4a8", (), 12, 300, 0.02, 0.06, WIDE),  # compressed-tensors, which vLLM would run itself
     "packed": ("w4a4-fast", EIGHT, 4, 240, 0.02, 0.03, HALF),
+    "nvfp4": ("w4a4-nvfp4", (), 6, 480, 0.02, 0.3, WIDE),  # in vLLM's own arithmetic, slowly
 }
 
 
@@ -121,20 +122,25 @@ def test_serves_what_planish_computes(case: str, tmp_path: Path) -> None:
         assert abs(float(torch.cat(read).mean())) <= tolerance
         assert abs(float(torch.cat(written).mean())) <= completions
         packed = dtype == HALF and torch.cpu.get_capabilities().get("avx512_vnni")
-        assert f"run on {'packed kernels' if packed else 'the reference'}, in {dtype}" in (tmp_path / "server.log").read_text()
+        words = "Using EmulationNvFp4LinearKernel" if case == "nvfp4" else f"run on {'packed kernels' if packed else 'the reference'}, in {dtype}"
+        assert words in (tmp_path / "server.log").read_text()
         if plan.prefix:
             with pytest.raises(urllib.error.HTTPError, match="400"):
                 complete(address, out, [5] * 511, max_tokens=1)
 
 
-def test_alone_it_refuses_by_name(tmp_path: Path) -> None:
+REFUSALS = {"w4a4-fast": "Unknown quantization method: planish", "w4a4-nvfp4": "Failed to find a kernel that can implement the NVFP4"}
+
+
+@pytest.mark.parametrize(("recipe", "words"), REFUSALS.items(), ids=REFUSALS)
+def test_alone_it_refuses_by_name(recipe: str, words: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    planish.compress(with_settings(load_recipe("w4a4-fast"), SHORT), "demo:smollm2", out)
+    planish.compress(with_settings(load_recipe(recipe), SHORT), "demo:smollm2", out)
     (tmp_path / "tokens.json").write_text("[[1, 2, 3]]")
     command = [str(server_python("vllm")), str(SCRIPT), str(out), str(tmp_path / "tokens.json"), str(tmp_path / "result.json")]
     ran = subprocess.run(command, env=environment(""), capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path)
     assert ran.returncode != 0
-    assert "Unknown quantization method: planish" in ran.stdout + ran.stderr
+    assert words in ran.stdout + ran.stderr
 
 
 def test_what_it_does_with_attention(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
-from helpers_solvers import FORMATS, all_codes, format_name, weights
+from helpers_solvers import PLAIN, all_codes, format_name, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,7 +16,9 @@ from planish.quant import errors
 from planish.quant.errors import PlanishError
 from planish.quant.formats import (
     E4M3,
+    NVFP4,
     ActivationFormat,
+    Factored,
     Kind,
     QuantizedWeight,
     Scheme,
@@ -24,13 +26,18 @@ from planish.quant.formats import (
     activation_grid,
     code_dtype,
     code_range,
+    fitted,
     nearest,
     scale_and_zero,
+    shared_type,
     to_codes,
     weight_range,
 )
+from planish.quant.linear import StaticGrid, quantize_input
 
 HUGE = 1e37
+FOUR = WeightFormat(bits=4, type="float", granularity="group", group_size=16)
+FOURS = ActivationFormat(bits=4, type="float", granularity="group", group_size=16)
 numbers = st.one_of(st.just(0.0), st.floats(-1e3, 1e3, width=32), st.sampled_from([HUGE, -HUGE, 1e-30, -1e-30, 1e-42]))
 
 
@@ -58,7 +65,7 @@ def library(fmt: WeightFormat) -> QuantizationArgs:
     return QuantizationArgs(num_bits=fmt.bits, type=fmt.type, symmetric=fmt.symmetric, strategy=fmt.granularity, group_size=fmt.group_size)
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
+@pytest.mark.parametrize("fmt", PLAIN, ids=format_name)
 def test_weights_equal_the_plain_reference(fmt: WeightFormat) -> None:
     w_OI = weights(5, 24)
     found = quantized(w_OI, fmt)
@@ -75,7 +82,7 @@ def test_weights_equal_the_plain_reference(fmt: WeightFormat) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
+@pytest.mark.parametrize("fmt", PLAIN, ids=format_name)
 def test_codes_and_values_equal_the_librarys(fmt: WeightFormat, dtype: torch.dtype) -> None:
     w_OI = weights(5, 24).float()
     found = quantized(w_OI, fmt, dtype)
@@ -152,7 +159,7 @@ def test_zero_points_are_codes(bits: int, dtype: torch.dtype) -> None:
         assert zero == code_range(bits)[high == 0]
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
+@pytest.mark.parametrize("fmt", PLAIN, ids=format_name)
 def test_some_rows_of_a_weight(fmt: WeightFormat) -> None:
     whole = quantized(weights(6, 24), fmt)
     for some in (slice(2, 4), slice(None, None, 3), slice(5, None)):
@@ -207,6 +214,79 @@ def test_activation_clip_scales_the_range(symmetric: bool, fmt: dict[str, Any]) 
         assert zero is None if plain[1] is None else zero is not None and torch.equal(zero, plain[1])
 
 
+def by_hand(values: list[float], factor: float) -> list[float]:
+    """What NVFP4 makes of one group, in Python's own numbers: the nearest of all e4m3 numbers as the scale, the nearest of all codes, of two equally
+    near ones the even, of which each list has every second."""
+    scales = sorted(number for number in all_codes(E4M3).tolist() if number >= 0)
+    size = max(map(abs, values)) / 6 * factor
+    scale = min(enumerate(dict.fromkeys(scales)), key=lambda item: (abs(item[1] - size), item[0] % 2))[1]
+    if scale == 0:
+        return [0.0] * len(values)
+    codes = list(enumerate([0, 0.5, 1, 1.5, 2, 3, 4, 6]))
+
+    def code(x: float) -> float:
+        return min(codes, key=lambda item: (abs(item[1] - abs(x) / (scale / factor)), item[0] % 2))[1]
+
+    return [math.copysign(code(x) * scale / factor, x) for x in values]
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0**9, 2.0**-9])
+def test_nvfp4_by_hand(factor: float) -> None:
+    """Groups of every size from what is beyond the last scale to what is flushed to 0."""
+    x_TC = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(-16, 12, 40, base=2)[:, None] / factor
+    found = quantize_input(x_TC, FOURS, StaticGrid(torch.tensor([[1 / factor]]), None)).dequantize()
+    expected = [by_hand(row[start : start + 16], factor) for row in x_TC.tolist() for start in (0, 16)]
+    assert torch.equal(found, torch.tensor(expected).reshape(40, 32))
+    assert not found[0].any()
+    assert found[-1].abs().max() == 6 * 448 / factor
+
+
+def test_nvfp4_codes() -> None:
+    codes = all_codes(NVFP4)
+    assert torch.equal(nearest(codes.clone(), NVFP4), codes)
+    assert torch.equal(codes.to(code_dtype(NVFP4)).float(), codes)
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 7, math.inf, math.nan])
+    expected = [0, 1, 1, 2, 2, 4, 4, 6, 6, 9]
+    assert nearest(ties.clone(), NVFP4).nan_to_num(9).tolist() == expected
+    assert nearest(-ties[:-1], NVFP4).tolist() == [-value for value in expected[:-1]]
+
+
+@given(st.lists(st.floats(-8, 8, width=32), min_size=1))
+def test_nvfp4_goes_to_the_nearest_of_all_codes(values: list[float]) -> None:
+    codes, x = all_codes(NVFP4).double(), torch.tensor(values)
+    found = nearest(x.clone(), NVFP4)
+    assert bool(torch.isin(found, codes.float()).all())
+    assert torch.equal((found - x).abs().double(), (codes - x.double()[:, None]).abs().amin(1).float().double())
+
+
+@given(st.floats(2.0**-90, 2.0**90), st.sampled_from([1.0, 2.0]))
+def test_factors_reach_as_far_as_they_say(absmax: float, room: float) -> None:
+    factor = Factored.reaching(absmax, room).factor
+    assert isinstance(factor, float)
+    assert math.frexp(factor)[0] == 0.5
+    assert room * absmax <= 6 * 448 / factor < 2 * room * absmax
+    assert Factored.reaching(0.0).factor == 1
+
+
+def test_nvfp4_weights_are_exact_in_bfloat16_and_under_the_stored_factor() -> None:
+    """So all consumers multiply the same numbers. Dead groups are zeros."""
+    w_OI = weights(9, 64).float() * torch.logspace(-6, 3, 9, base=10)[:, None]
+    w_OI[2] = 0
+    scale, zero = scale_and_zero(*weight_range(w_OI, FOUR), FOUR.kind, True, fitted(w_OI, FOUR, torch.bfloat16))
+    codes = to_codes(w_OI.unflatten(1, (4, 16)), scale[:, :, None], zero, FOUR.kind).flatten(1).to(code_dtype(FOUR.kind))
+    weight = QuantizedWeight(codes, scale, None, FOUR)
+    back = weight.dequantize()
+    assert torch.equal(back.bfloat16().float(), back)
+    assert not back[2].any()
+    assert (back - w_OI).norm(dim=1)[5:].max() < 0.12 * w_OI.norm(dim=1).max()
+    stored = shared_type([weight, weight.rows(slice(0, 3))], torch.bfloat16)
+    assert isinstance(stored, Factored)
+    assert torch.equal(stored.numbers(scale).float() / stored.factor, scale)
+    assert shared_type([quantized(w_OI, WeightFormat(bits=4))], torch.bfloat16) is torch.bfloat16
+    with pytest.raises(PlanishError, match="scales of NVFP4 are to be e4m3 numbers"):
+        stored.numbers(scale * 1.03)
+
+
 floats = st.one_of(st.floats(-500, 500, width=32), st.floats(-(2**-5), 2**-5, width=32), st.sampled_from([0.0, 448.0, HUGE, -HUGE]))
 
 
@@ -229,7 +309,14 @@ def test_every_float_is_a_code_and_ties_go_to_the_even_one() -> None:
 
 
 REFUSED = {
-    "weights: a float of 4 bits": lambda: WeightFormat(bits=4, type="float"),
+    "weights: a float of 6 bits": lambda: WeightFormat(bits=6, type="float"),
+    "activations: a float of 4 bits, symmetric False": lambda: ActivationFormat(bits=4, type="float", symmetric=False),
+    "weights: floats of 4 bits with granularity channel": lambda: WeightFormat(bits=4, type="float"),
+    "activations: floats of 4 bits with granularity group, group_size 32": lambda: ActivationFormat(
+        bits=4, type="float", granularity="group", group_size=32
+    ),
+    "nvfp4 weights, fp8 activations": lambda: Scheme(weights=FOUR, activations=ActivationFormat(bits=8, type="float")),
+    "fp8 weights, nvfp4 activations": lambda: Scheme(weights=WeightFormat(bits=8, type="float"), activations=FOURS),
     "activations: a float of 8 bits, symmetric False": lambda: ActivationFormat(bits=8, type="float", symmetric=False),
     "Use channel": lambda: WeightFormat(bits=8, type="float", granularity="group", group_size=32),
     "Use token": lambda: ActivationFormat(bits=8, type="float", granularity="group", group_size=32),

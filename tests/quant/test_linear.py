@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from planish.calib.machine.precision import bfloat16_products
-from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat, scale_and_zero
+from planish.quant.formats import NVFP4, ActivationFormat, Factored, QuantizedWeight, WeightFormat, scale_and_zero
 from planish.quant.linear import Kept, QuantizedLinear, Side, StaticGrid, quantize_input, share_input, without_first
 from planish.quant.low_rank import LowRank
 from planish.quant.solvers import Rtn
@@ -23,6 +23,7 @@ ACTIVATIONS: list[ActivationFormat | None] = [
     *(ActivationFormat(bits=8, symmetric=s, granularity="tensor", dynamic=dynamic) for s in (True, False) for dynamic in (True, False)),
     ActivationFormat(bits=8, type="float"),
     ActivationFormat(bits=8, type="float", granularity="tensor", dynamic=False),
+    ActivationFormat(bits=4, type="float", granularity="group", group_size=16),
 ]
 
 
@@ -31,7 +32,9 @@ def activation_name(fmt: ActivationFormat | None) -> str:
 
 
 def static_of(x_TC: Tensor, fmt: ActivationFormat | None) -> StaticGrid | None:
-    """A static grid that clips a little."""
+    """A static grid that clips a little; of NVFP4 a factor."""
+    if fmt is not None and fmt.kind == NVFP4:
+        return StaticGrid(torch.tensor([[2.0**-5]]), None)
     if fmt is None or fmt.dynamic:
         return None
     return StaticGrid(*scale_and_zero(0.8 * x_TC.amin().reshape(1, 1), 0.9 * x_TC.amax().reshape(1, 1), fmt.kind, fmt.symmetric, torch.bfloat16))
@@ -47,15 +50,17 @@ def fake(x_TC: Tensor, fmt: ActivationFormat | None, static: StaticGrid | None) 
         return x_TC.double()
     size = {"tensor": x_TC.numel(), "token": x_TC.shape[1], "group": fmt.group_size or 0}[fmt.granularity]
     x = x_TC.reshape(-1, size).double()
-    if static is None:
-        scale, zero = scale_and_zero(x.amin(1, True).float(), x.amax(1, True).float(), fmt.kind, fmt.symmetric)
+    if static is None or fmt.dynamic:
+        stored = None if static is None else Factored(1 / static.scale.item())
+        scale, zero = scale_and_zero(x.amin(1, True).float(), x.amax(1, True).float(), fmt.kind, fmt.symmetric, stored)
     else:
         scale, zero = static.scale, static.zero
     offset = 0.0 if zero is None else zero.double()
     steps, half = x / scale.double() + offset, 2 ** (fmt.bits - 1)
     if fmt.type == "float":
         every = all_codes(fmt.kind).double()
-        codes = every[(steps[..., None] - every).abs().argmin(-1)]
+        odd = torch.searchsorted(every.abs().unique(), every.abs()) % 2  # of two equally near ones the even
+        codes = every[((steps[..., None] - every).abs() + 1e-9 * odd).argmin(-1)]
     else:
         codes = steps.round().clamp(-half, half - 1)
     return ((codes - offset) * scale.double()).reshape(x_TC.shape)
@@ -71,26 +76,26 @@ def float64_output(x_TC: Tensor, weight: QuantizedWeight, bias: Tensor | None, f
 @pytest.mark.parametrize("act", ACTIVATIONS, ids=activation_name)
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
 def test_equals_fake_quantization(fmt: WeightFormat, act: ActivationFormat | None) -> None:
-    x = inputs(15, 24).float()
-    weight, bias, static = rounded(10, 24, fmt), weights(1, 10)[0].float(), static_of(x, act)
+    x = inputs(15, 48).float()
+    weight, bias, static = rounded(10, 48, fmt), weights(1, 10)[0].float(), static_of(x, act)
     for b in (None, bias):
         expected = float64_output(x, weight, b, act, static)
         layer = QuantizedLinear(weight, b, act, static)
-        found = layer(x.reshape(3, 5, 24))
+        found = layer(x.reshape(3, 5, 48))
         assert found.shape == (3, 5, 10)
         assert float((found.reshape(15, 10) - expected).norm() / expected.norm()) < 1e-6
         half = QuantizedLinear(weight, b, act, static, dtype=torch.bfloat16)(x.bfloat16())
         assert half.dtype is torch.bfloat16
         same_input = float64_output(x.bfloat16().float(), weight, b, act, static)
-        assert float((half.double() - same_input).norm() / same_input.norm()) < 0.01
+        assert float((half.double() - same_input).norm() / same_input.norm()) < 0.012
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS, ids=activation_name)
 def test_tokens_in_pieces_are_tokens_together(act: ActivationFormat | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = inputs(15, 24).float()
-    layer = QuantizedLinear(rounded(10, 24, WeightFormat(bits=8)), None, act, static_of(x, act))
+    x = inputs(15, 48).float()
+    layer = QuantizedLinear(rounded(10, 48, WeightFormat(bits=8)), None, act, static_of(x, act))
     together = layer(x)
-    monkeypatch.setattr("planish.quant.pieces.CACHED", 4 * 24)
+    monkeypatch.setattr("planish.quant.pieces.CACHED", 4 * 48)
     assert torch.equal(layer(x), together)
 
 
@@ -104,30 +109,30 @@ def test_sums_of_codes_are_beyond_float16(act: ActivationFormat | None) -> None:
 
 @pytest.mark.parametrize("act", [a for a in ACTIVATIONS if a is not None], ids=activation_name)
 def test_readers_share_the_quantized_input(act: ActivationFormat) -> None:
-    x = inputs(15, 24).float()
+    x = inputs(15, 48).float()
     static = static_of(x, act)
     quantized = quantize_input(x, act, static)
     assert quantized.codes.dtype is (torch.int8 if act.type == "int" else torch.bfloat16)
     assert torch.allclose(quantized.dequantize().double(), fake(x, act, static), rtol=1e-6)
-    layers = [QuantizedLinear(rounded(10, 24, fmt, seed), None, act, static) for seed, fmt in enumerate(FORMATS[:2])]
+    layers = [QuantizedLinear(rounded(10, 48, fmt, seed), None, act, static) for seed, fmt in enumerate(FORMATS[:2])]
     left = layers[0].left(quantized)
     for layer in layers:
         assert torch.equal(layer.multiply(quantized, left), layer(x))
 
 
 def test_readers_that_prepare_an_input_alike_share_it_as_long_as_it_is_the_same() -> None:
-    x, act = inputs(15, 24).float(), ActivationFormat(bits=4, symmetric=False)
-    shared, alone = ([QuantizedLinear(rounded(10, 24, WeightFormat(bits=4), seed), None, act) for seed in range(3)] for _ in range(2))
+    x, act = inputs(15, 48).float(), ActivationFormat(bits=4, symmetric=False)
+    shared, alone = ([QuantizedLinear(rounded(10, 48, WeightFormat(bits=4), seed), None, act) for seed in range(3)] for _ in range(2))
     share_input(shared)
     for mine, twin in zip(shared, alone, strict=True):
         assert torch.equal(mine(x), twin(x))
-        x *= torch.linspace(0.5, 2, 24)  # changed in place: another input
+        x *= torch.linspace(0.5, 2, 48)  # changed in place: another input
     assert shared[0].shared is shared[2].shared is not None
 
 
 def test_readers_that_prepare_an_input_otherwise_do_not_share_it() -> None:
     weight, act, static = (
-        rounded(10, 24, WeightFormat(bits=4)),
+        rounded(10, 48, WeightFormat(bits=4)),
         ActivationFormat(bits=8),
         ActivationFormat(bits=8, granularity="tensor", dynamic=False),
     )
@@ -174,9 +179,9 @@ def test_extreme_codes_of_asymmetric_formats() -> None:
 @pytest.mark.parametrize("bits", [None, 8])
 def test_side_path(act: ActivationFormat | None, bits: int | None) -> None:
     """Low rank on the input as it is; the first channels in a product of their own, of whose range the codes know nothing."""
-    x, fmt = inputs(15, 24).float(), WeightFormat(bits=4)
+    x, fmt = inputs(15, 48).float(), WeightFormat(bits=4)
     x[:, :8] *= 100
-    w_OI, low = weights(10, 24).float(), LowRank(weights(2, 24, 2).float(), weights(10, 2, 3).float())
+    w_OI, low = weights(10, 48).float(), LowRank(weights(2, 48, 2).float(), weights(10, 2, 3).float())
     rest_OI, rest = without_first(w_OI, 8), without_first(x, 8)
     weight, static = Rtn().solve(rest_OI, fmt, None, torch.float32).weight, static_of(rest, act)
     high = None if act is None or bits is None else ActivationFormat(bits=8)
@@ -184,7 +189,7 @@ def test_side_path(act: ActivationFormat | None, bits: int | None) -> None:
     expected = float64_output(rest, weight, None, act, static) + x.double() @ low.product().T
     first_OR = kept.weight.dequantize() if isinstance(kept.weight, QuantizedWeight) else kept.weight
     expected += fake(x[:, :8], high, None) @ first_OR.double().T
-    found = QuantizedLinear(weight, None, act, static, side=Side(low, kept))(x.reshape(3, 5, 24))
+    found = QuantizedLinear(weight, None, act, static, side=Side(low, kept))(x.reshape(3, 5, 48))
     assert float((found.reshape(15, 10) - expected).norm() / expected.norm()) < 1e-6
     half = QuantizedLinear(weight, None, act, static, dtype=torch.bfloat16, side=Side(low, kept))(x.bfloat16())
     assert half.dtype is torch.bfloat16
@@ -192,9 +197,9 @@ def test_side_path(act: ActivationFormat | None, bits: int | None) -> None:
 
 
 def test_the_input_goes_through_the_chain_before_it_is_quantized() -> None:
-    x = inputs(9, 24).float()
-    divisor = torch.linspace(0.5, 3, 24)
-    weight = rounded(10, 24, FORMATS[0])
+    x = inputs(9, 48).float()
+    divisor = torch.linspace(0.5, 3, 48)
+    weight = rounded(10, 48, FORMATS[0])
     for act in (None, ActivationFormat(bits=8)):
         assert torch.equal(QuantizedLinear(weight, None, act, None, (Scale(divisor),))(x), QuantizedLinear(weight, None, act)(x / divisor))
 

@@ -23,7 +23,7 @@ def rows(w_OI, fmt):
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("clip", [Clip(), Clip(grid=17, shrink=0.5, power=1.3)], ids=["default", "own"])
 def test_fast_search_finds_the_twins_argmin(fmt, scale_dtype, clip):
-    w_OI = weights(5, 36)
+    w_OI = weights(5, 48)
     w_OI[0, 3] = 1.0
     scale, zero = fit_grid(w_OI, fmt, clip, scale_dtype)
     for r, w in enumerate(rows(w_OI, fmt)):
@@ -46,7 +46,7 @@ def test_float32_search_is_as_good_as_float64(fmt):
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
 def test_chunks_do_not_change_the_result(fmt, monkeypatch):
-    w_OI = weights(11, 36).float()
+    w_OI = weights(11, 48).float()
     whole = fit_grid(w_OI, fmt, Clip(), torch.float32)
     monkeypatch.setattr(pieces, "CACHED", 40)
     parts = fit_grid(w_OI, fmt, Clip(), torch.float32)
@@ -55,7 +55,7 @@ def test_chunks_do_not_change_the_result(fmt, monkeypatch):
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
 def test_no_clip_covers_the_range(fmt):
-    w_OI = weights(5, 36)
+    w_OI = weights(5, 48)
     torch.testing.assert_close(fit_grid(w_OI, fmt, None, torch.float16), plain_grid(w_OI, fmt, torch.float16))
 
 

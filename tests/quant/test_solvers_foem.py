@@ -19,19 +19,19 @@ def moments(x_TI: Tensor, full_TI: Tensor) -> Moments:
     return Moments(second_II=second(x_TI), cross_II=(full_TI - x_TI).T @ x_TI, tokens=len(x_TI))
 
 
-def streams() -> tuple[Tensor, Tensor]:
+def streams(channels: int = 48) -> tuple[Tensor, Tensor]:
     """Inputs behind quantized predecessors, and full-precision ones."""
-    full_TI = inputs(90, 24)
-    return full_TI * 0.8 + 0.3 * inputs(90, 24, 7), full_TI
+    full_TI = inputs(90, channels)
+    return full_TI * 0.8 + 0.3 * inputs(90, channels, 7), full_TI
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
 @pytest.mark.parametrize("order", ["natural", "diagonal"])
 @pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
 def test_equals_the_column_updates(fmt: WeightFormat, order: Any, beta: float) -> None:
-    w_OI, (x_TI, full_TI) = weights(6, 24), streams()
+    w_OI, (x_TI, full_TI) = weights(6, 48), streams()
     told = moments(x_TI, full_TI)
-    sequence = list(range(24)) if order == "natural" else told.second_II.diagonal().argsort(descending=True, stable=True).tolist()
+    sequence = list(range(48)) if order == "natural" else told.second_II.diagonal().argsort(descending=True, stable=True).tolist()
     for alpha in (None, 0.5) if beta else (None,):  # grids are fitted to GPTAQ's target only where there is a pull towards it
         settings = {"order": order, "beta": beta, "block_size": 5}
         solver = Gptq(**settings) if alpha is None else Gptaq(alpha=alpha, **settings)
@@ -44,14 +44,14 @@ def test_equals_the_column_updates(fmt: WeightFormat, order: Any, beta: float) -
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
 def test_targets_are_another_form_of_offsets(fmt: WeightFormat) -> None:
     """GPTAQ with a pull that does nothing is GPTAQ, on grids that were fitted beforehand."""
-    w_OI, told = weights(6, 24), moments(*streams())
+    w_OI, told = weights(6, 48), moments(*streams())
     tiny, none = (Gptaq(alpha=0.5, order="diagonal", beta=beta).solve(w_OI, fmt, told, torch.float32) for beta in (1e-15, 0.0))
     torch.testing.assert_close(hat(tiny.weight), hat(none.weight), rtol=1e-6, atol=1e-9)
 
 
 def test_grids_that_fit_the_target_lose_less() -> None:
     """As they do wherever there is a pull; without one, GPTAQ's grids fit what earlier groups have made of the weights."""
-    w_OI, (x_TI, full_TI) = weights(48, 24), streams()
+    w_OI, (x_TI, full_TI) = weights(48, 24), streams(24)
     solutions = [Gptaq(alpha=1.0, beta=beta).solve(w_OI, INT4, moments(x_TI, full_TI), torch.float32) for beta in (1e-15, 0.0)]
     errors = [float((x_TI @ hat(solution.weight).T - full_TI @ w_OI.T).norm()) for solution in solutions]
     assert errors[0] < 0.98 * errors[1]
@@ -60,7 +60,7 @@ def test_grids_that_fit_the_target_lose_less() -> None:
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
 @pytest.mark.parametrize("order", ["natural", "diagonal"])
 def test_a_full_pull_is_rounding_to_nearest(fmt: WeightFormat, order: Any) -> None:
-    w_OI, x_TI = weights(6, 24), inputs(90, 24)
+    w_OI, x_TI = weights(6, 48), inputs(90, 48)
     found = Gptq(beta=1.0, order=order, clip=Clip()).solve(w_OI, fmt, moments(x_TI, x_TI), torch.float32).weight
     assert torch.equal(found.codes, Rtn(clip=Clip()).solve(w_OI, fmt, None, torch.float32).weight.codes)
 

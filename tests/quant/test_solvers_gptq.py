@@ -29,7 +29,7 @@ def solve(w_OI, H_II, fmt, scale_dtype=torch.float32, **settings):
 @pytest.mark.parametrize("order", ["natural", "diagonal"])
 @pytest.mark.parametrize("block_size", [1, 5, 128])
 def test_equals_the_explicit_inverse_in_float64(fmt, order, block_size):
-    w_OI, H_II = weights(7, 36), second(inputs(80, 36))
+    w_OI, H_II = weights(7, 48), second(inputs(80, 48))
     H_II[5] = H_II[:, 5] = 0
     fast = solve(w_OI, H_II, fmt, order=order, block_size=block_size)
     torch.testing.assert_close(hat(fast.weight), obq_gptq(w_OI, H_II, fmt, 0.01, order, torch.float32), rtol=1e-6, atol=1e-9)
@@ -50,7 +50,7 @@ def test_float32_is_as_good_as_float64(fmt, order):
 @pytest.mark.parametrize("order", ["natural", "diagonal"])
 @pytest.mark.parametrize("clip", [None, Clip()], ids=["plain", "clip"])
 def test_output_error_is_below_rounding(fmt, order, clip):
-    w_OI, H_II = weights(32, 72), second(inputs(400, 72))
+    w_OI, H_II = weights(32, 96), second(inputs(400, 96))
     rounded = hat(Rtn(clip=clip).solve(w_OI, fmt, None, torch.float32).weight)
     ours = hat(solve(w_OI, H_II, fmt, order=order, clip=clip).weight)
     assert output_error(w_OI, ours, H_II) < 0.8 * output_error(w_OI, rounded, H_II)
@@ -76,7 +76,7 @@ def test_block_size_changes_nothing(out, groups, size, block_size, seed, symmetr
 
 @pytest.mark.parametrize("order", ["natural", "diagonal"])
 def test_rows_are_independent(order):
-    w_OI, H_II = weights(9, 36), second(inputs(80, 36))
+    w_OI, H_II = weights(9, 48), second(inputs(80, 48))
     for fmt in (INT4, GROUP):
         together = hat(solve(w_OI, H_II, fmt, order=order, clip=Clip()).weight)
         apart = torch.cat([hat(solve(row[None], H_II, fmt, order=order, clip=Clip()).weight) for row in w_OI])
@@ -95,22 +95,22 @@ def test_one_column():
 
 
 def test_orders_agree_where_the_diagonal_already_falls():
-    x = inputs(80, 36)
+    x = inputs(80, 48)
     x = x[:, x.square().sum(0).argsort(descending=True)]
-    w_OI = weights(7, 36)
+    w_OI = weights(7, 48)
     natural, diagonal = (solve(w_OI, second(x), INT4, order=order).weight for order in ("natural", "diagonal"))
     assert torch.equal(natural.codes, diagonal.codes)
 
 
 def test_diagonal_order_keeps_the_grids_of_the_natural_groups():
-    w_OI = weights(7, 36)
+    w_OI = weights(7, 48)
     assert torch.equal(
-        solve(w_OI, second(inputs(80, 36)), GROUP, order="diagonal").weight.scale, Rtn().solve(w_OI, GROUP, None, torch.float32).weight.scale
+        solve(w_OI, second(inputs(80, 48)), GROUP, order="diagonal").weight.scale, Rtn().solve(w_OI, GROUP, None, torch.float32).weight.scale
     )
 
 
 def test_scale_of_the_hessian_does_not_matter():
-    w_OI, H_II = weights(7, 36), second(inputs(80, 36))
+    w_OI, H_II = weights(7, 48), second(inputs(80, 48))
     H_II[3] = H_II[:, 3] = 0
     assert torch.equal(solve(w_OI, H_II, INT4).weight.codes, solve(w_OI, H_II * 2.0**-30, INT4).weight.codes)
 
@@ -130,9 +130,9 @@ def test_damping_is_relative_to_what_ordinary_tokens_make_of_the_hessian():
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
 def test_rows_in_pieces_are_rows_together(fmt, order, monkeypatch):
     """One scale for the whole weight is fitted to all of it."""
-    w_OI, H_II = weights(7, 36), second(inputs(80, 36))
+    w_OI, H_II = weights(7, 48), second(inputs(80, 48))
     together = solve(w_OI, H_II, fmt, order=order).weight
-    monkeypatch.setattr("planish.quant.solvers.gptq.PIECE", 2 * 36)
+    monkeypatch.setattr("planish.quant.solvers.gptq.PIECE", 2 * 48)
     apart = solve(w_OI, H_II, fmt, order=order).weight
     assert apart.scale.shape == together.scale.shape
     torch.testing.assert_close(hat(apart), hat(together), rtol=1e-6, atol=1e-9)

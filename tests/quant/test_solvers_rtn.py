@@ -15,11 +15,11 @@ from planish.quant.solvers.clip import fit_grid
 @pytest.mark.parametrize("clip", [None, Clip()], ids=["plain", "clip"])
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
 def test_every_weight_goes_to_the_nearest_point_of_its_grid(fmt, clip):
-    w_OI = weights(5, 36).float()
+    w_OI = weights(5, 48).float()
     weight = Rtn(clip=clip).solve(w_OI, fmt, None, torch.bfloat16).weight
     assert torch.equal(weight.scale, fit_grid(w_OI, fmt, clip, torch.bfloat16)[0])
     for o in range(5):
-        for i in range(36):
+        for i in range(48):
             row, group = (0, 0) if fmt.granularity == "tensor" else (o, 0 if fmt.group_size is None else i // fmt.group_size)
             zero = 0 if weight.zero is None else weight.zero[row, group]
             points = (all_codes(fmt.kind) - zero) * weight.scale[row, group]
