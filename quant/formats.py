@@ -9,8 +9,6 @@ negatives, in groups of 16 whose scales are e4m3 numbers divided by a factor tha
 Shape suffixes: O out channels, I in channels, G groups along I, T tokens, C channels.
 """
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -33,22 +31,17 @@ LEAST_SCALE = 2.0**-24  # the smallest float16; of the wider types only normal n
 
 @dataclass(frozen=True, slots=True)
 class Factored:
-    """What scales of NVFP4 are rounded to: e4m3 numbers over a factor. With a power of two as the factor a scale times a code is exact in bfloat16,
-    so all consumers multiply the same numbers, whether they scale before or after."""
+    """What scales of NVFP4 are rounded to: e4m3 numbers over a factor."""
 
     factor: float | Tensor
 
     @classmethod
-    def reaching(cls, absmax: float, room: float = 1.0) -> "Factored":
-        """The largest power of two with which codes reach room * absmax."""
+    def reaching(cls, absmax: float) -> "Factored":
+        """The factor with which the largest scale makes the largest code absmax, to float32's rounding: so the largest outlier, a super weight for
+        one, is as it was."""
         if not absmax >= _LEAST_FITTED:
             return cls(1.0)
-        return cls(2.0 ** (math.frexp(_LARGEST[NVFP4] * _LARGEST[E4M3] / (room * absmax))[1] - 1))
-
-    @classmethod
-    def holding(cls, scales: Iterable[Tensor]) -> "Factored":
-        """The largest power of two under which none of these scales, already rounded, is beyond e4m3: all that were exact are so still."""
-        return cls.reaching(_LARGEST[NVFP4] * max(float(scale.amax()) for scale in scales))
+        return cls(torch.tensor(_LARGEST[NVFP4] * _LARGEST[E4M3] / absmax, dtype=torch.float32).item())
 
     def numbers(self, scale: Tensor) -> Tensor:
         """Scales, already rounded, as they are stored: e4m3. PlanishError: some are no such numbers under this factor."""
@@ -290,12 +283,6 @@ class QuantizedWeight:
         return (q_OGI * self.scale[:, :, None]).flatten(1)
 
 
-def shared_type(weights: Iterable[QuantizedWeight], dtype: torch.dtype) -> ScaleType:
-    """What the scales of a site's readers are stored in: of NVFP4 with a factor that they share, for servers multiply them as one matrix."""
-    scales = [weight.scale for weight in weights if weight.format.kind == NVFP4]
-    return Factored.holding(scales) if scales else dtype
-
-
 def by_group(x: Tensor, groups: int) -> Tensor:
     """x: (N, C) as (N, groups, C / groups), a view where it can be one."""
     return x.reshape(x.shape[0], groups, x.shape[1] // groups)
@@ -310,11 +297,10 @@ def weight_range(w_OI: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
 
 
 def fitted(w_OI: Tensor, fmt: WeightFormat, scale_type: ScaleType) -> ScaleType:
-    """What the scales of a weight are rounded to: of NVFP4 those over a factor that leaves room for twice the largest weight, as solvers move
-    weights; all others as given."""
+    """What the scales of a weight are rounded to: of NVFP4 e4m3 numbers over a factor that fits its largest value; all others as given."""
     if fmt.kind != NVFP4 or isinstance(scale_type, Factored):
         return scale_type
-    return Factored.reaching(float(w_OI.abs().amax()), room=2)
+    return Factored.reaching(float(w_OI.abs().amax()))
 
 
 def activation_grid(x_TC: Tensor, fmt: ActivationFormat, stored: Factored | None = None) -> tuple[Tensor, Tensor | None]:

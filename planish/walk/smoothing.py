@@ -63,7 +63,7 @@ Behind = Callable[[str, Tensor], Chain]
 
 
 def static_grid(seen: Extremes, sinks_C: Tensor, scheme: Scheme, divisor_C: Tensor | None = None, shifts: Chain = ()) -> StaticGrid | None:
-    """What is fixed of a site's grid: the static one, from the range of the tokens kept; the factor of NVFP4, which reaches twice as far as any
+    """What is fixed of a site's grid: the static one, from the range of the tokens kept; the factor of NVFP4, which reaches at least as far as any
     token. None if the scheme's activations are dynamic in all, or not quantized.
 
     sinks_C: the sink tokens' absolute maxima. divisor_C, shifts: what the channels are divided by, and what is then taken from them, before they are
@@ -75,7 +75,7 @@ def static_grid(seen: Extremes, sinks_C: Tensor, scheme: Scheme, divisor_C: Tens
     if fmt.kind == NVFP4:
         sinks_2C = _ends((-sinks_C, sinks_C), divisor_C, shifts)
         reach = max(float(end.abs().amax()) for end in (low_C, high_C, sinks_2C))
-        return StaticGrid(low_C.new_ones(1, 1) / Factored.reaching(reach, room=2).factor, None)
+        return StaticGrid(low_C.new_ones(1, 1) / Factored.reaching(reach).factor, None)
     scale, zero = scale_and_zero(low_C.amin().reshape(1, 1), high_C.amax().reshape(1, 1), fmt.kind, fmt.symmetric, torch.bfloat16)
     return StaticGrid(scale, zero)
 

@@ -14,7 +14,7 @@ from ..calib.compressed.packing import Packed, pack
 from ..calib.compressed.side import kept_formats
 from ..calib.machine.precision import bfloat16_products
 from ..calib.walk.site_walk import Pass, Prepared, SiteWalk
-from ..quant.formats import ActivationFormat, QuantizedWeight, ScaleType, WeightFormat, fitted, shared_type
+from ..quant.formats import ActivationFormat, Factored, QuantizedWeight, ScaleType, WeightFormat, fitted
 from ..quant.linear import Kept, QuantizedInput, QuantizedLinear, Side, StaticGrid, quantize_input, without_first
 from ..quant.low_rank import LowRank
 from ..quant.solvers import Moments, Rtn, Solution, Solver
@@ -30,6 +30,7 @@ STRIP = 512  # rows of a Hessian that are added up at once
 class Readers:
     """The linear layers of one site in float32, and what became of them. packed None: the site stays in full precision.
 
+    factored: of NVFP4, what the scales of all of them are, for servers multiply them as one matrix.
     weights: what the codes are to stand for: the whole without low, the low-rank paths beside them, and with 0 for the channels in kept. Paths and
     kept weights are as they will be stored.
     """
@@ -43,6 +44,7 @@ class Readers:
     chain: Chain = ()
     low: dict[str, LowRank] = field(default_factory=dict)
     kept: dict[str, Kept] = field(default_factory=dict)
+    factored: Factored | None = None
 
     @classmethod
     def of(cls, block: nn.Module, site: Site, packed: Packed | None, static: StaticGrid | None, stored: torch.dtype) -> "Readers":
@@ -149,9 +151,10 @@ class Readers:
     def stored(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of the solved readers as a checkpoint holds them, by their names in the block."""
         assert self.packed is not None
-        scale_type, found = shared_type(self.solved.values(), dtype), dict[str, Tensor]()
+        found: dict[str, Tensor] = {}
         for path, weight in self.solved.items():
-            found |= {f"{path}.{local}": tensor for local, tensor in pack(weight, self.packed.layout, scale_type, self.static).items()}
+            tensors = pack(weight, self.packed.layout, self.factored or dtype, self.static)
+            found |= {f"{path}.{local}": tensor for local, tensor in tensors.items()}
         return found
 
     def drop_solved(self) -> int:
@@ -250,7 +253,9 @@ def _solve(
     solution = None
     for paths in [[path] for path in readers.weights] if whole else [list(readers.weights)]:
         w_OI = readers.together(paths)
-        solution = _chosen(solver, w_OI, fmt, moments, fitted(w_OI, fmt, scale_dtype), heads)
+        scale_type = fitted(w_OI, fmt, scale_dtype)
+        readers.factored = scale_type if isinstance(scale_type, Factored) else None
+        solution = _chosen(solver, w_OI, fmt, moments, scale_type, heads)
         found, start = solution.weight, 0
         for path in paths:
             rows = slice(start, start + len(readers.weights[path]))

@@ -71,6 +71,8 @@ def _search(w_RK: Tensor, fmt: WeightFormat, clip: Clip, scale_dtype: ScaleType)
     low_R, high_R = w_RK.aminmax(dim=1)
     factors_F1 = torch.tensor(clip.factors(fmt.kind), dtype=w_RK.dtype, device=w_RK.device)[:, None]
     scale_FR, zero_FR = scale_and_zero(low_R * factors_F1, high_R * factors_F1, fmt.kind, fmt.symmetric, scale_dtype)
+    if fmt.kind == NVFP4:
+        scale_FR = _apart(scale_FR)
     # Relative to the unclipped scale: a tiny scale would underflow when raised to the power.
     unit_FR = (scale_FR / scale_FR[:1]) ** clip.power
     largest_RE = w_RK.gather(1, w_RK.abs().topk(-(-w_RK.shape[1] // EXTREMES), dim=1, sorted=False).indices)
@@ -83,6 +85,13 @@ def _search(w_RK: Tensor, fmt: WeightFormat, clip: Clip, scale_dtype: ScaleType)
             best_R = torch.minimum(best_R, loss_FR[f])
     best_1R = loss_FR.argmin(0, keepdim=True)
     return scale_FR.gather(0, best_1R)[0], None if zero_FR is None else zero_FR.gather(0, best_1R)[0]
+
+
+def _apart(scale_FR: Tensor) -> Tensor:
+    """Of neighbours that storing made the same only the first, in as many rows as the richest column has; the others' last ones stand there again."""
+    rank_FR = torch.cat([torch.zeros_like(scale_FR[:1], dtype=torch.int64), (scale_FR[1:] != scale_FR[:-1]).cumsum(0)])
+    rows = int(rank_FR[-1].max()) + 1
+    return scale_FR[-1:].repeat(rows, 1).scatter_(0, rank_FR, scale_FR)
 
 
 def _loss(w_RK: Tensor, scale_R: Tensor, zero_R: Tensor | None, kind: Kind, power: float) -> Tensor:

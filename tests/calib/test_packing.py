@@ -23,7 +23,7 @@ from planish.calib.compressed.packing import (
     unpack,
 )
 from planish.quant.errors import PlanishError
-from planish.quant.formats import ActivationFormat, QuantizedWeight, Scheme, WeightFormat, shared_type
+from planish.quant.formats import ActivationFormat, QuantizedWeight, Scheme, WeightFormat, fitted
 from planish.quant.linear import StaticGrid
 from planish.quant.solvers import Rtn
 
@@ -122,7 +122,7 @@ def test_fours_come_back_and_the_library_reads_them(with_inputs: bool) -> None:
     act = ActivationFormat(bits=4, type="float", granularity="group", group_size=16) if with_inputs else None
     packed = Packed(Scheme(weights=FOURS, activations=act), default_layout(Scheme(weights=FOURS, activations=act)))
     grid = StaticGrid(torch.tensor([[2.0**-7]]), None) if with_inputs else None
-    tensors = pack(weight, packed.layout, shared_type([weight], torch.bfloat16), grid)
+    tensors = pack(weight, packed.layout, fitted(weights(10, 48).float(), FOURS, torch.bfloat16), grid)
     assert set(tensors) == set(stored_names(packed))
     assert sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("weight")) == stored_size(packed, 10, 48, 2)
     found, static = unpack(tensors, packed)
@@ -131,7 +131,7 @@ def test_fours_come_back_and_the_library_reads_them(with_inputs: bool) -> None:
     assert static is None or torch.equal(static.scale, torch.tensor([[2.0**-7]]))
     scheme = QuantizationConfig.model_validate(quantization_config({"a": packed}, [])).config_groups["group_0"]
     library = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
-    assert torch.equal(library.decompress(tensors, scheme)["weight"].float(), weight.dequantize())
+    assert torch.equal(library.decompress(tensors, scheme)["weight"], weight.dequantize().bfloat16())
     again = library.compress({"weight": weight.dequantize(), "weight_scale": tensors["weight_scale"].float(), **_global(tensors)}, scheme)
     assert torch.equal(again["weight_packed"] & 0x77, tensors["weight_packed"] & 0x77)  # but for the sign of zeros
     assert torch.equal(again["weight_scale"].float(), tensors["weight_scale"].float())

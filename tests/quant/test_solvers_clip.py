@@ -8,7 +8,7 @@ from helpers_solvers import FORMATS, clip_losses, format_name, loss, plain_grid,
 
 from planish.quant import pieces
 from planish.quant.errors import PlanishError
-from planish.quant.formats import WeightFormat
+from planish.quant.formats import WeightFormat, fitted
 from planish.quant.solvers import Clip, Rtn
 from planish.quant.solvers.clip import fit_grid
 
@@ -25,6 +25,7 @@ def rows(w_OI, fmt):
 def test_fast_search_finds_the_twins_argmin(fmt, scale_dtype, clip):
     w_OI = weights(5, 48)
     w_OI[0, 3] = 1.0
+    scale_dtype = fitted(w_OI, fmt, scale_dtype)
     scale, zero = fit_grid(w_OI, fmt, clip, scale_dtype)
     for r, w in enumerate(rows(w_OI, fmt)):
         best = min(clip_losses(w, fmt, clip, scale_dtype))
@@ -35,9 +36,10 @@ def test_fast_search_finds_the_twins_argmin(fmt, scale_dtype, clip):
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
 def test_float32_search_is_as_good_as_float64(fmt):
     w_OI = weights(9, 576, seed=3)
-    scale, zero = fit_grid(w_OI.float(), fmt, Clip(), torch.bfloat16)
+    scale_dtype = fitted(w_OI, fmt, torch.bfloat16)
+    scale, zero = fit_grid(w_OI.float(), fmt, Clip(), scale_dtype)
     for r, w in enumerate(rows(w_OI, fmt)):
-        best = min(clip_losses(w, fmt, Clip(), torch.bfloat16))
+        best = min(clip_losses(w, fmt, Clip(), scale_dtype))
         found = loss(w, scale.flatten()[r].double(), None if zero is None else zero.flatten()[r].double(), fmt.kind, 2.4)
         assert found <= best * (1 + 1e-4)
         if r > 40:
