@@ -9,6 +9,7 @@ negatives, in groups of 16 whose scales are e4m3 numbers divided by a factor tha
 Shape suffixes: O out channels, I in channels, G groups along I, T tokens, C channels.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -31,17 +32,17 @@ LEAST_SCALE = 2.0**-24  # the smallest float16; of the wider types only normal n
 
 @dataclass(frozen=True, slots=True)
 class Factored:
-    """What scales of NVFP4 are rounded to: e4m3 numbers over a factor."""
+    """What scales of NVFP4 are rounded to: e4m3 numbers over a factor, a power of two where planish chooses it. So a scale times a code is exact in
+    bfloat16, and all consumers multiply the same numbers, whether they scale before or after."""
 
     factor: float | Tensor
 
     @classmethod
     def reaching(cls, absmax: float) -> "Factored":
-        """The factor with which the largest scale makes the largest code absmax, to float32's rounding: so the largest outlier, a super weight for
-        one, is as it was."""
+        """The largest power of two with which scales and codes reach twice absmax: solvers move weights, and other texts hold larger values."""
         if not absmax >= _LEAST_FITTED:
             return cls(1.0)
-        return cls(torch.tensor(_LARGEST[NVFP4] * _LARGEST[E4M3] / absmax, dtype=torch.float32).item())
+        return cls(2.0 ** (math.frexp(_LARGEST[NVFP4] * _LARGEST[E4M3] / (2 * absmax))[1] - 1))
 
     def numbers(self, scale: Tensor) -> Tensor:
         """Scales, already rounded, as they are stored: e4m3. PlanishError: some are no such numbers under this factor."""
@@ -297,7 +298,7 @@ def weight_range(w_OI: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
 
 
 def fitted(w_OI: Tensor, fmt: WeightFormat, scale_type: ScaleType) -> ScaleType:
-    """What the scales of a weight are rounded to: of NVFP4 e4m3 numbers over a factor that fits its largest value; all others as given."""
+    """What the scales of a weight are rounded to: of NVFP4 e4m3 numbers over a factor that reaches its largest value; all others as given."""
     if fmt.kind != NVFP4 or isinstance(scale_type, Factored):
         return scale_type
     return Factored.reaching(float(w_OI.abs().amax()))

@@ -63,7 +63,7 @@ Behind = Callable[[str, Tensor], Chain]
 
 
 def static_grid(seen: Extremes, sinks_C: Tensor, scheme: Scheme, divisor_C: Tensor | None = None, shifts: Chain = ()) -> StaticGrid | None:
-    """What is fixed of a site's grid: the static one, from the range of the tokens kept; the factor of NVFP4, which reaches at least as far as any
+    """What is fixed of a site's grid: the static one, from the range of the tokens kept; the factor of NVFP4, which reaches twice as far as any
     token. None if the scheme's activations are dynamic in all, or not quantized.
 
     sinks_C: the sink tokens' absolute maxima. divisor_C, shifts: what the channels are divided by, and what is then taken from them, before they are
