@@ -116,7 +116,7 @@ def pack(weight: QuantizedWeight, layout: Layout, scale_type: ScaleType, static:
 def _pack_fours(weight: QuantizedWeight, factored: Factored, static: StaticGrid | None) -> dict[str, Tensor]:
     """Of NVFP4; what the library calls global scales are divisors."""
     tensors = {
-        "weight_packed": pack_fp4_to_uint8(weight.codes.float()),
+        "weight_packed": pack_fp4_to_uint8(weight.codes.cpu().float()).to(weight.codes.device),  # without its Triton kernel
         "weight_scale": factored.numbers(weight.scale),
         "weight_global_scale": torch.tensor([factored.factor], dtype=torch.float32),
     }

@@ -21,4 +21,4 @@ def test_all_on_a_gpu() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed here: pip install 'planish[kernels]'")
 def test_on_triton_s_kernels() -> None:
-    assert "5 passed" in run_alone(CASES, "-k", "test_loaded and packed and not default", TRITON_INTERPRET="1")
+    assert "6 passed" in run_alone(CASES, "-k", "test_loaded and packed and not default", TRITON_INTERPRET="1")
