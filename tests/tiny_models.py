@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
+from planish.calib.blocks.experts import separate
+
 VOCABULARY = 200
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _COMMON = {**_TOKENS, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
@@ -26,6 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {**_ROTARY, "model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 8},
     "qwen2": {**_ROTARY, "model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {**_ROTARY, "model_type": "qwen3", "head_dim": 32},
+    "qwen3_moe": {**_ROTARY, "model_type": "qwen3_moe", "head_dim": 32, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2},
     "gemma2": {**_GEMMA, "model_type": "gemma2"},
     "gemma3_text": {**_GEMMA, "model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "phi3": {**_ROTARY, "model_type": "phi3"},
@@ -78,7 +81,7 @@ def _randomise(module: nn.Module, generator: torch.Generator) -> None:
     for name, parameter in module.named_parameters(recurse=False):
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() > 1:
-            size = 0.2 if isinstance(module, nn.Embedding) else min(parameter.shape) ** -0.5
+            size = 0.2 if isinstance(module, nn.Embedding) else min(parameter.shape[-2:]) ** -0.5
             parameter.copy_(size * noise)
         elif name == "weight":
             parameter.copy_(torch.rand(parameter.shape, generator=generator) + (-0.5 if "Gemma" in type(module).__name__ else 0.5))
@@ -113,7 +116,8 @@ class BlockCall:
 
 
 def block_calls(model: PreTrainedModel, blocks: str, batch: Tensor) -> list[BlockCall]:
-    """How a forward pass on token ids or images calls every module of the list at path `blocks`."""
+    """How a forward pass on token ids or images calls every module of the list at path `blocks`; experts have layers of their own from then on."""
+    separate(model)
     calls: list[BlockCall] = []
     hooks = [
         block.register_forward_pre_hook(lambda module, args, kwargs: calls.append(BlockCall(module, args, kwargs)), with_kwargs=True)

@@ -100,7 +100,9 @@ class Family:
     qkv, up: readers of those sites (up with the gate, if gated). qkv_norm, up_norm: the norm that makes their input, None if no norm stands
     between the residual stream and them, or one without weights. q, q_rows, k, k_rows, rotary, obstacle: as in
     sites.Attention. v, v_rows: the module and its rows that make o's input. up_host, up_rows: those that make down's input, if the MLP is gated or
-    its activation homogeneous. width: the MLP's inner size. activation: the config's name for its function. refuse: conditions under which the table
+    its activation homogeneous. experts: how many there are, in a mixture; up, down and up_host are then from each of them (mlp.experts.NUMBER).
+    shared: modules with the same layers that see every token, before the experts do. routers: what reads their input besides. writers: without the
+    experts' own. width: the MLP's, or an expert's, inner size. activation: the config's name for its function. refuse: conditions under which the table
     does not hold, each with the reason.
     """
 
@@ -133,6 +135,9 @@ class Family:
     down: str = "mlp.down_proj"
     up_host: str = "mlp.up_proj"
     up_rows: RowMap = separate_up
+    experts: Callable[[PreTrainedConfig], int] | None = None
+    shared: tuple[str, ...] = ()
+    routers: tuple[str, ...] = ()
 
     writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     stream_readers: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
@@ -169,6 +174,20 @@ PHI3 = replace(
     up=("mlp.gate_up_proj",),
     up_host="mlp.gate_up_proj",
     up_rows=stacked_up,
+)
+
+QWEN3_MOE = replace(
+    LLAMA,
+    architecture="Qwen3MoeForCausalLM",
+    obstacle=NORMED,
+    up=("gate_proj", "up_proj"),
+    down="down_proj",
+    up_host="up_proj",
+    experts=lambda config: config.num_experts,
+    routers=("mlp.gate",),
+    writers=("self_attn.o_proj",),
+    width=lambda config: config.moe_intermediate_size,
+    refuse=((lambda config: bool(config.mlp_only_layers) or config.decoder_sparse_step != 1, "some of its blocks have no experts"),),
 )
 
 OLMO2 = replace(
@@ -328,6 +347,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": replace(LLAMA, architecture="MistralForCausalLM"),
     "qwen2": replace(LLAMA, architecture="Qwen2ForCausalLM"),
     "qwen3": replace(LLAMA, architecture="Qwen3ForCausalLM", obstacle=NORMED),
+    "qwen3_moe": QWEN3_MOE,
     "gemma2": GEMMA2,
     "gemma3_text": replace(GEMMA2, architecture="Gemma3ForCausalLM", obstacle=NORMED),
     "phi3": PHI3,

@@ -90,11 +90,11 @@ class Folded:
 
 
 def norm_readers(topology: Topology) -> dict[str, list[str]]:
-    """The norms of a block that have weights, each with the linear layers that read it."""
+    """The norms of a block that have weights, each with what reads it."""
     found: dict[str, list[str]] = {}
     for site in topology.sites:
         if site.host is not None and site.host.kind == "norm":
-            found.setdefault(site.host.module, []).extend(site.readers)
+            found.setdefault(site.host.module, []).extend(site.all_readers)
     return found
 
 
@@ -116,7 +116,7 @@ def map_stream(block: nn.Module, topology: Topology, change: StreamMap) -> None:
         write_through(block.get_submodule(path), change)
     for site in topology.sites:
         if site.stream and change.rotation:
-            read_through(map(block.get_submodule, site.readers), change.rotation)
+            read_through(map(block.get_submodule, site.all_readers), change.rotation)
     for path in norm_readers(topology):
         norm_through(block.get_submodule(path), change.rotation)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...quant.errors import PlanishError
-from .sites import Host, Site, Topology, absorb, reader_weight
+from .experts import seeing_all
+from .sites import Host, Site, Topology, absorb, reader_weight, reads
 
 TOLERANCE = 1e-5  # float32 reaches 1e-7 where the table is right
 CORRECT = "Correct the family's table in calib/blocks/families.py."
@@ -30,6 +31,10 @@ def check_structure(block: nn.Module, topology: Topology, name: str = "block") -
             if path in taken:
                 raise PlanishError(f"{where}: {path} is listed twice as a reader, but a linear layer reads one site. {CORRECT}")
             taken.add(path)
+        for path in site.routers:
+            if path not in modules or not reads(modules[path]):
+                raise PlanishError(f"{where}: {path} is {_what(modules, path)}, which reads nothing. {CORRECT}")
+            taken.add(path)
         _check_host(site, modules, where)
     for path, parameter in block.named_parameters():
         if parameter.dim() > 1 and path.rpartition(".")[0] not in taken:
@@ -41,7 +46,7 @@ def _what(modules: dict[str, nn.Module], path: str) -> str:
 
 
 def _check_host(site: Site, modules: dict[str, nn.Module], where: str) -> None:
-    widths = {path: reader_weight(modules[path]).shape[1] for path in site.readers}
+    widths = {path: reader_weight(modules[path]).shape[1] for path in site.all_readers}
     channels = widths[site.readers[0]]
     if set(widths.values()) != {channels}:
         raise PlanishError(f"{where}: its readers have different input sizes {widths}, so they cannot read one activation. {CORRECT}")
@@ -123,7 +128,7 @@ def _token_error(output: Tensor, reference: Tensor) -> float:
 def _restored(block: nn.Module, site: Site) -> Iterator[None]:
     """The modules that absorb touches get their values back at the end; only theirs are copied."""
     assert site.host is not None
-    modules = [block.get_submodule(path) for path in (site.host.module, *site.readers)]
+    modules = [block.get_submodule(path) for path in (site.host.module, *site.all_readers)]
     saved = [(parameter, parameter.clone()) for module in modules for parameter in module.parameters(recurse=False)]
     try:
         yield
@@ -133,35 +138,36 @@ def _restored(block: nn.Module, site: Site) -> Iterator[None]:
 
 
 class _Order:
-    """Sees every call of a reader and raises as soon as one does not fit the list of sites. A block may run several times, but only as a whole."""
+    """Sees every call of a reader and raises as soon as one does not fit the list of sites. A block may run several times, but only as a whole.
+
+    A site begins with the first call of one of its readers; the others of its readers may come later, as those of experts do."""
 
     def __init__(self, sites: tuple[Site, ...], where: str) -> None:
         self.sites, self.where = sites, where
-        self.rounds = self.position = 0
-        self.waiting = list(sites[0].readers)
-        self.x: Tensor | None = None
+        self.place = {reader: number for number, site in enumerate(sites) for reader in site.readers}
+        self.rounds = 0
+        self.seen: dict[int, Tensor] = {}
+        self.waiting = set(self.place)
 
     def call(self, reader: str, x: Tensor) -> None:
-        site = self.sites[self.position]
-        where = f"{self.where}, site {site.name}"
-        if reader not in self.waiting:
+        number, due = self.place[reader], len(self.seen)
+        where = f"{self.where}, site {self.sites[min(number, due, len(self.sites) - 1)].name}"
+        if number > due or reader not in self.waiting:
+            expected = [path for path in (self.sites[due].readers if due < len(self.sites) else self.place) if path in self.waiting]
             raise PlanishError(
-                f"{where}: {reader} ran when {', '.join(self.waiting)} was due. Sites are listed in the order in which they run. {CORRECT}"
+                f"{where}: {reader} ran when {', '.join(expected)} was due. Sites are listed in the order in which they run. {CORRECT}"
             )
-        if self.x is not None and not torch.equal(self.x, x):
+        if not torch.equal(self.seen.setdefault(number, x), x):
             raise PlanishError(f"{where}: {reader} receives another tensor than the site's other readers. {CORRECT}")
-        self.x = x
         self.waiting.remove(reader)
         if not self.waiting:
-            rounds, self.position = divmod(self.position + 1, len(self.sites))
-            self.rounds += rounds
-            self.waiting, self.x = list(self.sites[self.position].readers), None
+            self.rounds += 1
+            self.seen, self.waiting = {}, set(self.place)
 
     def finish(self) -> None:
-        if self.rounds == 0 or self.position != 0 or self.x is not None:
-            raise PlanishError(
-                f"{self.where}, site {self.sites[self.position].name}: {', '.join(self.waiting)} did not run with the block. {CORRECT}"
-            )
+        if self.rounds == 0 or self.seen:
+            left = [path for path in self.place if path in self.waiting]
+            raise PlanishError(f"{self.where}, site {self.sites[self.place[left[0]]].name}: {', '.join(left)} did not run with the block. {CORRECT}")
 
 
 @contextmanager
@@ -173,7 +179,8 @@ def _watched(block: nn.Module, sites: tuple[Site, ...], where: str) -> Iterator[
 
     handles = [block.get_submodule(path).register_forward_pre_hook(hook(path)) for site in sites for path in site.readers]
     try:
-        yield
+        with seeing_all(block):
+            yield
         order.finish()
     finally:
         for handle in handles:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .experts import routes_tokens
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Host:
@@ -37,7 +39,7 @@ class Rows:
 class Site:
     """An activation (tokens, C) that one or more linear layers read. Paths are from the block. host None: nothing takes a scale for free.
 
-    stream: whether it is the residual stream, normed or not. makers: the rows that make channel c, all alike for every c: in another order they make
+    stream: whether it is the residual stream, normed or not. routers: what reads it too and stays in full precision, as it was. makers: the rows that make channel c, all alike for every c: in another order they make
     the channels in that order. Empty where a norm makes them.
     """
 
@@ -46,6 +48,12 @@ class Site:
     host: Host | None = None
     stream: bool = False
     makers: tuple[Rows, ...] = ()
+    routers: tuple[str, ...] = ()
+
+    @property
+    def all_readers(self) -> tuple[str, ...]:
+        """What has to follow where the activation is another by a factor or a basis."""
+        return (*self.readers, *self.routers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,26 +114,37 @@ class Topology:
         return (int(index), site) if site is not None and index.isdecimal() and linear.startswith(self.blocks + ".") else None
 
     @property
+    def inside(self) -> tuple[Site, ...]:
+        """The sites inside the block's MLPs, one of every expert."""
+        return tuple(site for site in self.sites if site.name.partition(".")[0] == "down")
+
+    @property
     def vision(self) -> bool:
         """Whether the model sees images instead of text."""
         return self.input == "pixel_values"
 
 
+def reads(module: nn.Module) -> bool:
+    """Whether it is a linear layer or a router."""
+    return isinstance(module, nn.Linear | Conv1D) or routes_tokens(module)
+
+
 def reader_weight(module: nn.Module) -> Tensor:
     """The weight of a linear layer as (O, I): a view, transposed for transformers' Conv1D, so that writing to it writes to the layer."""
-    if isinstance(module, Conv1D):
-        return module.weight.T
-    if isinstance(module, nn.Linear):
-        return module.weight
-    raise TypeError(f"{type(module).__name__} is no linear layer")
+    if not reads(module):
+        raise TypeError(f"{type(module).__name__} is no linear layer")
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def reader_bias(module: nn.Module) -> Tensor | None:
     """The bias of a linear layer: (O,), or None."""
-    if isinstance(module, nn.Linear | Conv1D):
-        bias: Tensor | None = module.bias
-        return bias
-    raise TypeError(f"{type(module).__name__} is no linear layer")
+    if not reads(module):
+        raise TypeError(f"{type(module).__name__} is no linear layer")
+    bias = getattr(module, "bias", None)
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
 
 
 def tie(site: Site, values_C: Tensor) -> Tensor:
@@ -145,7 +164,7 @@ def absorb(block: nn.Module, site: Site, scale_C: Tensor) -> None:
     """
     if site.host is None:
         raise ValueError(f"site {site.name} has no host that could absorb a scale")
-    readers = [reader_weight(block.get_submodule(path)) for path in site.readers]
+    readers = [reader_weight(block.get_submodule(path)) for path in site.all_readers]
     if scale_C.shape != readers[0].shape[1:] or not bool((scale_C.isfinite() & (scale_C > 0)).all()):
         raise ValueError(f"site {site.name}: a scale is {readers[0].shape[1]} positive finite numbers, got shape {tuple(scale_C.shape)}")
     host = block.get_submodule(site.host.module)

@@ -98,7 +98,7 @@ def _held(data: Mapping[str, Any], first: int) -> HeldKeyValues:
 
 def chain_prefix(block: str, site: str) -> str:
     """What the names of a site's chain tensors begin with."""
-    return f"{block}.planish.{site}."
+    return f"{block}.planish.{site.replace('.', '-')}."
 
 
 def restored(site_input: SiteInput, block: str, site: str, tensors: Mapping[str, Tensor]) -> Chain:

@@ -206,8 +206,8 @@ def _norms(known: Topology) -> list[str]:
 
 def _mlps(known: Topology) -> list[str]:
     """From the block."""
-    down = next(site.readers[0] for site in known.sites if site.name == "down").rpartition(".")[0]
-    return [down] if down else []
+    paths = (site.readers[0].rpartition(".")[0] for site in known.inside)
+    return [path for path in paths if path]
 
 
 @torch.no_grad()

@@ -89,11 +89,11 @@ class StoredCheckpoint(Checkpoint):
             raise PlanishError(f"{where}. The checkpoint is damaged: copy it again, or compress again.")
 
     def sites(self, names: Iterable[str]) -> list[list[str]]:
-        """These linears by the site that they read, each list in the order of `names`. PlanishError: a family without a table."""
+        """These linears by the input that they read, an expert's apart, each list in the order of `names`. PlanishError: a family without a table."""
         sites, known = dict[object, list[str]](), topology(self.config)
         for name in names:
             address = known.address(name)
-            sites.setdefault(name if address is None else (address[0], address[1].name), []).append(name)
+            sites.setdefault(name if address is None else (address[0], address[1].name, name.rpartition(".")[0]), []).append(name)
         return list(sites.values())
 
     def _chains(self, linears: Iterable[str], device: torch.device | str) -> dict[str, Chain]:

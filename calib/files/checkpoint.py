@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...quant.errors import PlanishError
+from ..blocks.experts import separate
 from ..blocks.families import FAMILIES
 from ..blocks.prefix import PrefixCache
 from .convert import REJECTED
@@ -228,6 +229,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -
     except REJECTED as error:
         raise PlanishError(f"{folder / 'config.json'}: {_unknown(config.to_dict())} ({error})") from error
     assert isinstance(model, PreTrainedModel)
+    separate(model)
     for parameter in model.parameters():
         parameter.requires_grad = False
     model.train(False)

@@ -27,7 +27,7 @@ from .massive import Magnitudes
 from .outlier_tokens import OutlierTokens
 from .sink_heads import AttentionMeter, sink_heads
 from .site_look import SiteLook
-from .super_weights import PROBE, SuperWeightSearch, published
+from .super_weights import PROBE, SuperWeightSearch, last_layers, published
 
 BATCH_TOKENS = 1024  # tokens that run through a block at a time
 ATTENTION_SAMPLES = 4  # samples in which the heads' attention is measured
@@ -87,7 +87,6 @@ class _Walk:
         self.runner, self.subject, self.thresholds, self.folder = runner, subject, thresholds, folder
         self.topology = runner.topology
         self.compressed = isinstance(runner.checkpoint, StoredCheckpoint)
-        (self.down,) = next(site.readers for site in self.topology.sites if site.name == "down")
         self.labels = [subject.text(token) for token in subject.ids_NL[0].tolist()]
         self.magnitudes = Magnitudes(thresholds, len(subject.samples), subject.ids_NL)
         self.outliers = OutlierTokens(subject.ids_NL, thresholds)
@@ -132,18 +131,12 @@ class _Walk:
     def block(self, index: int) -> None:
         """Everything through block `index`."""
         block = self.runner.load_block(index)
-        down = block.get_submodule(self.down)
+        layers = last_layers(block, self.topology, index)
         try:
             known = len(self.search.found)
-            self.probe = self.search.step(
-                down,
-                lambda hidden: self.probe_call.run(block, index, hidden),
-                self.probe,
-                layer=index,
-                module=f"{self.runner.block_name(index)}.{self.down}",
-            )
+            self.probe = self.search.step(layers, lambda hidden: self.probe_call.run(block, index, hidden), self.probe, layer=index)
             look = self._look(block, index)
-            self.forks.advance(block, index, down, self.search.found[known:])
+            self.forks.advance(block, index, layers, self.search.found[known:])
             self.sites += [look.figures(site, None if self.compressed else block) for site in self.topology.sites]
         finally:
             self.runner.release_block(index)

@@ -6,7 +6,7 @@ section 3: nor does a model survive the loss of a super weight.
 Shape suffixes: B samples of a batch, L positions, D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,15 +45,15 @@ class Forks:
         self._layers = self._weights = 0
 
     @torch.no_grad()
-    def advance(self, block: nn.Module, index: int, down: nn.Module, weights: Sequence[SuperWeight]) -> None:
-        """Through the block; each of the first weights, which are those of its layer `down`, begins a fork without it."""
+    def advance(self, block: nn.Module, index: int, layers: Mapping[str, nn.Module], weights: Sequence[SuperWeight]) -> None:
+        """Through the block; each of the first weights begins a fork without it. layers: the block's that they are in, by name."""
         before = self.forks[0].stream
         started: list[Fork] = []
         for weight in weights[:WEIGHTS_OF_LAYER]:
             if self._weights < WEIGHTS:
                 self._weights += 1
                 stream = self.make(f"weight-{self._weights}")
-                with without(down, [(weight.row, weight.column)]):
+                with without(layers[weight.module], [(weight.row, weight.column)]):
                     self._through(block, index, before, stream)
                 started.append(Fork(f"{weight.module}[{weight.row}, {weight.column}] set to zero", index, stream, weight))
         for fork in self.forks:

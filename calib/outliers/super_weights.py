@@ -22,8 +22,8 @@ Shape suffixes: T tokens, I in channels, O out channels, R the rows with large o
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ...quant.linear import QuantizedLinear
-from ..blocks.sites import reader_bias, reader_weight
+from ..blocks.sites import Topology, reader_bias, reader_weight
 from ..walk.runner import BlockRunner
 from .diagnosis import SuperWeight, Thresholds
 
@@ -44,6 +44,8 @@ _INDEX = Path(__file__).with_name("super_weights.json")
 
 Place = tuple[int, int]
 """Row (output channel) and column (input channel) of a weight."""
+Places = dict[Place, tuple[float, float]]
+"""Those of a layer's super weights, each with its input and output."""
 
 
 class SuperWeightSearch:
@@ -55,65 +57,72 @@ class SuperWeightSearch:
         self._cleaned: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, linear: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor, *, layer: int, module: str) -> Tensor:
+    def step(self, linears: Mapping[str, nn.Module], run: Callable[[Tensor], Tensor], hidden: Tensor, *, layer: int) -> Tensor:
         """Look at the next block; its output for `hidden`, with all its weights.
 
-        linear: the block's last MLP layer, an nn.Linear, Conv1D or QuantizedLinear; as it was, afterwards. run: the block. hidden: the probe's hidden
-        states (B, L, D) that enter it, in the model as it is. layer, module: the block's number and the layer's name, for the records.
+        linears: the last layers of the block's MLPs (of every expert), by full name: nn.Linear, Conv1D or QuantizedLinear; as they were, afterwards.
+        run: the block. hidden: the probe's hidden states (B, L, D) that enter it, in the model as it is. layer: the block's number, for the records.
         Runs the block once; from the first super weight on twice, and in blocks that have one a third time.
         """
-        output, found = self._look(linear, run, hidden)
+        output, found = self._look(linears, run, hidden)
         before, cleaned = hidden, output
         if self._cleaned is not None:
             before = self._cleaned
-            cleaned, again = self._look(linear, run, before)
-            found = {place: spike for place, spike in found.items() if place in again}
-        if found:
-            with without(linear, found):
+            cleaned, again = self._look(linears, run, before)
+            found = {name: {place: spike for place, spike in places.items() if place in again.get(name, {})} for name, places in found.items()}
+        if any(found.values()):
+            with ExitStack() as stack:
+                for name, places in found.items():
+                    stack.enter_context(without(linears[name], places))
                 cleaned = run(before)
-            self._note(linear, found, layer, module)
-        self._cleaned = cleaned if self._cleaned is not None or found else None
+            for name, places in found.items():
+                self._note(linears[name], places, layer, name)
+        self._cleaned = cleaned if self._cleaned is not None or any(found.values()) else None
         return output
 
-    def _note(self, linear: nn.Module, found: dict[Place, tuple[float, float]], layer: int, module: str) -> None:
+    def _note(self, linear: nn.Module, found: Places, layer: int, module: str) -> None:
         matrix_OI = _dequantized(linear)
         for (row, column), (activation, output) in found.items():
             value = float(matrix_OI[row, column])
             weight = SuperWeight(module=module, layer=layer, row=row, column=column, value=value, activation=activation, output=output)
             self.found.append(weight)
 
-    def _look(self, linear: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[Tensor, dict[Place, tuple[float, float]]]:
-        """The block's output, and its super weights with their inputs and outputs."""
-        seen: list[tuple[Tensor, Tensor]] = []
+    def _look(self, linears: Mapping[str, nn.Module], run: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[Tensor, dict[str, Places]]:
+        """The block's output, and the super weights of its layers, without experts that no token is sent to."""
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-        def note(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.append((inputs[0], output))
+        def note(name: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = inputs[0], output
 
-        handle = linear.register_forward_hook(note)
+        handles = [linear.register_forward_hook(partial(note, name)) for name, linear in linears.items()]
         try:
             output = run(hidden)
         finally:
-            handle.remove()
-        ((u, v),) = seen
-        return output, dict(_Rows.of(linear, u.flatten(0, -2), v.flatten(0, -2), self.thresholds))
+            for handle in handles:
+                handle.remove()
+        return output, {name: dict(_Rows.of(linears[name], u.flatten(0, -2), v.flatten(0, -2), self.thresholds)) for name, (u, v) in seen.items()}
 
 
 @torch.no_grad()
 def search(runner: BlockRunner, ids_NL: Tensor, report: Callable[[int], None]) -> tuple[SuperWeight, ...]:
     """The super weights of a model, in a pass of its own over the first of these tokens (PROBE of them). report: told how many blocks are done."""
     samples, length = PROBE
-    (path,) = next(site.readers for site in runner.topology.sites if site.name == "down")
     ((hidden, call),) = runner.start([ids_NL[:samples, :length]])
     found = SuperWeightSearch()
     for index in range(runner.topology.block_count):
         block = runner.load_block(index)
         run = partial(call.run, block, index)
         try:
-            hidden = found.step(block.get_submodule(path), run, hidden, layer=index, module=f"{runner.block_name(index)}.{path}")
+            hidden = found.step(last_layers(block, runner.topology, index), run, hidden, layer=index)
         finally:
             runner.release_block(index)
         report(index + 1)
     return tuple(found.found)
+
+
+def last_layers(block: nn.Module, known: Topology, index: int) -> dict[str, nn.Module]:
+    """The last layers of the MLPs of block `index`, by full name."""
+    return {f"{known.block_name(index)}.{path}": block.get_submodule(path) for site in known.inside for path in site.readers}
 
 
 @contextmanager

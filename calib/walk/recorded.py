@@ -10,6 +10,7 @@ from functools import partial
 
 from torch import nn
 
+from ..blocks.experts import seeing_all
 from ..blocks.sites import Site
 
 
@@ -48,7 +49,8 @@ def recording(block: nn.Module, sites: Sequence[Site]) -> Iterator[Mapping[str, 
     for site in sites:
         handles += [block.get_submodule(path).register_forward_pre_hook(partial(arrive, site)) for path in site.readers]
     try:
-        yield before
+        with seeing_all(block):
+            yield before
     finally:
         for handle in handles:
             handle.remove()

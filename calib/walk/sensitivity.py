@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..blocks.experts import seeing_all
 from ..blocks.sites import Site
 from ..machine.precision import ordered_attention
 from .runner import BlockRunner, Call, Head
@@ -116,7 +117,8 @@ def _watched(block: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, _See
 
     handles = [block.get_submodule(path).register_forward_pre_hook(note(seen[site.name])) for site in sites for path in site.readers]
     try:
-        yield seen
+        with seeing_all(block):
+            yield seen
     finally:
         for handle in handles:
             handle.remove()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...quant.errors import PlanishError
 from ...quant.linear import QuantizedInput
+from ..blocks.experts import seeing_all
 from ..blocks.sites import Site
 from ..compressed.quantized import put
 from ..machine.workers import Workers
@@ -178,7 +179,7 @@ def walking(block: nn.Module, sites: Sequence[Site], passes: Sequence[Pass], rep
     """A SiteWalk over `passes`, whose `run` calls `block`; the block's readers are taps while the `with` lasts."""
     with Workers(workers) as crew:
         walk = SiteWalk(sites, passes, replay, crew)
-        with replaced(block, {path: _Tap(walk, site.name, path) for site in sites for path in site.readers}):
+        with seeing_all(block), replaced(block, {path: _Tap(walk, site.name, path) for site in sites for path in site.readers}):
             try:
                 yield walk
             finally:
@@ -210,7 +211,8 @@ def site_inputs(block: nn.Module, sites: Sequence[Site]) -> Iterator[SiteInputs]
 
     handles = [block.get_submodule(site.readers[0]).register_forward_pre_hook(note(site.name)) for site in sites]
     try:
-        yield seen
+        with seeing_all(block):
+            yield seen
     finally:
         for handle in handles:
             handle.remove()

@@ -6,12 +6,12 @@ Sites are addressed as `block.site`, such as `11.down`; patterns are those of fn
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from ..calib.blocks.topology import Topology
 from ..quant.errors import PlanishError
 from ..quant.formats import NVFP4, NVFP4_GROUP, Scheme, WeightFormat
+from .patterns import matches as matches
 from .schema import Recipe
 
 Address: TypeAlias = tuple[int, str]
@@ -26,11 +26,6 @@ class Resolved:
 
     schemes: dict[Address, Scheme | None]
     notes: tuple[str, ...]
-
-
-def matches(patterns: Sequence[str], block: int, site: str) -> bool:
-    """Whether one of the patterns matches the site of that block."""
-    return any(fnmatchcase(f"{block}.{site}", pattern) for pattern in patterns)
 
 
 def resolve(recipe: Recipe, topology: Topology, width: Callable[[int, str], int]) -> Resolved:

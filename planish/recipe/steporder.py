@@ -1,7 +1,6 @@
 """What the steps of a recipe need of each other, of text and of whoever runs the checkpoint."""
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from ..calib.blocks.fusing import head_rows
 from ..calib.blocks.topology import Topology
@@ -9,6 +8,7 @@ from ..quant.errors import PlanishError
 from ..quant.transforms import STEPS, FoldNorms, Permute, Polish, RaiseActivations, Rotate, ScaleRms, SideStep, Smooth, Step, SuperWeights, Untie
 from ..quant.transforms.factors import Chain
 from ..quant.transforms.rotate import mixing, rotation_at
+from .patterns import matches
 
 FUSED = (FoldNorms, Untie, Smooth, ScaleRms, Permute)  # absorbed by the weights, as is Rotate but at heads and keys
 
@@ -64,7 +64,7 @@ def check_order(steps: Sequence[Step]) -> None:
 
 def touches(step: Smooth | ScaleRms | Permute, site: str, known: Topology) -> bool:
     """Whether the step matches the site in some block."""
-    return any(fnmatchcase(f"{block}.{site}", pattern) for pattern in step.sites for block in range(known.block_count))
+    return any(matches(step.sites, block, site) for block in range(known.block_count))
 
 
 def value_rotation(step: Rotate, known: Topology) -> Chain:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..calib.blocks.experts import Routes, routed_alike
 from ..calib.blocks.sites import Topology
 from ..calib.files.rewritten import Rewriting, Rewritten, unties
 from ..calib.machine.precision import bfloat16_products
@@ -238,11 +239,13 @@ def _errors(plain: BlockRunner, plan: Rewriting) -> dict[str, float]:
     ((found, _),) = other.start([ids])
     errors = {"embeddings": relative_error(change(hidden), found)}
     for index in sorted({0, len(plain.blocks) - 1}):
-        run = partial(call.run, index=index)
-        expected = change(run(plain.load_block(index), hidden=hidden))
-        plain.release_block(index)
-        errors[plain.block_name(index)] = relative_error(expected, run(other.load_block(index), hidden=change(hidden)))
-        other.release_block(index)
+        routes, outputs = Routes(), list[Tensor]()
+        for runner, entering in ((plain, hidden), (other, change(hidden))):
+            block = runner.load_block(index)
+            with routed_alike(block, routes):
+                outputs.append(call.run(block, index, entering))
+            runner.release_block(index)
+        errors[plain.block_name(index)] = max(relative_error(change(outputs[0]), outputs[1]), routes.error)
     with plain.head() as head:
         expected = torch.cat(list(head.logits(hidden[0])))
     with other.head() as head:

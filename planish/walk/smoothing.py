@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..calib.blocks.experts import Routes, routed_alike, seeing_all
 from ..calib.blocks.prefix import PrefixStream
 from ..calib.blocks.sites import Site, absorb, exact_scale, reader_bias, reader_weight, tie
 from ..calib.machine.precision import bfloat16_products
@@ -135,7 +136,7 @@ def choose(
             scales = {None: None, **scales}
             chain = behind(name, seen_TC[name])
             for tried, on_trial_C in scales.items():
-                with replaced(block, {**still[name], **_rounded(block, site, scheme, observed, on_trial_C, chain)}):
+                with seeing_all(block), replaced(block, {**still[name], **_rounded(block, site, scheme, observed, on_trial_C, chain)}):
                     errors[tried] = relative_error(reference, probe.run(block))
         best = min(scales, key=lambda setting: errors.get(setting, 0.0))
         chosen[name] = Scaling(step, scales[best], best, {str(setting): error for setting, error in errors.items()})
@@ -192,10 +193,11 @@ def absorb_scales(block: nn.Module, sites: Mapping[str, Site], chosen: Mapping[s
 
 def checked(block: nn.Module, probe: Probe, what: str, change: Callable[[], None]) -> float:
     """Change a float32 block and return by how much, relative, it computes something else. PlanishError if that is more than rounding."""
-    with bfloat16_products(False):
+    routes = Routes()
+    with bfloat16_products(False), routed_alike(block, routes):
         before = probe.run(block)
         change()
-        off = relative_error(before, probe.run(block))
+        off = max(relative_error(before, probe.run(block)), routes.error)
     if not off <= TOLERANCE:
         raise PlanishError(
             f"{what}: the transformed block is off by {off:.2g} (at most {TOLERANCE:g}). "

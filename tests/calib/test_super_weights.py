@@ -53,7 +53,7 @@ def search(folder: Path, ids: Tensor | None = None) -> tuple[list[SuperWeight], 
 
         with torch.no_grad():
             expected = run(hidden)
-        hidden = looking.step(block.get_submodule(path), run, hidden, layer=index, module=f"{runner.block_name(index)}.{path}")
+        hidden = looking.step({f"{runner.block_name(index)}.{path}": block.get_submodule(path)}, run, hidden, layer=index)
         assert torch.equal(hidden, expected)
         assert not block.get_submodule(path)._forward_hooks
         outputs.append(hidden)
@@ -131,7 +131,7 @@ def inputs(width: int = 200) -> Tensor:
 
 def look(block: Mlp, u: Tensor, **thresholds: float) -> list[tuple[int, int]]:
     looking = SuperWeightSearch(Thresholds(**thresholds))
-    looking.step(block.down, block, u, layer=0, module="down")
+    looking.step({"down": block.down}, block, u, layer=0)
     return [(weight.row, weight.column) for weight in looking.found]
 
 
@@ -170,9 +170,9 @@ def test_what_an_earlier_one_brings_about_is_not_reported() -> None:
         first.down.weight[20, 9] = 1.5
         second.down.weight[5, 20] = 6.0
     looking = SuperWeightSearch()
-    hidden = looking.step(first.down, first, inputs(), layer=0, module="0.down")
+    hidden = looking.step({"0.down": first.down}, first, inputs(), layer=0)
     assert look(second, hidden) == [(5, 20)]
-    looking.step(second.down, second, hidden, layer=1, module="1.down")
+    looking.step({"1.down": second.down}, second, hidden, layer=1)
     assert [(weight.module, weight.row, weight.column) for weight in looking.found] == [("0.down", 20, 9)]
 
 

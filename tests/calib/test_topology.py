@@ -46,8 +46,8 @@ def test_every_family_has_a_tiny_model() -> None:
 def test_prove_holds_on_every_block_and_leaves_it_as_it_was(name: str) -> None:
     model = tiny(name)
     plan = topology(model.config)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
     calls = block_calls(model, plan.blocks, tokens())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     assert len(calls) == plan.block_count
     for call in calls:
         assert prove(call.block, plan, call.run) < 2e-6

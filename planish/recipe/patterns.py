@@ -1,0 +1,10 @@
+"""Which sites a recipe means."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+
+def matches(patterns: Sequence[str], block: int, site: str) -> bool:
+    """Whether one of the patterns matches the site of that block. An expert's site is matched by what matches that of all experts, too."""
+    names = {f"{block}.{site}", f"{block}.{site.partition('.')[0]}"}
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
