@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny
+from tiny_models import tiny, whole
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -28,7 +28,7 @@ def llama(folder: Path) -> Path:
 
 def save(model: PreTrainedModel, folder: Path, shard: str = "1GB") -> None:
     model.config.dtype = model.dtype
-    model.save_pretrained(folder, max_shard_size=shard)
+    whole(model).save_pretrained(folder, max_shard_size=shard)
 
 
 def merge(folder: Path) -> dict[str, Tensor]:

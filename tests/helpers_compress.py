@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from helpers_text import build_tokenizer
-from tiny_models import tiny
+from tiny_models import tiny, whole
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -49,7 +49,7 @@ def source(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16, chang
 def store(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.bfloat16, shard: str = "1GB") -> Path:
     model = model.to(dtype)
     model.config.dtype = dtype
-    model.save_pretrained(folder, max_shard_size=shard)
+    whole(model).save_pretrained(folder, max_shard_size=shard)
     build_tokenizer().save_pretrained(folder)
     return folder
 

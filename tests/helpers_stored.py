@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,9 +12,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 from torch.nn import Linear
+from tiny_models import whole
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
+from planish.calib.blocks.families import name_in_files
 from planish.calib.blocks.topology import reader_weight
 from planish.calib.compressed.packing import Packed, default_layout, pack, quantization_config
 from planish.calib.files.checkpoint import Checkpoint, open_checkpoint
@@ -25,7 +28,7 @@ from planish.quant.solvers import Rtn
 
 def saved(model: PreTrainedModel, folder: Path, tokenizer: bool = False) -> Path:
     """The model's checkpoint; with a tokenizer of one token a character."""
-    model.save_pretrained(folder)
+    whole(model).save_pretrained(folder)
     if tokenizer:
         vocabulary = {chr(32 + i): i for i in range(model.config.vocab_size)}
         core = Tokenizer(WordLevel(vocabulary, unk_token=" "))
@@ -58,6 +61,8 @@ def rounded(source: Path, folder: Path, scheme: Scheme, static: StaticGrid | Non
 
 def write(checkpoint: Checkpoint, folder: Path, tensors: dict[str, Tensor], packed: dict[str, Packed]) -> None:
     folder.mkdir()
+    in_files = partial(name_in_files, checkpoint.config.model_type)
+    tensors, packed = ({in_files(name): value for name, value in part.items()} for part in (tensors, packed))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     values = json.loads((checkpoint.path / "config.json").read_text())
     values["quantization_config"] = quantization_config(packed, ["lm_head"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
-from planish.calib.blocks.experts import separate
+from planish.calib.blocks.experts import Experts, separate
 
 VOCABULARY = 200
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -29,6 +29,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {**_ROTARY, "model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {**_ROTARY, "model_type": "qwen3", "head_dim": 32},
     "qwen3_moe": {**_ROTARY, "model_type": "qwen3_moe", "head_dim": 32, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {**_ROTARY, "model_type": "mixtral", "num_local_experts": 4},
     "gemma2": {**_GEMMA, "model_type": "gemma2"},
     "gemma3_text": {**_GEMMA, "model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "phi3": {**_ROTARY, "model_type": "phi3"},
@@ -42,6 +43,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox-serial": {**_COMMON, "model_type": "gpt_neox", "intermediate_size": 128, "use_parallel_residual": False, "hidden_act": "relu"},
 }
 FAMILIES = tuple(name for name in CONFIGS if "-" not in name)
+MIXTURES = ("qwen3_moe", "mixtral")
 
 _IMAGE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4, "num_labels": 5}
 VISION: dict[str, dict[str, Any]] = {
@@ -66,6 +68,21 @@ def tiny_vision(family: str, seed: int = 0, classifier: bool = False) -> PreTrai
     return _random(auto.from_config(AutoConfig.for_model(**VISION[family])), seed)
 
 
+def whole(model: PreTrainedModel) -> PreTrainedModel:
+    """The same with one tensor of all experts, as transformers has it, and saves it by the names that such models have."""
+    state = dict(model.state_dict())
+    for path, experts in model.named_modules():
+        if isinstance(experts, Experts):
+            state = {name: value for name, value in state.items() if not name.startswith(f"{path}.")}
+            state[f"{path}.gate_up_proj"] = torch.stack([torch.cat([one.gate_proj.weight, one.up_proj.weight]) for one in experts])
+            state[f"{path}.down_proj"] = torch.stack([one.down_proj.weight for one in experts])
+    if len(state) == len(model.state_dict()):
+        return model
+    other = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    other.load_state_dict(state)
+    return other.eval()
+
+
 def _random(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     model.config.architectures = [type(model).__name__]
     generator = torch.Generator().manual_seed(seed)
@@ -73,6 +90,7 @@ def _random(model: PreTrainedModel, seed: int) -> PreTrainedModel:
         for module in model.modules():
             _randomise(module, generator)
     model.tie_weights()
+    separate(model)
     return model.eval()
 
 
@@ -116,8 +134,7 @@ class BlockCall:
 
 
 def block_calls(model: PreTrainedModel, blocks: str, batch: Tensor) -> list[BlockCall]:
-    """How a forward pass on token ids or images calls every module of the list at path `blocks`; experts have layers of their own from then on."""
-    separate(model)
+    """How a forward pass on token ids or images calls every module of the list at path `blocks`"""
     calls: list[BlockCall] = []
     hooks = [
         block.register_forward_pre_hook(lambda module, args, kwargs: calls.append(BlockCall(module, args, kwargs)), with_kwargs=True)

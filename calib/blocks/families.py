@@ -95,7 +95,7 @@ class Family:
     """One family. Paths in the first group are from the model, all others from the block. Defaults are Llama's.
 
     architecture: the class that is opened. wrappers: classes around the same blocks, whose checkpoints are opened as `architecture` too (an image
-    classifier as its encoder). options: what the class is made with besides its config.
+    classifier as its encoder). options: what the class is made with besides its config. in_files: parts of names, and what they are in files.
     embeddings, norm, head, input, call, lead, writers, stream_readers, norm_kind, norm_offset: as in sites.Topology; last_reader too, None: the head.
     qkv, up: readers of those sites (up with the gate, if gated). qkv_norm, up_norm: the norm that makes their input, None if no norm stands
     between the residual stream and them, or one without weights. q, q_rows, k, k_rows, rotary, obstacle: as in
@@ -109,6 +109,7 @@ class Family:
     architecture: str
     wrappers: tuple[str, ...] = ()
     options: Mapping[str, bool] = field(default_factory=dict)
+    in_files: tuple[tuple[str, str], ...] = ()
     blocks: str = "model.layers"
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     norm: str | None = "model.norm"
@@ -188,6 +189,16 @@ QWEN3_MOE = replace(
     writers=("self_attn.o_proj",),
     width=lambda config: config.moe_intermediate_size,
     refuse=((lambda config: bool(config.mlp_only_layers) or config.decoder_sparse_step != 1, "some of its blocks have no experts"),),
+)
+
+MIXTRAL = replace(
+    QWEN3_MOE,
+    architecture="MixtralForCausalLM",
+    in_files=((".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2.")),
+    obstacle="",
+    experts=lambda config: config.num_local_experts,
+    width=lambda config: config.intermediate_size,
+    refuse=(),
 )
 
 OLMO2 = replace(
@@ -348,6 +359,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": replace(LLAMA, architecture="Qwen2ForCausalLM"),
     "qwen3": replace(LLAMA, architecture="Qwen3ForCausalLM", obstacle=NORMED),
     "qwen3_moe": QWEN3_MOE,
+    "mixtral": MIXTRAL,
     "gemma2": GEMMA2,
     "gemma3_text": replace(GEMMA2, architecture="Gemma3ForCausalLM", obstacle=NORMED),
     "phi3": PHI3,
@@ -359,3 +371,17 @@ FAMILIES: dict[str, Family] = {
     "dinov2": DINOV2,
     "dinov2_with_registers": DINOV2_REGISTERS,
 }
+
+
+def name_in_files(kind: str, name: str) -> str:
+    """What a parameter, or a layer, is called in the files of models of this type (config.model_type)."""
+    for part, other in FAMILIES[kind].in_files if kind in FAMILIES else ():
+        name = f"{name}.".replace(part, other)[:-1]
+    return name
+
+
+def name_in_model(kind: str, name: str) -> str:
+    """The inverse of `name_in_files`."""
+    for part, other in FAMILIES[kind].in_files if kind in FAMILIES else ():
+        name = f"{name}.".replace(other, part)[:-1]
+    return name

@@ -114,6 +114,11 @@ class Topology:
         return (int(index), site) if site is not None and index.isdecimal() and linear.startswith(self.blocks + ".") else None
 
     @property
+    def routers(self) -> tuple[str, ...]:
+        """What sends tokens to experts, and is never quantized; none in a model without."""
+        return tuple(path for site in self.sites for path in site.routers)
+
+    @property
     def inside(self) -> tuple[Site, ...]:
         """The sites inside the block's MLPs, one of every expert."""
         return tuple(site for site in self.sites if site.name.partition(".")[0] == "down")

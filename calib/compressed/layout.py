@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ...quant.errors import PlanishError
 from ...quant.formats import WeightFormat, code_dtype
 from ...quant.transforms.factors import Chain, on_input
+from ..blocks.families import name_in_files, name_in_model
 from ..blocks.prefix import tensor_names
 from ..blocks.sites import Site
 from ..blocks.topology import topology
@@ -71,9 +72,11 @@ def read_layout(folder: Path) -> Layout:
     assert isinstance(config, PreTrainedConfig)
     vars(config).pop("quantization_config")
     skeleton = build_skeleton(config, torch.float32, folder)
-    linears, tensors = linear_shapes(skeleton), read_shards(weight_files(folder))
+    linears, kind = linear_shapes(skeleton), config.model_type
+    tensors = {name_in_model(kind, name): info for name, info in read_shards(weight_files(folder)).items()}
     try:
-        packed = read_config(quantization, linears)
+        declared_as = {name_in_files(kind, name): name for name in linears}
+        packed = {declared_as[name]: how for name, how in read_config(quantization, declared_as).items()}
     except ValidationError as error:
         raise PlanishError(f"{file}: quantization_config: {error}") from error
     return Layout(folder, config, tensors, skeleton, linears, packed, Extension.read(read_json(file)), is_own(quantization))

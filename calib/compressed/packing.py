@@ -53,6 +53,11 @@ GUARD = "weight"
 """Local name of an empty tensor beside every quantized linear of a checkpoint of planish's own: in the place that the model has for a weight, it has
 the wrong shape, so whoever loads the checkpoint as an ordinary model fails. Codes are never in that place, see default_layout."""
 
+EXPERTS = "experts: for vLLM, or import planish first"
+"""quantization_status of a mixture of experts that vLLM runs and transformers does not. vLLM does not read it. compressed-tensors, and so
+transformers, knows five words there, and names this one in its error: transformers would make ordinary weights of the experts' codes, which come out
+wrong or leave activations in full precision."""
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
@@ -167,6 +172,11 @@ def is_own(quantization: Mapping[str, Any]) -> bool:
     return quantization.get("quant_method") == OWN
 
 
+def has_experts(quantization: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config is of a mixture of experts that transformers is kept from loading by itself, see EXPERTS."""
+    return quantization.get("quantization_status") == EXPERTS
+
+
 def stored_names(packed: Packed) -> tuple[str, ...]:
     """Local names of the tensors that `pack` writes for a linear stored like this."""
     fmt, act = packed.scheme.weights, packed.scheme.activations
@@ -199,10 +209,13 @@ def _words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def quantization_config(linears: Mapping[str, Packed], ignored: Iterable[str], *, transposed: bool = False, extended: bool = False) -> dict[str, Any]:
+def quantization_config(
+    linears: Mapping[str, Packed], ignored: Iterable[str], *, transposed: bool = False, extended: bool = False, experts: bool = False
+) -> dict[str, Any]:
     """config.json's quantization_config for these linears (by full module name); `ignored` ones stay in full precision.
 
     transposed: some of them are Conv1D layers, whose codes nobody but planish finds a place for; extended: an Extension goes with them; see OWN.
+    experts: some are a mixture's, see EXPERTS.
     """
     groups: dict[Packed, list[str]] = {}
     for name, packed in linears.items():
@@ -219,6 +232,8 @@ def quantization_config(linears: Mapping[str, Packed], ignored: Iterable[str], *
     mark = (EXTENDED if extended else "") + (TRANSPOSED if transposed else "")
     if mark:
         data["quant_method"] = OWN
+    elif experts:
+        data["quantization_status"] = EXPERTS
     for part in (data, *data["config_groups"].values()):
         part["format"] = mark + part["format"]
     return data
@@ -270,7 +285,8 @@ def read_config(data: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Pa
 
     Raises PlanishError for anything else that it asks for: left out, the model would compute something else. pydantic's error: it is no such config.
     """
-    config = QuantizationConfig.model_validate({**_known_formats(data), "quant_method": PLAIN})
+    status = {"quantization_status": QuantizationStatus.COMPRESSED} if has_experts(data) else {}
+    config = QuantizationConfig.model_validate({**_known_formats(data), "quant_method": PLAIN, **status})
     linears = list(linears)
     if (part := next(_beyond(data, config, linears), None)) is not None:
         raise PlanishError(f"quantization_config.{part}: planish runs quantized weights and inputs of linear layers alone. Give such a checkpoint.")

@@ -25,11 +25,12 @@ from .side import expected_tensors, side_name, side_names
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredCheckpoint(Checkpoint):
     """A checked compressed model on disk. packed: its quantized linears by name, and how they are stored. linears: (N, K) of every linear layer, N
-    outputs and K inputs. extension: what else is to be done."""
+    outputs and K inputs. extension: what else is to be done. own: planish alone runs it."""
 
     packed: dict[str, Packed] = field(repr=False)
     linears: Mapping[str, tuple[int, int]] = field(repr=False)
     extension: Extension = Extension()
+    own: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,6 +175,7 @@ def open_stored(folder: str | Path) -> StoredCheckpoint:
         packed=dict(packed),
         linears=layout.linears,
         extension=extension,
+        own=layout.own,
     )
 
 

@@ -13,6 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, rename_source_key
 
 from ...quant.errors import PlanishError
+from ..blocks.families import name_in_model
 from .shards import CHUNK_BYTES, TensorInfo, read_chunks
 
 READABLE = (torch.bfloat16, torch.float16, torch.float32)
@@ -43,7 +44,7 @@ def match_names(folder: Path, stored: Mapping[str, TensorInfo], skeleton: PreTra
     unused = []
     convert = _conversions(skeleton, expected)
     for name in sorted(stored.keys() - tensors.keys()):
-        target = next((other for other in _other_names(name, skeleton.base_model_prefix) if other in expected and other not in tensors), None)
+        target = next((other for other in _other_names(name, skeleton) if other in expected and other not in tensors), None)
         parts = convert(name, stored[name]) if target is None else {target: stored[name]}
         if parts and not parts.keys() & tensors.keys():
             tensors |= parts
@@ -64,9 +65,11 @@ def match_names(folder: Path, stored: Mapping[str, TensorInfo], skeleton: PreTra
     return Match(tensors=dict(sorted(tensors.items())), aliases=aliases, unused=tuple(unused), untied=untied)
 
 
-def _other_names(name: str, base: str) -> Iterator[str]:
+def _other_names(name: str, skeleton: PreTrainedModel) -> Iterator[str]:
     """What the model may call a tensor that it does not know by its stored name."""
-    yield f"{base}.{name}"
+    base, known = skeleton.base_model_prefix, name_in_model(skeleton.config.model_type, name)
+    yield known
+    yield f"{base}.{known}"
     yield name.removeprefix(f"{base}.")
     # GPT-NeoX's head, which transformers 5 renamed in the model but not in the files.
     yield name.replace("embed_out.", "lm_head.", 1)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from ...calib.compressed.packing import OWN, is_own, other_grid
+from ...calib.compressed.packing import OWN, PLAIN, has_experts, is_own, other_grid
 from ...calib.compressed.stored import StoredCheckpoint
 from ...calib.files.shards import read_json
 from ...calib.walk.runner import HEAD_TOKENS, BlockRunner
@@ -36,7 +37,8 @@ _REFUSALS = (OSError, ValueError, RuntimeError, LookupError, TypeError, Attribut
 
 def check_stock(checkpoint: StoredCheckpoint, ids_NL: Tensor, report: Report | None = None) -> Check:
     """KL(planish || transformers) per token in float32 on the CPU, with the whole model in memory."""
-    own = is_own(dict(read_json(checkpoint.path / "config.json")["quantization_config"]))  # type: ignore[call-overload]
+    quantization = dict(read_json(checkpoint.path / "config.json")["quantization_config"])  # type: ignore[call-overload]
+    own = is_own(quantization) or has_experts(quantization)
     reason = _why_not(checkpoint, own)
     if reason is not None:
         return not_done(NAME, reason)
@@ -67,14 +69,14 @@ def check_stock(checkpoint: StoredCheckpoint, ids_NL: Tensor, report: Report | N
 
 
 def _refused(checkpoint: StoredCheckpoint) -> Check:
-    """Transformers by itself knows nothing of the checkpoint's transforms and prefix, so it must not load it."""
+    """Transformers by itself knows nothing of the checkpoint's transforms and prefix, or of a mixture's layers, so it must not load it."""
     try:
         with by_itself():
             _stock_logits(checkpoint.path, torch.zeros(0, 1, dtype=torch.long))
     except _REFUSALS as error:
         return Check(NAME, True, f"refuses the checkpoint, as it must where planish is not imported: {type(error).__name__}", {})
     return Check(
-        NAME, False, "transformers loads the checkpoint without planish, but knows nothing of what planish does to inputs: it would run wrong", {}
+        NAME, False, "transformers loads the checkpoint without planish, but knows nothing of what planish writes: it would run wrong", {}
     )
 
 
@@ -89,7 +91,10 @@ def wide(model: nn.Module, _: object) -> None:
 def by_itself() -> Iterator[None]:
     """Transformers as it is where planish is not imported."""
     known: tuple[dict[str, Any], ...] = (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)
-    ours = [mapping.pop(OWN, None) for mapping in known]
+    before = [dict(mapping) for mapping in known]
+    for mapping in known:
+        mapping.pop(OWN, None)
+    AUTO_QUANTIZATION_CONFIG_MAPPING[PLAIN] = CompressedTensorsConfig
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # what it says about the checkpoint is for those who wanted to load it
@@ -97,9 +102,8 @@ def by_itself() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-        for mapping, mine in zip(known, ours, strict=True):
-            if mine is not None:
-                mapping[OWN] = mine
+        for mapping, entries in zip(known, before, strict=True):
+            mapping.update(entries)
 
 
 def _why_not(checkpoint: StoredCheckpoint, own: bool) -> str | None:

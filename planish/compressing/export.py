@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..calib.blocks.families import name_in_files
 from ..calib.blocks.topology import Topology
 from ..calib.compressed.extension import KEY, Extension
 from ..calib.compressed.layout import MARK
@@ -25,6 +27,7 @@ from ..common.files import sync, write_text
 from ..eval.verifying.origin import file_digests
 from ..eval.verifying.probe import PROBE_FILE
 from ..planning.preflight import Plan
+from ..planning.servers import uneven_experts
 from ..recipe.schema import digest, to_yaml
 from ..walk.journal import Journal
 from ..walk.records import BlockRecord
@@ -44,7 +47,7 @@ def write_checkpoint(plan: Plan, journal: Journal, packed: Mapping[str, Packed],
     if is_own(config["quantization_config"]):
         tensors |= _guards(packed, journal.folder / "guards.safetensors")
     bits = bits_per_weight(packed, tensors, plan.quantized)
-    write_shards(folder, tensors, plan.recipe.export.shard_bytes)
+    write_shards(folder, {name_in_files(plan.topology.family, name): info for name, info in tensors.items()}, plan.recipe.export.shard_bytes)
     for file in plan.checkpoint.carry_over():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.checkpoint.path / file, folder / file)
@@ -118,8 +121,15 @@ def _config(plan: Plan, packed: Mapping[str, Packed], blocks: list[BlockRecord])
     extension = _extension(plan, blocks)
     if extension:
         config[KEY] = extension.to_dict()
-    ignored = linears.keys() - packed.keys()
-    config["quantization_config"] = quantization_config(packed, ignored, transposed=transposed, extended=bool(extension))
+    routers = plan.topology.routers
+    ignored = (linears.keys() - packed.keys()) | {f"{plan.topology.block_name(block.index)}.{path}" for block in blocks for path in routers}
+    extended = bool(extension) or uneven_experts(plan.packed)
+    in_files = partial(name_in_files, plan.topology.family)
+    declared = {in_files(name): how for name, how in packed.items()}
+    experts = bool(routers) and "transformers" not in plan.servers
+    config["quantization_config"] = quantization_config(
+        declared, map(in_files, ignored), transposed=transposed, extended=extended, experts=experts
+    )
     return config
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from ..quant.errors import PlanishError
 
@@ -41,18 +41,30 @@ class PlanishQuantizer(HfQuantizer):
         self.checkpoint: StoredCheckpoint | None = None
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_kwargs: Any) -> None:
+        from ..calib.blocks.experts import separate
         from ..calib.compressed.quantized import put
         from ..calib.compressed.stored import open_stored
 
         if not checkpoint_files:
             raise PlanishError("from_pretrained: no weight files, and a checkpoint of planish is not made of a state_dict. Give its folder.")
         self.checkpoint = open_stored(Path(checkpoint_files[0]).parent)
+        separate(model)
         self.root = _root(model, self.checkpoint)
         for name in self.checkpoint.packed:
-            put(model, name.removeprefix(self.root), _Place())
+            put(model, name.removeprefix(self.root), _Place() if self.checkpoint.own else nn.Identity())
         linears = "|".join(re.escape(name.removeprefix(self.root)) for name in self.checkpoint.packed)
         known = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*known, r"\.planish\.", rf"^({re.escape(self.root)})?({linears})\."}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
+        """Without those that make one tensor of several layers: the model has a layer for each expert, and files may call it otherwise."""
+        from transformers.core_model_loading import MergeModulelist, WeightRenaming
+
+        from ..calib.blocks.families import FAMILIES
+
+        kept = [one for one in weight_conversions if not any(isinstance(step, MergeModulelist) for step in getattr(one, "operations", ()))]
+        family = FAMILIES.get(model.config.model_type)
+        return [*kept, *(WeightRenaming(re.escape(file), part) for part, file in (() if family is None else family.in_files))]
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_kwargs: Any) -> "PreTrainedModel":
         from ..calib.compressed.packed import fuse, pick_kernels, put_linears
@@ -101,10 +113,23 @@ def _root(model: "PreTrainedModel", checkpoint: "StoredCheckpoint") -> str:
     raise PlanishError(f"{checkpoint.path}: its layers are not those of a {type(model).__name__}. Load it with AutoModelForCausalLM or planish.load.")
 
 
+class ServedConfig(CompressedTensorsConfig):
+    """transformers' own, but for mixtures of experts as planish writes them, which it would not load."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A PlanishConfig, or transformers' own."""
+        from ..calib.compressed.packing import has_experts
+
+        made_by = PlanishConfig if has_experts(config_dict) else CompressedTensorsConfig
+        return made_by.from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+
 def register_quantizer() -> None:
-    """Let from_pretrained know both classes. Harmless if done already."""
+    """Let from_pretrained know these classes. Harmless if done already."""
     from transformers.quantizers import auto
 
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(METHOD)(PlanishConfig)
         auto.register_quantizer(METHOD)(PlanishQuantizer)
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = ServedConfig

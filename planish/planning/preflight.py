@@ -133,7 +133,7 @@ def make_plan(
         ids=ids,
         prefix=_prefix(recipe, checkpoint),
         notes=(*_unused(checkpoint), *_few(ids, recipe, widths), *notes, *raising, *_of_formats(recipe, resolved, packed, topology)),
-        servers=("planish",) if recipe.extended else servers(packed.values(), topology.family),
+        servers=("planish",) if recipe.extended else servers(packed, topology),
         quantized=sizes.quantized,
         bits_per_weight=sizes.bits,
         offload=offload,

@@ -1,26 +1,60 @@
 """Who runs a checkpoint as it was measured: read in the sources of transformers 5.23 and vLLM 0.32, seen where tests have it (docs/serving.md)."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
+from ..calib.blocks.topology import Topology
 from ..calib.compressed.packing import Packed, other_grid
 from ..quant.formats import NVFP4, Scheme
-from ..recipe.resolve import SERVED_GROUPS
+from ..recipe.resolve import SERVED_GROUPS, Address
 
 PLAIN_LINEARS = ("gpt2",)  # families whose linear layers are transposed Conv1D modules, which servers and transformers refuse quantized
 RENAMED = ("gpt_neox",)  # whose layers have other names inside vLLM, so that formats by name meet none
+INSIDE = ("gate_up", "down")  # the sites of an MLP
 BOTH = frozenset({"CPU", "GPU"})
 
 
-def servers(packed: Iterable[Packed | None], family: str) -> tuple[str, ...]:
+def servers(packed: Mapping[Address, Packed | None], known: Topology) -> tuple[str, ...]:
     """planish, then transformers and vLLM if they do; "vLLM (CPU)" or "vLLM (GPU)" where it does on these only."""
-    schemes = {how for how in packed if how is not None}
-    if family in PLAIN_LINEARS:
+    schemes, family = {how for how in packed.values() if how is not None}, known.family
+    if family in PLAIN_LINEARS or uneven_experts(packed):
         return ("planish",)
-    found = ["planish", "transformers"] if all(map(runs_in_transformers, schemes)) else ["planish"]
+    everywhere = all(map(runs_in_transformers, schemes)) and (not known.routers or (len(schemes) == 1 and _dequantized_right(*schemes)))
+    found = ["planish", "transformers"] if everywhere else ["planish"]
     devices = BOTH.intersection(*map(vllm_devices, schemes))
+    experts = {how for (_, name), how in packed.items() if known.routers and how is not None and name.partition(".")[0] in INSIDE}
+    devices = devices.intersection(*map(devices_of_experts, experts))
     if devices and (family not in RENAMED or len(schemes) == 1):
         found.append("vLLM" if devices == BOTH else f"vLLM ({min(devices)})")
     return tuple(found)
+
+
+def uneven_experts(packed: Mapping[Address, Packed | None]) -> bool:
+    """Whether the MLPs of some mixture's block are not all stored alike: vLLM reads the format of a block's first expert and takes it for all."""
+    kinds: dict[int, set[Packed | None]] = {}
+    mixtures = {block for block, name in packed if name.startswith("down.")}
+    for (block, name), how in packed.items():
+        if block in mixtures and name.partition(".")[0] in INSIDE:
+            kinds.setdefault(block, set()).add(how)
+    return any(len(found) > 1 for found in kinds.values())
+
+
+def devices_of_experts(how: Packed) -> frozenset[str]:
+    """On which of CPU and GPU vLLM runs experts that are stored like this, with the arithmetic that planish measures: it has other kernels for them."""
+    fmt, act = how.scheme.weights, how.scheme.activations
+    assert fmt is not None
+    if act is None:
+        return frozenset({"GPU"})
+    if fmt.type == "float":
+        return frozenset({"GPU"})
+    return BOTH if act.dynamic and act.symmetric and act.bits == fmt.bits == 8 and fmt.granularity == "channel" else frozenset()
+
+
+def _dequantized_right(how: Packed) -> bool:
+    """Whether transformers (5.23) has right experts where all of a mixture is stored like this: it makes ordinary weights of theirs, by one format for
+    all, and fails at zero points; NVFP4's come out wrong, and experts' activations it leaves in full precision."""
+    fmt = how.scheme.weights
+    assert fmt is not None
+    return how.scheme.activations is None and fmt.symmetric and fmt.kind != NVFP4
 
 
 def runs_in_transformers(how: Packed) -> bool:

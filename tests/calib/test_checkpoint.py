@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers_checkpoint import edit_json, llama, merge, rewrite, save
 from safetensors.torch import load_file
-from tiny_models import CONFIGS, FAMILIES, tiny
+from tiny_models import CONFIGS, FAMILIES, MIXTURES, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -49,7 +49,11 @@ def test_loaded_module_by_module_is_the_model(tmp_path: Path, family: str, dtype
             checkpoint.load_module(module, name, dtype=dtype)
     ids = torch.arange(3, 23).view(2, 10)
     with torch.no_grad():
-        assert torch.equal(skeleton(ids).logits, reference(ids).logits)
+        found, expected = skeleton(ids).logits, reference(ids).logits
+    if family in MIXTURES:  # transformers adds up experts in another order
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.05 if dtype is torch.bfloat16 else 1e-5)
+    else:
+        assert torch.equal(found, expected)
     assert checkpoint.tied == bool(CONFIGS[family].get("tie_word_embeddings"))
     assert not checkpoint.unused
 

@@ -14,7 +14,7 @@ from planish.calib.blocks.topology import topology
 from planish.calib.compressed.stored import open_any
 from planish.calib.files.checkpoint import open_checkpoint
 from planish.calib.outliers.diagnosis import SuperWeight, Thresholds
-from planish.calib.outliers.super_weights import SuperWeightSearch, published, without
+from planish.calib.outliers.super_weights import SuperWeightSearch, last_layers, published, without
 from planish.calib.walk.runner import BlockRunner
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 
@@ -23,7 +23,7 @@ Coordinates = set[tuple[int, int, int]]
 
 
 def down_of(model: PreTrainedModel) -> str:
-    return next(site.readers[0] for site in topology(model.config).sites if site.name == "down")
+    return topology(model.config).inside[-1].readers[0]
 
 
 def down_weight(model: PreTrainedModel, layer: int) -> Tensor:
@@ -43,7 +43,6 @@ def search(folder: Path, ids: Tensor | None = None) -> tuple[list[SuperWeight], 
     """Super weights of a checkpoint, and the hidden states after each block."""
     runner = BlockRunner(open_any(folder), torch.float32, torch.device("cpu"))
     ((hidden, call),) = runner.start([tokens() if ids is None else ids])
-    path = next(site.readers[0] for site in runner.topology.sites if site.name == "down")
     looking, outputs = SuperWeightSearch(), []
     for index in range(runner.topology.block_count):
         block = runner.load_block(index)
@@ -53,9 +52,10 @@ def search(folder: Path, ids: Tensor | None = None) -> tuple[list[SuperWeight], 
 
         with torch.no_grad():
             expected = run(hidden)
-        hidden = looking.step({f"{runner.block_name(index)}.{path}": block.get_submodule(path)}, run, hidden, layer=index)
+        layers = last_layers(block, runner.topology, index)
+        hidden = looking.step(layers, run, hidden, layer=index)
         assert torch.equal(hidden, expected)
-        assert not block.get_submodule(path)._forward_hooks
+        assert not any(layer._forward_hooks for layer in layers.values())
         outputs.append(hidden)
         runner.release_block(index)
     return looking.found, outputs

@@ -10,7 +10,7 @@ import torch
 from helpers_compress import distance, ids, quick, source
 from helpers_front import tree
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, FAMILIES
+from tiny_models import CONFIGS, FAMILIES, MIXTURES
 from torch import nn
 
 import planish
@@ -55,12 +55,17 @@ def far(out: Path, model: Path) -> float:
     return distance(found, base)
 
 
+def near(family: str) -> float:
+    """How far eight bits may take it: a token that they send to another expert of random ones is another token."""
+    return 0.12 if family in MIXTURES else 0.06
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_rotated_in_eight_bits_and_run_by_stock_transformers(family: str, sources: dict[str, Path], tmp_path: Path) -> None:
     chosen = "rotate: {at: value}" if family == "opt-350m" else "fold_norms, rotate: {at: value}" if family in NO_R1 else ROTATED
     out = tmp_path / "out"
     result = planish.compress(quick("w8a8", f"steps=[{chosen}]"), sources[family], out, dtype=torch.float32)
-    assert far(out, sources[family]) < 0.06
+    assert far(out, sources[family]) < near(family)
     assert not result.plan.recipe.extended
     assert "planish" not in config(out)
     tied = family == "opt-350m" or (CONFIGS[family].get("tie_word_embeddings", False) and "fold_norms" not in chosen)
@@ -93,7 +98,7 @@ def test_scales_and_orders_of_every_family(family: str, sources: dict[str, Path]
     recipe = quick("w8a8", "steps=[scale_rms: {exponent: 0.7}, permute: {block: 4}, rotate: {at: value}]")
     result = planish.compress(recipe, sources[family], tmp_path / "out", dtype=torch.float32)
     assert 0 < max(block.equivalence for block in result.blocks) < 1e-4
-    assert far(tmp_path / "out", sources[family]) < 0.06
+    assert far(tmp_path / "out", sources[family]) < near(family)
 
 
 def test_auto_takes_the_best_exponent(tmp_path: Path) -> None:
@@ -287,7 +292,7 @@ def test_a_learned_rotation_lessens_the_range_and_nothing_else(sources: dict[str
 def test_values_learn_rotations_of_their_own_in_every_family(family: str, sources: dict[str, Path], tmp_path: Path) -> None:
     """Grouped queries, one key-value head, fused and interleaved projections, biases."""
     planish.compress(quick("w8a8", f"steps=[{OWN}]"), sources[family], tmp_path / "out", dtype=torch.float32)
-    assert far(tmp_path / "out", sources[family]) < 0.06
+    assert far(tmp_path / "out", sources[family]) < near(family)
     found = manifest(tmp_path / "out")["fused"]
     assert all(after < before for before, after in found["learned"].values())
     assert max(found["errors"].values()) < 1e-5

@@ -9,6 +9,7 @@ from tiny_models import CONFIGS
 from torch import nn
 
 from planish.calib.blocks.sites import Site
+from planish.calib.blocks.experts import seeing_all
 from planish.calib.files.checkpoint import open_checkpoint
 from planish.calib.walk.recorded import Recorded, recording
 from planish.calib.walk.runner import BlockRunner
@@ -64,9 +65,9 @@ def test_families(family: str, tmp_path: Path) -> None:
     ((hidden, call),) = runner.start([ids()])
     block, sites = runner.load_block(0), runner.topology.sites
     with recording(block, sites) as still:
-        expected = call.run(block, 0, hidden)
+        expected = call.run(block, 0, hidden)  # also experts that the router would leave out
     for site in sites:
         assert not any(path == reader or reader.startswith(path + ".") for path in still[site.name] for reader in site.readers)
-        with replaced(block, still[site.name]):
+        with seeing_all(block), replaced(block, still[site.name]):
             assert torch.equal(call.run(block, 0, hidden), expected)
     assert all(still[site.name] for site in sites[1:])

@@ -1,7 +1,12 @@
 """Who is said to run a checkpoint, by format: what vLLM 0.32 has kernels for, scheme by scheme."""
 
-import pytest
+import itertools
 
+import pytest
+from tiny_models import CONFIGS
+from transformers import AutoConfig
+
+from planish.calib.blocks.topology import topology
 from planish.calib.compressed.packing import Layout, Packed
 from planish.planning.servers import servers
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
@@ -53,21 +58,27 @@ def packed(name: str) -> Packed:
     return Packed(Scheme(weights=weights, activations=activations), layout)
 
 
+def run_by(*kinds: Packed | None, family: str = "llama") -> tuple[str, ...]:
+    """Of a model whose sites are stored like these, one after the other."""
+    known = topology(AutoConfig.for_model(**CONFIGS[family]))
+    return servers({(0, site.name): kind for site, kind in zip(known.sites, itertools.cycle(kinds), strict=False)}, known)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_of_one_format(name: str) -> None:
-    found = [server for server in servers([packed(name), None], "llama") if server.startswith("vLLM")]
+    found = [server for server in run_by(packed(name), None) if server.startswith("vLLM")]
     assert found == ([] if CASES[name][3] is None else [CASES[name][3]])
 
 
 def test_of_several() -> None:
-    assert servers([packed("w8a8"), packed("w4a16")], "llama") == ("planish", "transformers", "vLLM")
-    assert servers([packed("w8a8"), packed("w4a8")], "llama")[-1] == "vLLM (CPU)"
-    assert servers([packed("w4a8"), packed("w8a16")], "llama") == ("planish", "transformers")
-    assert servers([packed("w8a8"), packed("w4a4, asymmetric")], "llama") == ("planish", "transformers")
-    assert servers([packed("w8a8"), packed("w4a4")], "llama") == ("planish",)  # transformers has another grid
-    assert servers([packed("w4a16, asymmetric")], "llama") == ("planish", "vLLM")  # transformers has no room for packed zero points
+    assert run_by(packed("w8a8"), packed("w4a16")) == ("planish", "transformers", "vLLM")
+    assert run_by(packed("w8a8"), packed("w4a8"))[-1] == "vLLM (CPU)"
+    assert run_by(packed("w4a8"), packed("w8a16")) == ("planish", "transformers")
+    assert run_by(packed("w8a8"), packed("w4a4, asymmetric")) == ("planish", "transformers")
+    assert run_by(packed("w8a8"), packed("w4a4")) == ("planish",)  # transformers has another grid
+    assert run_by(packed("w4a16, asymmetric")) == ("planish", "vLLM")  # transformers has no room for packed zero points
     one = Packed(Scheme(weights=WeightFormat(bits=4, symmetric=False, granularity="tensor")), "pack-quantized")  # whose zero point is not packed
-    assert servers([one], "llama") == ("planish", "transformers")
-    assert servers([packed("w8a8")], "gpt2") == ("planish",)
-    assert servers([packed("w8a8")], "gpt_neox")[-1] == "vLLM"
-    assert servers([packed("w8a8"), packed("w4a16")], "gpt_neox")[-1] == "transformers"
+    assert run_by(one) == ("planish", "transformers")
+    assert run_by(packed("w8a8"), family="gpt2") == ("planish",)
+    assert run_by(packed("w8a8"), family="gpt_neox")[-1] == "vLLM"
+    assert run_by(packed("w8a8"), packed("w4a16"), family="gpt_neox")[-1] == "transformers"

@@ -39,7 +39,7 @@ COARSE = ("scheme.weights.bits=2", "scheme.activations=null", "solver=rtn")  # s
 
 def down(model: Path) -> str:
     """The path of a model's last layer of the MLP in its block."""
-    return next(site.readers[0] for site in topology(open_checkpoint(model).config).sites if site.name == "down")
+    return topology(open_checkpoint(model).config).inside[-1].readers[0]
 
 
 def compressed(family: str, steps: str, folder: Path, *settings: str, changes: Mapping[str, int] | None = None) -> Path:
