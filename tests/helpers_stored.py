@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tiny_models import whole
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 from torch.nn import Linear
-from tiny_models import whole
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 

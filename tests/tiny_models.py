@@ -20,6 +20,7 @@ _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_
 _COMMON = {**_TOKENS, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
 _ROTARY = {**_COMMON, "num_key_value_heads": 2, "intermediate_size": 96}
 _GEMMA = {**_ROTARY, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "tie_word_embeddings": True}
+_MIXTURE = {**_ROTARY, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}
 _OPT = {**_COMMON, "ffn_dim": 128}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -28,7 +29,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {**_ROTARY, "model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 8},
     "qwen2": {**_ROTARY, "model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {**_ROTARY, "model_type": "qwen3", "head_dim": 32},
-    "qwen3_moe": {**_ROTARY, "model_type": "qwen3_moe", "head_dim": 32, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**_MIXTURE, "model_type": "qwen3_moe", "head_dim": 32},
+    "qwen2_moe": {**_MIXTURE, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 80, "tie_word_embeddings": True},
+    "olmoe": {**_ROTARY, "model_type": "olmoe", "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2},
     "mixtral": {**_ROTARY, "model_type": "mixtral", "num_local_experts": 4},
     "gemma2": {**_GEMMA, "model_type": "gemma2"},
     "gemma3_text": {**_GEMMA, "model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
@@ -43,7 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox-serial": {**_COMMON, "model_type": "gpt_neox", "intermediate_size": 128, "use_parallel_residual": False, "hidden_act": "relu"},
 }
 FAMILIES = tuple(name for name in CONFIGS if "-" not in name)
-MIXTURES = ("qwen3_moe", "mixtral")
+MIXTURES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral")
 
 _IMAGE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4, "num_labels": 5}
 VISION: dict[str, dict[str, Any]] = {

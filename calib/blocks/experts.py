@@ -44,7 +44,7 @@ class Routes:
 
 
 class Experts(nn.ModuleList):
-    """All experts of a block, each by its number. all_tokens: whether every one is given every token, see `seeing_all`. routes: see `routed_alike`."""
+    """All experts of a block, each by its number. all_tokens: see `seeing_all`. routes: see `routed_alike`."""
 
     all_tokens = False
     routes: Routes | None = None
@@ -57,7 +57,7 @@ class Experts(nn.ModuleList):
 
     def _routed(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         out_TD = torch.zeros_like(x_TD)
-        for number in index_TK.unique().tolist():
+        for number in index_TK.flatten().bincount().nonzero().flatten().tolist():
             rows, slots = torch.where(index_TK == number)
             y_TD = self[number](x_TD[rows]) * weight_TK[rows, slots, None]
             out_TD.index_add_(0, rows, y_TD.to(out_TD.dtype))
@@ -74,9 +74,9 @@ class Experts(nn.ModuleList):
 def separate(model: nn.Module) -> None:
     """Let layers of their own stand where the model has one tensor of all experts; weights are views of it. In place."""
     for path, module in list(model.named_modules()):
-        fused, down_EDI = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-        if isinstance(fused, nn.Parameter) and isinstance(down_EDI, nn.Parameter) and fused.dim() == 3:
-            experts = Experts(Expert(gate_up, down, module.act_fn) for gate_up, down in zip(fused, down_EDI, strict=True))
+        both_EID, down_EDI, act = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj", "act_fn"))
+        if isinstance(both_EID, nn.Parameter) and isinstance(down_EDI, nn.Parameter) and isinstance(act, nn.Module) and both_EID.dim() == 3:
+            experts = Experts(Expert(both_ID, down_DI, act) for both_ID, down_DI in zip(both_EID, down_EDI, strict=True))
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, experts)
 

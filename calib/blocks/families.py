@@ -101,9 +101,9 @@ class Family:
     between the residual stream and them, or one without weights. q, q_rows, k, k_rows, rotary, obstacle: as in
     sites.Attention. v, v_rows: the module and its rows that make o's input. up_host, up_rows: those that make down's input, if the MLP is gated or
     its activation homogeneous. experts: how many there are, in a mixture; up, down and up_host are then from each of them (mlp.experts.NUMBER).
-    shared: modules with the same layers that see every token, before the experts do. routers: what reads their input besides. writers: without the
-    experts' own. width: the MLP's, or an expert's, inner size. activation: the config's name for its function. refuse: conditions under which the table
-    does not hold, each with the reason.
+    shared: a module with the same layers that sees every token, before the experts do, and its inner size. routers: what reads their input besides. writers: without the
+    experts' own. width: the inner size of the MLP, or of an expert. activation: the config's name for its function. refuse: conditions under which
+    the table does not hold, each with the reason.
     """
 
     architecture: str
@@ -137,7 +137,7 @@ class Family:
     up_host: str = "mlp.up_proj"
     up_rows: RowMap = separate_up
     experts: Callable[[PreTrainedConfig], int] | None = None
-    shared: tuple[str, ...] = ()
+    shared: tuple[str, Callable[[PreTrainedConfig], int]] | None = None
     routers: tuple[str, ...] = ()
 
     writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
@@ -189,6 +189,14 @@ QWEN3_MOE = replace(
     writers=("self_attn.o_proj",),
     width=lambda config: config.moe_intermediate_size,
     refuse=((lambda config: bool(config.mlp_only_layers) or config.decoder_sparse_step != 1, "some of its blocks have no experts"),),
+)
+
+QWEN2_MOE = replace(
+    QWEN3_MOE,
+    architecture="Qwen2MoeForCausalLM",
+    obstacle="",
+    shared=("mlp.shared_expert", lambda config: config.shared_expert_intermediate_size),
+    routers=("mlp.gate", "mlp.shared_expert_gate"),
 )
 
 MIXTRAL = replace(
@@ -360,6 +368,13 @@ FAMILIES: dict[str, Family] = {
     "qwen3": replace(LLAMA, architecture="Qwen3ForCausalLM", obstacle=NORMED),
     "qwen3_moe": QWEN3_MOE,
     "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2_MOE,
+    "olmoe": replace(
+        QWEN3_MOE,
+        architecture="OlmoeForCausalLM",
+        width=lambda config: config.intermediate_size,
+        refuse=((lambda config: config.clip_qkv is not None, "clip_qkv cuts queries, keys and values off, so nothing goes through them freely"),),
+    ),
     "gemma2": GEMMA2,
     "gemma3_text": replace(GEMMA2, architecture="Gemma3ForCausalLM", obstacle=NORMED),
     "phi3": PHI3,

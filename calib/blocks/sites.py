@@ -39,8 +39,8 @@ class Rows:
 class Site:
     """An activation (tokens, C) that one or more linear layers read. Paths are from the block. host None: nothing takes a scale for free.
 
-    stream: whether it is the residual stream, normed or not. routers: what reads it too and stays in full precision, as it was. makers: the rows that make channel c, all alike for every c: in another order they make
-    the channels in that order. Empty where a norm makes them.
+    stream: whether it is the residual stream, normed or not. makers: the rows that make channel c, all alike for every c: in another order they make
+    the channels in that order. Empty where a norm makes them. routers: what reads it too, and is never quantized.
     """
 
     name: str

@@ -36,7 +36,7 @@ def topology(config: PreTrainedConfig) -> Topology:
         embeddings=family.embeddings,
         norm=family.norm,
         head=family.head,
-        writers=(*family.writers, *(f"{path}.{family.down}" for _, path in _experts(family, config))),
+        writers=(*family.writers, *(f"{path}.{family.down}" for _, path, _ in _experts(family, config))),
         stream_readers=family.stream_readers,
         norm_kind=family.norm_kind,
         norm_offset=family.norm_offset,
@@ -95,7 +95,7 @@ def _sites(family: Family, config: PreTrainedConfig) -> tuple[Site, ...]:
     sizes = _sizes(family, config)
     value = Rows(module=family.v, index=family.v_rows(sizes))
     experts = _experts(family, config)
-    up = tuple(f"{path}.{reader}" for _, path in experts for reader in family.up) or family.up
+    up = tuple(f"{path}.{reader}" for _, path, _ in experts for reader in family.up) or family.up
     return (
         Site(name="qkv", readers=family.qkv, host=_norm_host(family.qkv_norm, family), stream=True),
         Site(name="o", readers=(family.o,), host=_row_host(value), makers=(value,)),
@@ -106,25 +106,25 @@ def _sites(family: Family, config: PreTrainedConfig) -> tuple[Site, ...]:
             stream=True,
             routers=family.routers,
         ),
-        *(_down(f"down.{name}", family, config, f"{path}.") for name, path in experts),
-        *(() if experts else (_down("down", family, config),)),
+        *(_down(f"down.{name}", family, config, replace(sizes, width=width), f"{path}.") for name, path, width in experts),
+        *(() if experts else (_down("down", family, config, sizes),)),
     )
 
 
-def _down(name: str, family: Family, config: PreTrainedConfig, at: str = "") -> Site:
+def _down(name: str, family: Family, config: PreTrainedConfig, sizes: Sizes, at: str = "") -> Site:
     """The site inside an MLP. at: what the family's paths of its layers are from."""
-    sizes = _sizes(family, config)
     linear_up = family.gated or getattr(config, family.activation) in HOMOGENEOUS
     up = Rows(module=at + family.up_host, index=family.up_rows(sizes))
     gate = Rows(module=at + family.up[0], index=separate_up(sizes))  # the first rows also where gate and up are one layer
     return Site(name=name, readers=(at + family.down,), host=_row_host(up) if linear_up else None, makers=(gate, up) if family.gated else (up,))
 
 
-def _experts(family: Family, config: PreTrainedConfig) -> tuple[tuple[str, str], ...]:
-    """Name and path of each, those for every token first. None where there is one MLP."""
+def _experts(family: Family, config: PreTrainedConfig) -> tuple[tuple[str, str, int], ...]:
+    """Name, path and inner size of each, the one for every token first. None where there is one MLP."""
     if family.experts is None:
         return ()
-    return (*(("shared", path) for path in family.shared), *((str(number), f"mlp.experts.{number}") for number in range(family.experts(config))))
+    shared = () if family.shared is None else (("shared", family.shared[0], family.shared[1](config)),)
+    return (*shared, *((str(number), f"mlp.experts.{number}", family.width(config)) for number in range(family.experts(config))))
 
 
 def _attention(family: Family, sizes: Sizes) -> Attention:

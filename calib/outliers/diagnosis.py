@@ -212,6 +212,11 @@ class SiteFigures:
         """As recipes name it: "11.down"."""
         return f"{self.block}.{self.site}"
 
+    @property
+    def kind(self) -> str:
+        """The site's name, that of all experts where it is an expert's: "down"."""
+        return self.site.partition(".")[0]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Landscape:

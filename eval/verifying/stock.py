@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
+from ...calib.blocks.families import FAMILIES
 from ...calib.compressed.packing import OWN, PLAIN, has_experts, is_own, other_grid
 from ...calib.compressed.stored import StoredCheckpoint
 from ...calib.files.shards import read_json
@@ -30,14 +31,14 @@ from ..scores.score import Divergence, Report, arithmetic, final_hidden, last_bi
 NAME = "transformers"
 LONGEST, MOST = 512, 2  # tokens of a window, and windows: the whole model computes them, with all logits in memory
 TIMES = 3.0  # as far apart as rounding takes two evaluations, this many times
-LEAST_WEIGHTS, LEAST_ACTIVATIONS = 1e-5, 2e-3  # nats per token that pass in any case: without and with quantized activations
+LEAST_WEIGHTS, LEAST_ACTIVATIONS = 1e-5, 2e-3  # nats per token that pass in any case: without and with quantized activations or experts
 MEMORY_SHARE = 0.7  # of the free memory, what the whole model may take
 _REFUSALS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
 
 
 def check_stock(checkpoint: StoredCheckpoint, ids_NL: Tensor, report: Report | None = None) -> Check:
     """KL(planish || transformers) per token in float32 on the CPU, with the whole model in memory."""
-    quantization = dict(read_json(checkpoint.path / "config.json")["quantization_config"])  # type: ignore[call-overload]
+    quantization: dict[str, Any] = dict(read_json(checkpoint.path / "config.json")["quantization_config"])  # type: ignore[call-overload]
     own = is_own(quantization) or has_experts(quantization)
     reason = _why_not(checkpoint, own)
     if reason is not None:
@@ -75,9 +76,7 @@ def _refused(checkpoint: StoredCheckpoint) -> Check:
             _stock_logits(checkpoint.path, torch.zeros(0, 1, dtype=torch.long))
     except _REFUSALS as error:
         return Check(NAME, True, f"refuses the checkpoint, as it must where planish is not imported: {type(error).__name__}", {})
-    return Check(
-        NAME, False, "transformers loads the checkpoint without planish, but knows nothing of what planish writes: it would run wrong", {}
-    )
+    return Check(NAME, False, "transformers loads the checkpoint without planish, but knows nothing of what planish writes: it would run wrong", {})
 
 
 def wide(model: nn.Module, _: object) -> None:
@@ -124,7 +123,9 @@ def _why_not(checkpoint: StoredCheckpoint, own: bool) -> str | None:
 
 def _least(checkpoint: StoredCheckpoint) -> float:
     activations = any(how.scheme.activations is not None for how in checkpoint.packed.values())
-    return LEAST_ACTIVATIONS if activations else LEAST_WEIGHTS
+    family = FAMILIES.get(checkpoint.config.model_type)
+    rounded = family is not None and family.experts is not None  # it makes ordinary weights of experts' codes, in the scales' dtype
+    return LEAST_ACTIVATIONS if activations or rounded else LEAST_WEIGHTS
 
 
 def _stock_logits(folder: Path, ids_NL: Tensor) -> tuple[list[Tensor], list[str]]:

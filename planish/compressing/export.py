@@ -127,9 +127,7 @@ def _config(plan: Plan, packed: Mapping[str, Packed], blocks: list[BlockRecord])
     in_files = partial(name_in_files, plan.topology.family)
     declared = {in_files(name): how for name, how in packed.items()}
     experts = bool(routers) and "transformers" not in plan.servers
-    config["quantization_config"] = quantization_config(
-        declared, map(in_files, ignored), transposed=transposed, extended=extended, experts=experts
-    )
+    config["quantization_config"] = quantization_config(declared, map(in_files, ignored), transposed=transposed, extended=extended, experts=experts)
     return config
 
 

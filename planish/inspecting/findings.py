@@ -1,7 +1,8 @@
 """What an inspection found, in sentences: what breaks a model at low bits first, what helps last."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
+from operator import itemgetter
 from statistics import median
 
 from ..calib.outliers.diagnosis import SCHEMES, Intervention, MassiveActivation, OutlierReport, SiteFigures, SuperWeight
@@ -114,8 +115,8 @@ def _spiked(report: OutlierReport) -> Iterator[str]:
     """Sites whose largest values are those of sink tokens."""
     limits = report.thresholds
     spiked = [site for site in report.sites if site.sink_tokens and site.every.absmax > limits.site_spike * site.ordinary.absmax]
-    for name, sites in _by_site(spiked):
-        reach = _listed(f"{_number(site.every.absmax)} in layer {site.block}" for site in sites[:NAMED])
+    for name, sites in _by_kind(spiked, lambda site: site.every.absmax):
+        reach = _listed(f"{_number(site.every.absmax)} in {_site_layer(site)}" for site in sites[:NAMED])
         mild = [site for site in sites if site.ordinary.kurtosis <= limits.site_kurtosis]
         rest = _listed(_number(site.ordinary.absmax) for site in mild[:NAMED])
         tails = _listed(_number(site.ordinary.kurtosis) for site in mild[:NAMED])
@@ -130,16 +131,26 @@ def _spiked(report: OutlierReport) -> Iterator[str]:
 def _hard(report: OutlierReport) -> Iterator[str]:
     """Sites that are hard without sink tokens."""
     hard = [site for site in report.sites if site.ordinary.kurtosis > report.thresholds.site_kurtosis]
-    for name, sites in _by_site(hard):
+    for name, sites in _by_kind(hard, lambda site: site.ordinary.kurtosis):
         worst = sorted(sites, key=lambda site: -site.ordinary.kurtosis)
-        tails = _listed(f"{_number(site.ordinary.kurtosis)} in layer {site.block}" for site in worst[:NAMED])
+        tails = _listed(f"{_number(site.ordinary.kurtosis)} in {_site_layer(site)}" for site in worst[:NAMED])
         state = f"stays hard without {_sinks(report)}" if any(site.sink_tokens for site in sites) else "is hard"
         meaning = "Rare values of ordinary tokens set a static range there."
         yield f"The input of {name} in {_layers(sites)} {state}: kurtosis {tails} (3 for a Gaussian). {meaning}"
 
 
-def _by_site(sites: Iterable[SiteFigures]) -> list[tuple[str, list[SiteFigures]]]:
-    return [(name, list(group)) for name, group in groupby(sorted(sites, key=lambda site: (site.site, site.block)), key=lambda site: site.site)]
+def _by_kind(sites: Iterable[SiteFigures], worst: Callable[[SiteFigures], float]) -> list[tuple[str, list[SiteFigures]]]:
+    """In the order of blocks; of a block's experts the one with the most of `worst`."""
+    chosen: dict[tuple[str, int], SiteFigures] = {}
+    for site in sites:
+        before = chosen.setdefault((site.kind, site.block), site)
+        chosen[site.kind, site.block] = max(before, site, key=worst)
+    return [(kind, [site for _, site in group]) for kind, group in groupby(sorted(chosen.items(), key=itemgetter(0)), key=lambda item: item[0][0])]
+
+
+def _site_layer(site: SiteFigures) -> str:
+    expert = site.site.removeprefix(site.kind).removeprefix(".")
+    return f"layer {site.block} (expert {expert})" if expert else f"layer {site.block}"
 
 
 def _sinks(report: OutlierReport) -> str:

@@ -173,12 +173,12 @@ def _more(sites: Sequence[SiteFigures], worst: SiteFigures) -> str:
 def _by_name(sites: Iterable[SiteFigures]) -> dict[str, list[SiteFigures]]:
     found: dict[str, list[SiteFigures]] = {}
     for site in sites:
-        found.setdefault(site.site, []).append(site)
+        found.setdefault(site.kind, []).append(site)
     return found
 
 
 def _patterns(some: Sequence[SiteFigures], every: Sequence[SiteFigures]) -> tuple[str, ...]:
-    """Patterns for these sites: *.name where all of that name are among them."""
+    """Patterns for these sites: *.kind where all of that kind are among them."""
     patterns: list[str] = []
     for name, sites in _by_name(some).items():
         whole = len(sites) == len(_by_name(every)[name])

@@ -121,7 +121,7 @@ class ServedConfig(CompressedTensorsConfig):
         """A PlanishConfig, or transformers' own."""
         from ..calib.compressed.packing import has_experts
 
-        made_by = PlanishConfig if has_experts(config_dict) else CompressedTensorsConfig
+        made_by: Any = PlanishConfig if has_experts(config_dict) else CompressedTensorsConfig
         return made_by.from_dict(config_dict, return_unused_kwargs, **kwargs)
 
 

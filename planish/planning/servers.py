@@ -39,7 +39,7 @@ def uneven_experts(packed: Mapping[Address, Packed | None]) -> bool:
 
 
 def devices_of_experts(how: Packed) -> frozenset[str]:
-    """On which of CPU and GPU vLLM runs experts that are stored like this, with the arithmetic that planish measures: it has other kernels for them."""
+    """On which of CPU and GPU vLLM runs experts that are stored like this, with planish's arithmetic: it has other kernels for them."""
     fmt, act = how.scheme.weights, how.scheme.activations
     assert fmt is not None
     if act is None:
@@ -50,8 +50,8 @@ def devices_of_experts(how: Packed) -> frozenset[str]:
 
 
 def _dequantized_right(how: Packed) -> bool:
-    """Whether transformers (5.23) has right experts where all of a mixture is stored like this: it makes ordinary weights of theirs, by one format for
-    all, and fails at zero points; NVFP4's come out wrong, and experts' activations it leaves in full precision."""
+    """Whether transformers (5.23) has right experts where all of a mixture is stored like this: it makes ordinary weights of their codes, by one
+    format for all, and fails at zero points; NVFP4's come out wrong, and experts' activations it leaves in full precision."""
     fmt = how.scheme.weights
     assert fmt is not None
     return how.scheme.activations is None and fmt.symmetric and fmt.kind != NVFP4

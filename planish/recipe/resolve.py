@@ -4,7 +4,7 @@ Sites are addressed as `block.site`, such as `11.down`; patterns are those of fn
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 

@@ -112,7 +112,7 @@ def test_family(family: str, recipe: str, sources: dict[str, Path], tmp_path: Pa
     elif family in MIXTURES and "transformers" in result.plan.servers:
         assert distance(stock(out)(ids()).logits, model(ids()).logits) < 0.01  # which makes bfloat16 weights of the experts' codes
     elif family in MIXTURES:
-        with by_itself(), pytest.raises((ValueError, RuntimeError), match="experts: for vLLM, or import planish first|ignore_mismatched_sizes"):
+        with by_itself(), pytest.raises((ValueError, RuntimeError), match=r"experts: for vLLM, or import planish first|ignore_mismatched_sizes"):
             AutoModelForCausalLM.from_pretrained(out)
         assert torch.equal(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(ids()).logits, model(ids()).logits)
     else:

@@ -8,8 +8,8 @@ from helpers_compress import ids, source
 from tiny_models import CONFIGS
 from torch import nn
 
-from planish.calib.blocks.sites import Site
 from planish.calib.blocks.experts import seeing_all
+from planish.calib.blocks.sites import Site
 from planish.calib.files.checkpoint import open_checkpoint
 from planish.calib.walk.recorded import Recorded, recording
 from planish.calib.walk.runner import BlockRunner
