@@ -101,9 +101,9 @@ class Family:
     between the residual stream and them, or one without weights. q, q_rows, k, k_rows, rotary, obstacle: as in
     sites.Attention. v, v_rows: the module and its rows that make o's input. up_host, up_rows: those that make down's input, if the MLP is gated or
     its activation homogeneous. experts: how many there are, in a mixture; up, down and up_host are then from each of them (mlp.experts.NUMBER).
-    shared: a module with the same layers that sees every token, before the experts do, and its inner size. routers: what reads their input besides. writers: without the
-    experts' own. width: the inner size of the MLP, or of an expert. activation: the config's name for its function. refuse: conditions under which
-    the table does not hold, each with the reason.
+    shared: a module with the same layers that sees every token, before the experts do, and its inner size. routers: what reads their input besides.
+    writers: without the experts' own. width: the inner size of the MLP, or of an expert. activation: the config's name for its function.
+    refuse: conditions under which the table does not hold, each with the reason.
     """
 
     architecture: str
