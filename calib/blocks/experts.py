@@ -16,11 +16,9 @@ from torch import Tensor, nn
 class Expert(nn.Module):
     """down(act(gate(x)) * up(x)). x: (T, D)."""
 
-    def __init__(self, gate_up_ID: Tensor, down_DI: Tensor, act: nn.Module) -> None:
+    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, act: nn.Module) -> None:
         super().__init__()
-        gate_ID, up_ID = gate_up_ID.chunk(2)
-        self.gate_proj, self.up_proj, self.down_proj = _linear(gate_ID), _linear(up_ID), _linear(down_DI)
-        self.act_fn = act
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate, up, down, act
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D)."""
@@ -76,7 +74,7 @@ def separate(model: nn.Module) -> None:
     for path, module in list(model.named_modules()):
         both_EID, down_EDI, act = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj", "act_fn"))
         if isinstance(both_EID, nn.Parameter) and isinstance(down_EDI, nn.Parameter) and isinstance(act, nn.Module) and both_EID.dim() == 3:
-            experts = Experts(Expert(both_ID, down_DI, act) for both_ID, down_DI in zip(both_EID, down_EDI, strict=True))
+            experts = Experts(_expert(both_ID, down_DI, act) for both_ID, down_DI in zip(both_EID, down_EDI, strict=True))
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, experts)
 
@@ -115,6 +113,11 @@ def routed_alike(block: nn.Module, routes: Routes) -> Iterator[None]:
 def routes_tokens(module: nn.Module) -> bool:
     """Whether it is a router of transformers: it has the matrix (experts, channels) itself, and its output begins with the logits."""
     return hasattr(module, "top_k") and isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+def _expert(gate_up_ID: Tensor, down_DI: Tensor, act: nn.Module) -> Expert:
+    gate_ID, up_ID = gate_up_ID.chunk(2)
+    return Expert(_linear(gate_ID), _linear(up_ID), _linear(down_DI), act)
 
 
 def _linear(weight_OI: Tensor) -> nn.Linear:

@@ -25,6 +25,7 @@ from ...quant.kernels.joined import JoinedLinear, Part, join, joinable
 from ...quant.kernels.modules import PackedLinear, few_tokens_group
 from ...quant.linear import Parts, QuantizedLinear, share_input
 from ...quant.transforms.factors import Blocks, on_input
+from ..blocks.experts import Experts
 from ..blocks.families import FAMILIES
 from ..blocks.sites import Site, Topology
 from ..blocks.topology import topology
@@ -165,6 +166,12 @@ def fuse(model: nn.Module, config: PretrainedConfig, root: str, dtype: torch.dty
             put_passes(model.get_submodule(f"{block}.{known.attention.module}"), dtype)
     for path in _norms(known):
         _replace(model, path.removeprefix(root), RmsNorm.of, dtype, device)
+
+
+def fuse_experts(experts: Experts, dtype: torch.dtype, device: torch.device) -> None:
+    """Fewer passes for each, where they compute what its own do."""
+    for number in range(len(experts)):
+        _replace(experts, str(number), GatedMlp.of, dtype, device)
 
 
 def _replace(model: nn.Module, path: str, make: "Callable[[nn.Module], RmsNorm | GatedMlp | None]", dtype: torch.dtype, device: torch.device) -> None:

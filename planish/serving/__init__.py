@@ -5,7 +5,7 @@ from typing import Any
 METHOD = "planish"
 """What vLLM calls the quantization of planish's checkpoints."""
 
-VLLM_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+VLLM_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 """Whose linears vLLM keeps in the rows' order of the checkpoint; others' it may turn about while loading, unseen by planish."""
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,22 @@ from vllm.distributed import get_tensor_model_parallel_world_size  # pyright: ig
 from vllm.forward_context import get_forward_context  # pyright: ignore[reportMissingImports]
 from vllm.logger import init_logger  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.attention import Attention  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.layers.fused_moe import RoutedExperts  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.models.utils import WeightsMapper  # pyright: ignore[reportMissingImports]
+from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 from vllm.utils.torch_utils import direct_register_custom_op  # pyright: ignore[reportMissingImports]
 
+from ..calib.blocks.families import name_in_files, name_in_model
 from ..calib.compressed.packed import packed_readers, pick_kernels
-from ..calib.compressed.packing import PLAIN
+from ..calib.compressed.packing import PLAIN, has_experts
 from ..calib.compressed.stored import StoredCheckpoint, open_stored
 from ..quant.errors import PlanishError
 from ..quant.kernels.joined import Part
 from ..quant.linear import Parts, QuantizedLinear, share_input
 from . import METHOD, VLLM_FAMILIES
+from .vllm_experts import PlanishExpertsMethod, quantized_experts
 from .vllm_prefix import store_prefix
 
 try:  # a name that torch.compile keeps out of what it compiles, so that all layers share it
@@ -68,10 +72,11 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> str | None:
         """Also compressed-tensors in plain layout with activations where they or the weights have fewer than 8 bits: vLLM itself refuses such
-        activations, and W4A8 on GPUs. All of compressed-tensors where the user asks for planish."""
+        activations, and W4A8 on GPUs; mixtures of experts with quantized activations on CPUs, where it has kernels for few. All of compressed-tensors
+        where the user asks for planish."""
         if not isinstance(hf_quant_cfg, dict) or hf_quant_cfg.get("quant_method") != PLAIN or user_quant not in (None, METHOD):
             return None
-        if user_quant == METHOD:
+        if user_quant == METHOD or (has_experts(hf_quant_cfg) and current_platform.is_cpu()):
             return METHOD
         groups = [group for group in (hf_quant_cfg.get("config_groups") or {}).values() if isinstance(group, dict)]
         pairs = [(group.get("weights") or {}, group.get("input_activations")) for group in groups]
@@ -105,7 +110,8 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
 
     def get_checkpoint_weight_mapper(self) -> Any:
         """vLLM leaves out what planish reads itself; biases it takes where its layers have them."""
-        linears = "|".join(map(re.escape, self.checkpoint.packed))
+        in_files = partial(name_in_files, self.checkpoint.config.model_type)
+        linears = "|".join(map(re.escape, map(in_files, self.checkpoint.packed)))
         return WeightsMapper(orig_to_new_regex={re.compile(rf"\.planish\.|^({linears})\.(weight|input_)"): None})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
@@ -113,16 +119,19 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
         if isinstance(layer, Attention):
             store_prefix(layer, prefix, self.checkpoint)
             return None
+        prefix = name_in_model(self.checkpoint.config.model_type, prefix)
+        if isinstance(layer, RoutedExperts):
+            return PlanishExpertsMethod(layer, self.checkpoint, prefix) if quantized_experts(self.checkpoint, prefix) else None
         if not isinstance(layer, LinearBase):
             return None
         parent, _, child = prefix.rpartition(".")
         names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(child, [child])]
-        ours = [name in self.checkpoint.packed for name in names]
-        if not any(ours):
+        quantized = [name in self.checkpoint.packed for name in names]
+        if not any(quantized):
             if missing := [name for name in names if f"{name}.weight" not in self.checkpoint.tensors]:
                 raise PlanishError(f"{prefix}: no layer of the checkpoint ({missing[0]}.weight). planish serves no speculative models.")
             return UnquantizedLinearMethod()
-        if not all(ours):
+        if not all(quantized):
             raise PlanishError(f"{prefix}: vLLM computes {', '.join(names)} at once, but only some of them are quantized. Quantize all or none.")
         if get_tensor_model_parallel_world_size() != 1:
             raise PlanishError("tensor parallelism: planish's layers run on one device. Leave --tensor-parallel-size out.")
