@@ -3,6 +3,7 @@
 Shape suffixes: C channels of a site, O and I out and in channels of one layer, R rows of a host's output.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -54,6 +55,19 @@ class Site:
     def all_readers(self) -> tuple[str, ...]:
         """What has to follow where the activation is another by a factor or a basis."""
         return (*self.readers, *self.routers)
+
+
+def kind_of(site: str) -> str:
+    """Of a site's name, what it is: `down` of `down.3`, which is an expert's."""
+    return site.partition(".")[0]
+
+
+def by_kind(sites: Iterable[str]) -> dict[str, list[str]]:
+    """These names, each under its kind."""
+    found: dict[str, list[str]] = {}
+    for site in sites:
+        found.setdefault(kind_of(site), []).append(site)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +135,7 @@ class Topology:
     @property
     def inside(self) -> tuple[Site, ...]:
         """The sites inside the block's MLPs, one of every expert."""
-        return tuple(site for site in self.sites if site.name.partition(".")[0] == "down")
+        return tuple(site for site in self.sites if kind_of(site.name) == "down")
 
     @property
     def vision(self) -> bool:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from transformers import PreTrainedConfig
 
 from ...quant.errors import PlanishError
-from .families import FAMILIES, Family, Sizes, separate_up
+from .families import FAMILIES
+from .family import Family, Sizes, separate_up
 from .proof import check_structure as check_structure
 from .proof import prove as prove
 from .sites import Attention as Attention

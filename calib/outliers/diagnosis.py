@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...quant.errors import PlanishError
+from ..blocks.sites import kind_of
 
 TRANSFORMS = ("plain", "smooth", "hadamard", "both")
 SCHEMES = ("w8a8", "w4a8", "w4a4")
@@ -215,7 +216,7 @@ class SiteFigures:
     @property
     def kind(self) -> str:
         """The site's name, that of all experts where it is an expert's: "down"."""
-        return self.site.partition(".")[0]
+        return kind_of(self.site)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

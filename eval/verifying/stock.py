@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from ...calib.blocks.families import FAMILIES
+from ...calib.blocks.families import is_mixture
 from ...calib.compressed.packing import OWN, PLAIN, has_experts, is_own, other_grid
 from ...calib.compressed.stored import StoredCheckpoint
 from ...calib.files.shards import read_json
@@ -123,8 +123,7 @@ def _why_not(checkpoint: StoredCheckpoint, own: bool) -> str | None:
 
 def _least(checkpoint: StoredCheckpoint) -> float:
     activations = any(how.scheme.activations is not None for how in checkpoint.packed.values())
-    family = FAMILIES.get(checkpoint.config.model_type)
-    rounded = family is not None and family.experts is not None  # it makes ordinary weights of experts' codes, in the scales' dtype
+    rounded = is_mixture(checkpoint.config.model_type)  # it makes ordinary weights of experts' codes, in the scales' dtype
     return LEAST_ACTIVATIONS if activations or rounded else LEAST_WEIGHTS
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..calib.blocks.sites import by_kind, kind_of
 from ..calib.compressed.packing import Packed, clipped, made_dynamic
 from ..calib.compressed.stored import open_stored
 from ..calib.data.windows import start_token
@@ -317,16 +318,27 @@ def packed_linears(plan: Plan, record: BlockRecord) -> dict[str, Packed]:
 def _describe(record: BlockRecord) -> str:
     parts = [] if record.error is None else [f"error {record.error:.4f}"]
     parts += [] if record.polished is None else [f"polished {record.polished[0]:.4f} to {record.polished[1]:.4f}"]
-    strengths = [f"{name} {site.strength}" for name, site in record.sites.items() if site.strength is not None]
-    parts += [f"smoothing {', '.join(strengths)}"] if strengths else []
-    exponents = [f"{name} {site.exponent}" for name, site in record.sites.items() if site.exponent is not None]
-    parts += [f"scaling {', '.join(exponents)}"] if exponents else []
-    choices = [f"{name} {site.chosen}" for name, site in record.sites.items() if site.chosen is not None]
-    parts += [f"auto {', '.join(choices)}"] if choices else []
-    chosen = [f"{name} {setting} {value:g}" for name, site in record.sites.items() for setting, value in site.settings.items()]
-    parts += [f"chosen {', '.join(chosen)}"] if chosen else []
-    parts += [f"{name}: {site.note}" for name, site in record.sites.items() if site.note]
+    figures: dict[str, dict[str, object]] = {"smoothing": {}, "scaling": {}, "auto": {}}
+    for name, site in record.sites.items():
+        settings = {f"chosen {setting}": f"{value:g}" for setting, value in site.settings.items()}
+        for words, value in {"smoothing": site.strength, "scaling": site.exponent, "auto": site.chosen, **settings}.items():
+            figures.setdefault(words, {}).update({} if value is None else {name: value})
+    parts += [f"{words} {', '.join(_each(values))}" for words, values in figures.items() if values]
+    notes: dict[tuple[str, str], list[str]] = {}
+    for name, site in record.sites.items():
+        if site.note:
+            notes.setdefault((kind_of(name), site.note), []).append(name)
+    parts += [f"{names[0] if len(names) == 1 else f'{kind} of {len(names)} experts'}: {note}" for (kind, note), names in notes.items()]
     return ", ".join(parts)
+
+
+def _each(values: Mapping[str, object]) -> list[str]:
+    """What was decided for each site; experts together, from the smallest to the largest."""
+    words = []
+    for kind, names in by_kind(values).items():
+        found = sorted({values[name] for name in names}, key=str)
+        words.append(f"{names[0] if len(names) == 1 else kind} {found[0]}{f' to {found[-1]}' if len(found) > 1 else ''}")
+    return words
 
 
 def _probe(plan: Plan, runner: BlockRunner, streams: Streams) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..calib.blocks.sites import by_kind, kind_of
 from ..common.units import change, counted, duration, perplexity, size
 from ..common.yamltext import dump_yaml
 from ..eval.pages.markdown import escaped, points, rows_table
@@ -115,12 +116,12 @@ def _text(found: EvaluationReport | None) -> str:
 
 def _pictures(report: CompressReport) -> Iterator[Part]:
     """The error of every site and of every block's output, where there are any."""
-    names = list(dict.fromkeys(chain.from_iterable(block.sites for block in report.blocks)))
+    names = list(by_kind(chain.from_iterable(block.sites for block in report.blocks)))
     sites = tuple(
         Point(
             label=f"block {block.index}",
             x=block.index,
-            values=tuple(_known(block.sites[name].error if name in block.sites else None) for name in names),
+            values=tuple(max((_known(site.error) for name, site in block.sites.items() if kind_of(name) == kind), default=0.0) for kind in names),
         )
         for block in report.blocks
     )
@@ -133,8 +134,8 @@ def _pictures(report: CompressReport) -> Iterator[Part]:
     )
     if drawn:
         yield Picture(
-            caption="By site: of the quantized layers that read it, on the inputs that really arrive there. So far: of the hidden states after the "
-            "block against full precision, all blocks before it quantized too. Sink tokens are left out.",
+            caption="By site (the worst of a mixture's experts): of the layers that read it, on the inputs that really arrive there. So far: of the "
+            "hidden states after the block against full precision, all blocks before it quantized too. Sink tokens are left out.",
             svgs=drawn,
         )
 

@@ -2,12 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import RenderableType
 from rich.text import Text
 
+from ..calib.blocks.sites import by_kind, kind_of
 from ..calib.compressed.packing import Packed
 from ..common.fitting import Table
 from ..common.units import duration, size
@@ -39,7 +40,7 @@ def plan_table(plan: Plan, model: str, *, evaluate: bool = True) -> RenderableTy
     rows = [
         ("model", f"{model}: {plan.topology.family}, {blocks} blocks, {size(plan.checkpoint.nbytes)} in {_short(plan.checkpoint.dtype)}"),
         ("recipe", f"{plan.recipe.name}: {plan.recipe.description}".rstrip(": ")),
-        *((", ".join(names), what) for what, names in _sites(plan).items()),
+        *((", ".join(_named(names, plan)), what) for what, names in _sites(plan).items()),
         ("checkpoint", f"about {size(plan.out_bytes)}, {plan.bits_per_weight:.2f} bits per quantized weight"),
         ("memory", f"about {_memory(plan.memory, plan)} at most, activations {where}; {_otherwise(plan)}"),
         ("disk", f"about {size(plan.disk)} while it runs"),
@@ -80,6 +81,16 @@ def _sites(plan: Plan) -> dict[str, list[str]]:
         words = "; ".join(_scheme(how, blocks, len(by_scheme) > 1) for how, blocks in by_scheme.items())
         rows.setdefault(words, []).append(name)
     return rows
+
+
+def _named(names: Sequence[str], plan: Plan) -> list[str]:
+    """The sites in few words: experts are counted."""
+    every = by_kind(site.name for site in plan.topology.sites)
+    words = []
+    for kind, some in by_kind(names).items():
+        count = len(every[kind])
+        words.append(some[0] if count == 1 else f"{kind} of {count} experts" if len(some) == count else f"{kind} of {len(some)} of {count} experts")
+    return words
 
 
 def _scheme(how: Packed | None, blocks: list[int], mixed: bool) -> str:
@@ -139,7 +150,7 @@ def gate_rows(judgement: Judgement) -> list[tuple[str, str]]:
 
 def _choices(result: Result) -> list[tuple[str, str]]:
     """What auto and raise_activations decided, over all blocks."""
-    chosen = Counter((name, site.chosen) for block in result.blocks for name, site in block.sites.items() if site.chosen is not None)
+    chosen = Counter((kind_of(name), site.chosen) for block in result.blocks for name, site in block.sites.items() if site.chosen is not None)
     by_site: dict[str, list[str]] = {}
     for (name, what), times in chosen.most_common():
         by_site.setdefault(name, []).append(f"{what} ({times})")

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ..calib.blocks.topology import Topology
+from ..calib.blocks.sites import Topology, kind_of
 from ..calib.compressed.packing import Packed, other_grid
 from ..quant.formats import NVFP4, Scheme
 from ..recipe.resolve import SERVED_GROUPS, Address
@@ -21,8 +21,9 @@ def servers(packed: Mapping[Address, Packed | None], known: Topology) -> tuple[s
     everywhere = all(map(runs_in_transformers, schemes)) and (not known.routers or (len(schemes) == 1 and _dequantized_right(*schemes)))
     found = ["planish", "transformers"] if everywhere else ["planish"]
     devices = BOTH.intersection(*map(vllm_devices, schemes))
-    experts = {how for (_, name), how in packed.items() if known.routers and how is not None and name.partition(".")[0] in INSIDE}
-    devices = devices.intersection(*map(devices_of_experts, experts))
+    if known.routers:
+        inside = {how for (_, name), how in packed.items() if how is not None and kind_of(name) in INSIDE}
+        devices &= {"GPU"} if all(map(runs_experts, inside)) else set()
     if devices and (family not in RENAMED or len(schemes) == 1):
         found.append("vLLM" if devices == BOTH else f"vLLM ({min(devices)})")
     return tuple(found)
@@ -33,20 +34,18 @@ def uneven_experts(packed: Mapping[Address, Packed | None]) -> bool:
     kinds: dict[int, set[Packed | None]] = {}
     mixtures = {block for block, name in packed if name.startswith("down.")}
     for (block, name), how in packed.items():
-        if block in mixtures and name.partition(".")[0] in INSIDE:
+        if block in mixtures and kind_of(name) in INSIDE:
             kinds.setdefault(block, set()).add(how)
     return any(len(found) > 1 for found in kinds.values())
 
 
-def devices_of_experts(how: Packed) -> frozenset[str]:
-    """On which of CPU and GPU vLLM runs experts that are stored like this, with planish's arithmetic: it has other kernels for them."""
+def runs_experts(how: Packed) -> bool:
+    """Whether vLLM's GPU build has a kernel for experts that are stored like this; on CPUs it has some for those with AMX alone."""
     fmt, act = how.scheme.weights, how.scheme.activations
     assert fmt is not None
-    if act is None:
-        return frozenset({"GPU"})
-    if fmt.type == "float":
-        return frozenset({"GPU"})
-    return BOTH if act.dynamic and act.symmetric and act.bits == fmt.bits == 8 and fmt.granularity == "channel" else frozenset()
+    if act is None or fmt.kind == NVFP4:
+        return fmt.type == "int" or fmt.kind == NVFP4
+    return act.dynamic and act.symmetric and act.granularity == "token" and fmt.granularity == "channel" and act.bits == fmt.bits == 8
 
 
 def _dequantized_right(how: Packed) -> bool:

@@ -20,9 +20,9 @@ from vllm.model_executor.models.utils import WeightsMapper  # pyright: ignore[re
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 from vllm.utils.torch_utils import direct_register_custom_op  # pyright: ignore[reportMissingImports]
 
-from ..calib.blocks.families import name_in_files, name_in_model
+from ..calib.blocks.families import is_mixture, name_in_files, name_in_model
 from ..calib.compressed.packed import packed_readers, pick_kernels
-from ..calib.compressed.packing import PLAIN, has_experts
+from ..calib.compressed.packing import PLAIN
 from ..calib.compressed.stored import StoredCheckpoint, open_stored
 from ..quant.errors import PlanishError
 from ..quant.kernels.joined import Part
@@ -72,11 +72,11 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> str | None:
         """Also compressed-tensors in plain layout with activations where they or the weights have fewer than 8 bits: vLLM itself refuses such
-        activations, and W4A8 on GPUs; mixtures of experts with quantized activations on CPUs, where it has kernels for few. All of compressed-tensors
-        where the user asks for planish."""
+        activations, and W4A8 on GPUs; mixtures of experts on CPUs, where it has kernels for few. All of compressed-tensors where the user asks for
+        planish."""
         if not isinstance(hf_quant_cfg, dict) or hf_quant_cfg.get("quant_method") != PLAIN or user_quant not in (None, METHOD):
             return None
-        if user_quant == METHOD or (has_experts(hf_quant_cfg) and current_platform.is_cpu()):
+        if user_quant == METHOD or (current_platform.is_cpu() and is_mixture(getattr(hf_config, "model_type", ""))):
             return METHOD
         groups = [group for group in (hf_quant_cfg.get("config_groups") or {}).values() if isinstance(group, dict)]
         pairs = [(group.get("weights") or {}, group.get("input_activations")) for group in groups]

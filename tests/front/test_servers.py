@@ -82,3 +82,35 @@ def test_of_several() -> None:
     assert run_by(packed("w8a8"), family="gpt2") == ("planish",)
     assert run_by(packed("w8a8"), family="gpt_neox")[-1] == "vLLM"
     assert run_by(packed("w8a8"), packed("w4a16"), family="gpt_neox")[-1] == "transformers"
+
+
+MIXTURES_SERVED = {
+    "w8a8": ("planish", "vLLM (GPU)"),
+    "w8a8, asymmetric": ("planish",),
+    "w8a8, static": ("planish",),
+    "w4a8": ("planish",),
+    "w4a16": ("planish", "transformers", "vLLM (GPU)"),
+    "w4a16, asymmetric": ("planish", "vLLM (GPU)"),
+    "w8a16": ("planish", "transformers", "vLLM (GPU)"),
+    "fp8": ("planish", "vLLM (GPU)"),
+    "fp8, weights alone": ("planish", "transformers"),
+    "nvfp4": ("planish", "vLLM (GPU)"),
+    "nvfp4, weights alone": ("planish", "vLLM (GPU)"),
+    "w3a16": ("planish", "transformers"),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES_SERVED)
+def test_of_mixtures(name: str) -> None:
+    assert run_by(packed(name), family="mixtral") == MIXTURES_SERVED[name]
+
+
+def test_of_mixtures_with_several() -> None:
+    known = topology(AutoConfig.for_model(**CONFIGS["mixtral"]))
+    kinds = {(0, site.name): packed("w8a8") for site in known.sites}
+    assert servers({**kinds, (0, "qkv"): None}, known) == ("planish", "vLLM (GPU)")
+    assert servers({**kinds, (0, "down.2"): None}, known) == ("planish",)
+    assert servers({**kinds, (0, "down.2"): packed("w4a16")}, known) == ("planish",)
+    assert servers({**kinds, (0, "qkv"): packed("w4a16")}, known) == ("planish", "vLLM (GPU)")
+    weights = {(0, site.name): packed("w4a16") for site in known.sites}
+    assert servers({**weights, (0, "qkv"): packed("w8a16")}, known) == ("planish", "vLLM (GPU)")  # transformers reads all by one format
