@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..calib.blocks.sites import reader_weight
+from ..calib.blocks.sites import Topology, kind_of, reader_weight
 from ..calib.compressed.packing import Packed, stored_size
 from ..calib.walk.observe import sinks
 from ..calib.walk.runner import BlockRunner
@@ -49,7 +49,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredSite:
-    """A site's options by name. weights: how many its readers have."""
+    """A site's options by name, or those of a block's experts together (EXPERTS). weights: how many its readers have."""
 
     block: int
     site: str
@@ -59,6 +59,24 @@ class MeasuredSite:
 
 Choices = Mapping[Address, Mapping[str, Packed | None]]
 """The candidates at each site, by name; None: full precision."""
+EXPERTS = "experts"
+"""What stands for the sites of all experts of a block, whose format is one: servers compute them at once."""
+
+
+def place(address: Address, known: Topology) -> Address:
+    """The block, and the name under which the site gets its format."""
+    return (address[0], EXPERTS) if known.routers and kind_of(address[1]) in ("gate_up", "down") else address
+
+
+def together(choices: Choices, known: Topology) -> dict[Address, dict[Address, Mapping[str, Packed | None]]]:
+    """The sites that get one format, under its place, each with the candidates that all of them have."""
+    found: dict[Address, dict[Address, Mapping[str, Packed | None]]] = {}
+    for address, options in choices.items():
+        found.setdefault(place(address, known), {})[address] = options
+    for members in found.values():
+        shared = set.intersection(*(set(options) for options in members.values()))
+        members |= {address: {name: how for name, how in options.items() if name in shared} for address, options in members.items()}
+    return found
 
 
 def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, progress: Progress, *, around: float | None = None) -> list[MeasuredSite]:
@@ -71,7 +89,8 @@ def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, progress: 
         raise PlanishError("calibration is null, but a search measures on its text. Remove the line to use the built-in text.")
     runner, count = blocks.runner, blocks.runner.topology.block_count
     batches = list(torch.split(ids_NL, 1))
-    tried = {address: set(options) if around is None else {probe(runner, address, options, around)} for address, options in choices.items()}
+    units = together(choices, runner.topology)
+    tried = {at: set(next(iter(members.values()))) if around is None else {probe(runner, members, around)} for at, members in units.items()}
     errors: dict[Address, dict[str, float]] = {}
     with arithmetic(runner.dtype, as_walked=True):
         variants: Variants | None = None
@@ -79,7 +98,7 @@ def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, progress: 
         for index in range(count):
             with blocks.block(index) as (block, turn):
                 variants = variants or Variants.start(runner, batches)
-                found, changed = _block(blocks, block, turn, choices, tried, _ordinary_inputs(blocks, block, index, variants))
+                found, changed = _block(blocks, block, turn, units, tried, _ordinary_inputs(blocks, block, index, variants))
                 errors |= found
                 variants.advance(block, index, changed)
             progress.step(index + 1)
@@ -87,33 +106,41 @@ def measure(blocks: AbsorbedBlocks, choices: Choices, ids_NL: Tensor, progress: 
         progress.stage("measuring divergence", sum(batch.shape[1] - 1 for batch in batches))
         compared = stream_comparisons(runner, runner, batches, variants.plain, list(variants.streams.values()), progress.step)
     divergence = {key: comparison.kl for key, comparison in zip(variants.streams, compared, strict=True)}
-    return [_site(runner, address, choices[address], errors[address], divergence) for address in errors]
+    return [_site(runner, at, members, errors[at], divergence) for at, members in units.items()]
 
 
 def _block(
-    blocks: AbsorbedBlocks, block: nn.Module, turn: Turn, choices: Choices, tried: Mapping[Address, set[str]], inputs: Mapping[str, Tensor]
+    blocks: AbsorbedBlocks,
+    block: nn.Module,
+    turn: Turn,
+    units: Mapping[Address, Choices],
+    tried: Mapping[Address, set[str]],
+    inputs: Mapping[str, Tensor],
 ) -> tuple[dict[Address, dict[str, float]], dict[Key, Mapping[str, nn.Module]]]:
-    """The errors of every candidate at the block's sites, and the readers as modules of those that are tried whole."""
+    """The errors of every candidate in the block, and the readers as modules of those that are tried whole."""
     streams, runner = blocks.streams, blocks.runner
     assert streams is not None
     assert streams.before is not None
-    errors: dict[Address, dict[str, float]] = {}
-    changed: dict[Key, Mapping[str, nn.Module]] = {}
+    squares: dict[Address, dict[str, tuple[float, float]]] = {}
+    changed: dict[Key, dict[str, nn.Module]] = {}
     passes = turn.passes(block, streams, streams.before)
     readers = {name: Readers.of(block, site, turn.packed[name], turn.static[name], turn.stored) for name, site in turn.sites.items()}
     with walking(block, list(turn.sites.values()), passes, streams.replay, blocks.compressor.workers) as walk:
         for name, site in readers.items():
-            address = turn.index, name
+            at = place((turn.index, name), runner.topology)
             plain = Readers(site.site, None, None, dict(site.weights), dict(site.biases), {})
-            if address in choices:
-                errors[address] = {}
-                for option, trial in _trials(turn, site, walk, choices[address], blocks.plan.recipe.solver):
+            if (options := units.get(at, {}).get((turn.index, name))) is not None:
+                sums = squares.setdefault(at, {})
+                for option, trial in _trials(turn, site, walk, options, blocks.plan.recipe.solver):
                     modules = _modules(trial, runner.dtype)
-                    errors[address][option] = _error(modules, plain, inputs[name])
-                    if option in tried[address]:
-                        changed[turn.index, name, option] = modules
+                    off, size = _squares(modules, plain, inputs[name])
+                    before = sums.get(option, (0.0, 0.0))
+                    sums[option] = before[0] + off, before[1] + size
+                    if option in tried[at]:
+                        changed.setdefault((*at, option), {}).update(modules)
             settle(plain, walk, runner.dtype, torch.float32)
-    return errors, changed
+    errors = {at: {option: (off / size) ** 0.5 if size else 0.0 for option, (off, size) in sums.items()} for at, sums in squares.items()}
+    return errors, dict(changed)
 
 
 def _trials(turn: Turn, site: Readers, walk: SiteWalk, choices: Mapping[str, Packed | None], solver: Solver) -> Iterator[tuple[str, Readers]]:
@@ -147,15 +174,15 @@ def _ordinary_inputs(blocks: AbsorbedBlocks, block: nn.Module, index: int, varia
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _error(modules: Mapping[str, nn.Module], plain: Readers, x_TC: Tensor) -> float:
-    """Relative error of the readers' outputs."""
+def _squares(modules: Mapping[str, nn.Module], plain: Readers, x_TC: Tensor) -> tuple[float, float]:
+    """Squares of what the readers' outputs are off by, and of the outputs."""
     off = size = 0.0
     for path, module in modules.items():
         bias_O = plain.biases[path]
         y_TO = nn.functional.linear(x_TC, plain.weights[path].to(x_TC), None if bias_O is None else bias_O.to(x_TC))
         off += float((module(x_TC) - y_TO).double().square().sum())
         size += float(y_TO.double().square().sum())
-    return float((off / size) ** 0.5) if size else 0.0
+    return off, size
 
 
 def quicker(solver: Solver) -> Solver:
@@ -179,37 +206,37 @@ def _modules(readers: Readers, dtype: torch.dtype) -> dict[str, nn.Module]:
     }
 
 
-def probe(runner: BlockRunner, address: Address, choices: Mapping[str, Packed | None], around: float) -> str:
+def probe(runner: BlockRunner, members: Choices, around: float) -> str:
     """The candidate that is tried whole where one is: the quantized one whose bits per weight are nearest to `around` (at most PROBED).
 
     The choice will be near it, so that little depends on how other costs follow; of many bits the divergence would drown in rounding.
+    members: the sites that get one format.
     """
-    weights, sizes = site_space(runner, address, choices)
-    quantized = [name for name, how in choices.items() if how is not None]
+    weights, sizes = space(runner, members)
+    quantized = [name for name, how in next(iter(members.values())).items() if how is not None]
     return min(quantized, key=lambda name: (abs(8 * sizes[name] / weights - min(around, PROBED)), sizes[name]))
 
 
-def site_space(runner: BlockRunner, address: Address, choices: Mapping[str, Packed | None]) -> tuple[int, dict[str, int]]:
-    """How many weights the readers of a site have, and the bytes that each candidate makes of them."""
-    block, itemsize = runner.blocks[address[0]], runner.checkpoint.dtype.itemsize
-    readers = next(site.readers for site in runner.topology.sites if site.name == address[1])
-    shapes = [tuple(reader_weight(block.get_submodule(path)).shape) for path in readers]
-    weights = sum(rows * columns for rows, columns in shapes)
-    sizes = {
-        name: weights * itemsize if how is None else sum(stored_size(how, rows, columns, itemsize) for rows, columns in shapes)
-        for name, how in choices.items()
-    }
+def space(runner: BlockRunner, members: Choices) -> tuple[int, dict[str, int]]:
+    """How many weights the readers of these sites have, and the bytes that each candidate makes of them."""
+    weights, sizes, itemsize = 0, dict.fromkeys(next(iter(members.values())), 0), runner.checkpoint.dtype.itemsize
+    sites = {site.name: site.readers for site in runner.topology.sites}
+    for (index, name), choices in members.items():
+        shapes = [tuple(reader_weight(runner.blocks[index].get_submodule(path)).shape) for path in sites[name]]
+        mine = sum(rows * columns for rows, columns in shapes)
+        weights += mine
+        for option, how in choices.items():
+            sizes[option] += mine * itemsize if how is None else sum(stored_size(how, rows, columns, itemsize) for rows, columns in shapes)
     return weights, sizes
 
 
-def _site(
-    runner: BlockRunner, address: Address, choices: Mapping[str, Packed | None], errors: Mapping[str, float], divergence: Mapping[Key, float]
-) -> MeasuredSite:
-    weights, sizes = site_space(runner, address, choices)
-    known = next(name for name in choices if (*address, name) in divergence)
+def _site(runner: BlockRunner, at: Address, members: Choices, errors: Mapping[str, float], divergence: Mapping[Key, float]) -> MeasuredSite:
+    weights, sizes = space(runner, members)
+    choices = next(iter(members.values()))
+    known = next(name for name in choices if (*at, name) in divergence)
     options: dict[str, Option] = {}
     for name, how in choices.items():
-        exact = divergence.get((*address, name))
-        scaled = divergence[(*address, known)] * (errors[name] / errors[known]) ** 2 if how is not None and errors[known] else 0.0
+        exact = divergence.get((*at, name))
+        scaled = divergence[(*at, known)] * (errors[name] / errors[known]) ** 2 if how is not None and errors[known] else 0.0
         options[name] = Option(sizes[name], errors.get(name, 0.0), max(0.0, scaled if exact is None else exact), exact is not None)
-    return MeasuredSite(*address, weights, options)
+    return MeasuredSite(*at, weights, options)

@@ -1,7 +1,8 @@
 """Mixed precision: which weight format each site of a model gets, so that the whole diverges least from the original within a budget of bits.
 
 Costs are measured at each site alone and added up (measuring.py); an integer program finds the best choice (quant/allocation.py). Readers of one site
-(q, k and v; gate and up) always share a format, as servers that fuse them demand. The result is a recipe with overrides.
+(q, k and v; gate and up) always share a format, and so do the experts of a block, as servers that fuse them demand. The result is a recipe with
+overrides.
 """
 
 import math
@@ -16,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calib.blocks.sites import reader_weight
+from ..calib.blocks.sites import kind_of, reader_weight
 from ..calib.walk.runner import BlockRunner
 from ..common.units import size
 from ..compressing.absorbed import AbsorbedBlocks
 from ..planning.preflight import Plan, make_plan
+from ..planning.servers import runs_experts
 from ..quant.allocation import allocate, smallest
 from ..quant.errors import PlanishError
 from ..quant.formats import Scheme
@@ -29,7 +31,7 @@ from ..recipe.schema import Override, Recipe, load_recipe
 from ..walk.callbacks import Progress, Silent
 from .budget import Budget, Weights
 from .candidates import TARGETS, Target, at_site, names_for
-from .measuring import Choices, MeasuredSite, measure, site_space
+from .measuring import Choices, MeasuredSite, measure, place, space, together
 
 TOKENS = 8192  # of the calibration's, that solvers are shown at most, but one sample at least
 
@@ -87,6 +89,11 @@ def search(
     assert plan.ids is not None
     choices = _choices(plan, names, target)
     scope = _Scope.of(plan, choices)
+    if plan.topology.routers and limit.kind in ("x", "tok/s"):
+        raise PlanishError(
+            f"budget {budget}: a mixture's tokens read only the experts that they are sent to, which this model of speed leaves out. Give bits per "
+            "weight, such as 4.5bpw, or a size."
+        )
     scope.check(limit)
     fit_NL, held_NL = split(plan.ids, tokens)
     with _folder(plan) as folder:
@@ -96,7 +103,7 @@ def search(
     taken = [site.options[name] for site, name in zip(sites, chosen, strict=True)]
     stored = sum(option.bytes for option in taken)
     return SearchResult(
-        recipe=_recipe(plan, choices, dict(zip(choices, chosen, strict=True)), budget),
+        recipe=_recipe(plan, choices, dict(zip(together(choices, plan.topology), chosen, strict=True)), budget),
         sites=tuple(sites),
         chosen=tuple(chosen),
         bits_per_weight=scope.weights.bits(stored),
@@ -120,9 +127,11 @@ class _Scope:
     @classmethod
     def of(cls, plan: Plan, choices: Choices) -> "_Scope":
         runner = BlockRunner(plan.source, plan.dtype, plan.device)
-        spaces = [site_space(runner, address, options) for address, options in choices.items()]
+        units = together(choices, plan.topology).values()
+        spaces = [space(runner, members) for members in units]
         weights = Weights.of(runner, sum(weights for weights, _ in spaces))
-        return cls(tuple(tuple(sizes.values()) for _, sizes in spaces), weights, all(None in options.values() for options in choices.values()))
+        keeps = all(None in options.values() for members in units for options in members.values())
+        return cls(tuple(tuple(sizes.values()) for _, sizes in spaces), weights, keeps)
 
     def check(self, limit: Budget) -> None:
         """PlanishError if no choice keeps the budget, or if it has room for every site in full precision, where that is a candidate."""
@@ -192,13 +201,21 @@ def _choices(plan: Plan, names: Sequence[str], target: Target) -> Choices:
     runner, known = BlockRunner(plan.source, plan.dtype, plan.device), plan.topology
     widths = {site.name: reader_weight(runner.blocks[0].get_submodule(site.readers[0])).shape[1] for site in known.sites}
     family, packed = plan.topology.family, plan.packed
+    if known.routers and target == "transformers":
+        raise PlanishError("target transformers: it reads all of a mixture by one format, so there is nothing to choose. Give vllm or planish.")
     choices = {at: at_site(names, how, widths[at[1]], target, plan.recipe, family) for at, how in packed.items() if how is not None}
+    for at, options in choices.items():
+        if target == "vllm" and place(at, known) != at:
+            choices[at] = {name: how for name, how in options.items() if how is None or runs_experts(how)}
     for (block, name), options in choices.items():
         if not any(how is not None for how in options.values()):
             raise PlanishError(
                 f"site {block}.{name}: {target} runs none of the candidates {', '.join(names)} there. Give others, or another --target; groups must "
                 f"divide its {widths[name]} input channels."
             )
+    for (block, name), members in together(choices, known).items():
+        if not any(how is not None for how in next(iter(members.values())).values()):
+            raise PlanishError(f"block {block}, {name}: none of the candidates {', '.join(names)} is for all of them. Give others.")
     return choices
 
 
@@ -228,14 +245,12 @@ def _recipe(plan: Plan, choices: Choices, chosen: Mapping[Address, str], budget:
     """The recipe with an override for each format that is not its own scheme's."""
     kept = [override for override in plan.recipe.overrides if override.keep]
     by_scheme: dict[Scheme | None, list[Address]] = {}
-    for address, name in chosen.items():
-        how = choices[address][name]
+    addresses = {(block, kind_of(name)): choices[block, name][chosen[place((block, name), plan.topology)]] for block, name in choices}
+    for address, how in addresses.items():
         by_scheme.setdefault(None if how is None else how.scheme, []).append(address)
     base = max((scheme for scheme in by_scheme if scheme is not None), key=lambda scheme: len(by_scheme[scheme]), default=plan.recipe.scheme)
-    counts = Counter(name for _, name in choices)
-    overrides = [
-        Override(sites=patterns(addresses, counts), scheme=scheme, keep=scheme is None) for scheme, addresses in by_scheme.items() if scheme != base
-    ]
+    counts = Counter(name for _, name in addresses)
+    overrides = [Override(sites=patterns(mine, counts), scheme=scheme, keep=scheme is None) for scheme, mine in by_scheme.items() if scheme != base]
     return replace(
         plan.recipe,
         name=f"{plan.recipe.name}-{budget.replace(' ', '')}",

@@ -101,7 +101,7 @@ def test_every_expert_s_site_sees_all_tokens(family: str) -> None:
 
 @torch.no_grad()
 def test_routes_are_those_of_the_first_run() -> None:
-    """Two experts nearly tied: a router that is another by rounding sends tokens elsewhere, and the output is another; with the same routes it is not."""
+    """Of experts that are tied, noise in the router decides: the output is another, but not with the same routes."""
     model = tiny("mixtral")
     call = block_calls(model, "model.layers", tokens())[0]
     (router,) = (module for module in call.block.modules() if routes_tokens(module))
