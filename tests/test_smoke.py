@@ -10,7 +10,9 @@ import pytest
 
 import planish
 
-ELSEWHERE = ("planish.serving.vllm_config", "planish.serving.vllm_prefix")  # import inside vLLM's environment only, see test_vllm_plugin.py
+ELSEWHERE = tuple(
+    f"planish.serving.vllm_{part}" for part in ("config", "experts", "operators", "prefix")
+)  # import inside vLLM's environment only, see test_vllm_plugin.py
 MODULES = sorted({module.name for module in pkgutil.walk_packages(planish.__path__, "planish.")} - set(ELSEWHERE))
 
 EXTRAS = {

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import get_current_vllm_config  # pyright: ignore[reportMissingImports]
 from vllm.distributed import get_tensor_model_parallel_world_size  # pyright: ignore[reportMissingImports]
-from vllm.forward_context import get_forward_context  # pyright: ignore[reportMissingImports]
 from vllm.logger import init_logger  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.attention import Attention  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.fused_moe import RoutedExperts  # pyright: ignore[reportMissingImports]
@@ -18,7 +16,6 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.models.utils import WeightsMapper  # pyright: ignore[reportMissingImports]
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
-from vllm.utils.torch_utils import direct_register_custom_op  # pyright: ignore[reportMissingImports]
 
 from ..calib.blocks.families import is_mixture, name_in_files, name_in_model
 from ..calib.compressed.packed import packed_readers, pick_kernels
@@ -29,13 +26,8 @@ from ..quant.kernels.joined import Part
 from ..quant.linear import Parts, QuantizedLinear, share_input
 from . import METHOD, VLLM_FAMILIES
 from .vllm_experts import PlanishExpertsMethod, quantized_experts
+from .vllm_operators import put_layer, run_linears
 from .vllm_prefix import store_prefix
-
-try:  # a name that torch.compile keeps out of what it compiles, so that all layers share it
-    from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name  # pyright: ignore[reportMissingImports]
-except ImportError:
-    LayerNameType = _encode_layer_name = _resolve_layer_name = str
-_LIBRARY = torch.library.Library("planish_vllm", "FRAGMENT")  # type: ignore[no-untyped-call, unused-ignore]
 
 
 class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
@@ -156,7 +148,7 @@ class PlanishLinearMethod(LinearMethodBase):  # type: ignore[misc, unused-ignore
     ) -> None:
         """None: planish reads them itself."""
         self.dtype, self.output_size, self.device = params_dtype, output_size, torch.empty(0).device
-        get_current_vllm_config().compilation_config.static_forward_context[self.prefix] = layer  # where _linear finds it, as vLLM's own operators do
+        put_layer(self.prefix, layer)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Read the layer's linears, for the kernels that planish.load would take."""
@@ -171,8 +163,7 @@ class PlanishLinearMethod(LinearMethodBase):  # type: ignore[misc, unused-ignore
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output, with the checkpoint's own bias."""
-        y: Tensor = torch.ops.planish_vllm.linear(x, _encode_layer_name(self.prefix), self.output_size)
-        return y
+        return run_linears(x, self.prefix, self.output_size)
 
 
 @lru_cache(maxsize=4)
@@ -191,19 +182,6 @@ def _reference(parts: Sequence[Parts]) -> list[nn.Module]:
     linears = [QuantizedLinear(*part) for part in parts]
     share_input(linears)
     return list(linears)
-
-
-def _linear(x: Tensor, layer: LayerNameType, width: int) -> Tensor:  # pyright: ignore[reportInvalidTypeForm]
-    """One operator to torch.compile, which leaves it alone: what happens inside depends on the number of tokens."""
-    parts = [linear(x) for linear in get_forward_context().no_compile_layers[_resolve_layer_name(layer)].planish]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-
-def _fake(x: Tensor, layer: LayerNameType, width: int) -> Tensor:  # pyright: ignore[reportInvalidTypeForm]
-    return x.new_empty((*x.shape[:-1], width))
-
-
-direct_register_custom_op("linear", _linear, fake_impl=_fake, target_lib=_LIBRARY)
 
 
 @lru_cache(maxsize=4)

@@ -17,6 +17,7 @@ from ..calib.compressed.packed import fuse_experts, packed_readers, pick_kernels
 from ..calib.compressed.stored import StoredCheckpoint
 from ..quant.errors import PlanishError
 from ..quant.linear import QuantizedLinear, share_input
+from .vllm_operators import put_layer, run_experts
 
 LAYERS = ("gate_proj", "up_proj", "down_proj")
 
@@ -41,11 +42,12 @@ class PlanishExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc, unused-ign
 
     def __init__(self, layer: nn.Module, checkpoint: StoredCheckpoint, path: str) -> None:
         super().__init__(layer.moe_config)
-        self.checkpoint, self.path = checkpoint, path
+        self.checkpoint, self.path, self.name = checkpoint, path, f"{path}.planish"
 
     def create_weights(self, layer: nn.Module, num_experts: int, *_sizes: Any, params_dtype: torch.dtype, **_attributes: Any) -> None:
         """None: planish reads them itself."""
         self.count, self.dtype, self.device = num_experts, params_dtype, torch.empty(0).device
+        put_layer(self.name, layer)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Read the experts, for the kernels that planish.load would take."""
@@ -71,7 +73,4 @@ class PlanishExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc, unused-ign
 
     def apply(self, layer: nn.Module, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *_shared: Any, **_more: Any) -> Tensor:
         """What the experts make of the tokens x (T, D), without what vLLM's shared experts do."""
-        experts = layer.planish
-        assert isinstance(experts, Experts)
-        y: Tensor = experts(x, topk_ids.long(), topk_weights.to(x.dtype))
-        return y
+        return run_experts(x, topk_ids, topk_weights, self.name)

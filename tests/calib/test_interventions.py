@@ -55,7 +55,7 @@ def test_forks_go_on_through_the_blocks() -> None:
     block, hidden = Block(), torch.randn(2, 3, 4)
     forks = begun(hidden)
     forks.change(-1, (Birth(1, 0, 7.0),), median=1.0)
-    forks.advance(block, 0, block.down, ())
+    forks.advance(block, 0, {"0.down": block.down}, ())
     zeroed = hidden.clone()
     zeroed[:, 0, 1] = 0
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_a_super_weight_is_left_out_in_its_own_fork_only() -> None:
     block, hidden = Block(), torch.randn(2, 3, 4)
     before = block.down.weight.detach().clone()
     forks = begun(hidden)
-    forks.advance(block, 0, block.down, [weight(2, 3), weight(0, 1), weight(1, 1)])
+    forks.advance(block, 0, {"0.down": block.down}, [weight(2, 3), weight(0, 1), weight(1, 1)])
     assert torch.equal(block.down.weight, before)
     assert len(forks.forks) == 1 + WEIGHTS_OF_LAYER
     lost = before.clone()

@@ -9,7 +9,7 @@ from tiny_models import CONFIGS, FAMILIES, VISION_FAMILIES, block_calls, tiny, t
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from planish.calib.blocks import families
+from planish.calib.blocks import families, family
 from planish.calib.blocks.experts import separate
 from planish.calib.blocks.topology import Host, Site, Topology, absorb, check_structure, exact_scale, prove, reader_weight, tie, topology
 from planish.quant.errors import PlanishError
@@ -96,34 +96,34 @@ def test_hosts_follow_the_config() -> None:
 
 
 def test_row_maps() -> None:
-    sizes = families.Sizes(heads=4, kv_heads=2, head_dim=2, width=3)
-    assert families.separate_v(sizes) == (0, 1, 0, 1, 2, 3, 2, 3)
-    assert families.stacked_v(sizes) == (12, 13, 12, 13, 14, 15, 14, 15)
-    assert families.interleaved_v(replace(sizes, kv_heads=4)) == (4, 5, 10, 11, 16, 17, 22, 23)
-    assert families.separate_up(sizes) == (0, 1, 2)
-    assert families.stacked_up(sizes) == (3, 4, 5)
+    sizes = family.Sizes(heads=4, kv_heads=2, head_dim=2, width=3)
+    assert family.separate_v(sizes) == (0, 1, 0, 1, 2, 3, 2, 3)
+    assert family.stacked_v(sizes) == (12, 13, 12, 13, 14, 15, 14, 15)
+    assert family.interleaved_v(replace(sizes, kv_heads=4)) == (4, 5, 10, 11, 16, 17, 22, 23)
+    assert family.separate_up(sizes) == (0, 1, 2)
+    assert family.stacked_up(sizes) == (3, 4, 5)
 
 
-GQA = families.Sizes(heads=4, kv_heads=2, head_dim=16, width=96)
-MHA = families.Sizes(heads=4, kv_heads=4, head_dim=16, width=128)
+GQA = family.Sizes(heads=4, kv_heads=2, head_dim=16, width=96)
+MHA = family.Sizes(heads=4, kv_heads=4, head_dim=16, width=128)
 WRONG_HOSTS = {
     "norm of another site": ("llama", "gate_up", Host(kind="norm", module="input_layernorm")),
-    "gate for up": ("llama", "down", Host(kind="rows", module="mlp.gate_proj", index=families.separate_up(GQA))),
+    "gate for up": ("llama", "down", Host(kind="rows", module="mlp.gate_proj", index=family.separate_up(GQA))),
     "query heads dealt out in turns": (
         "llama",
         "o",
         Host(kind="rows", module="self_attn.v_proj", index=tuple(h % 2 * 16 + i for h in range(4) for i in range(16))),
     ),
-    "k for v": ("qwen2", "o", Host(kind="rows", module="self_attn.k_proj", index=families.separate_v(GQA))),
+    "k for v": ("qwen2", "o", Host(kind="rows", module="self_attn.k_proj", index=family.separate_v(GQA))),
     "q norm": ("olmo2", "qkv", Host(kind="norm", module="self_attn.q_norm")),
     "post norm": ("gemma2", "gate_up", Host(kind="norm", module="post_attention_layernorm", offset=1.0)),
     "no offset": ("gemma2", "qkv", Host(kind="norm", module="input_layernorm")),
     "an offset": ("qwen3", "qkv", Host(kind="norm", module="input_layernorm", offset=1.0)),
-    "q rows": ("phi3", "o", Host(kind="rows", module="self_attn.qkv_proj", index=families.separate_v(GQA))),
-    "gate rows": ("phi3", "down", Host(kind="rows", module="mlp.gate_up_proj", index=families.separate_up(GQA))),
-    "not interleaved": ("gpt_neox", "o", Host(kind="rows", module="attention.query_key_value", index=families.stacked_v(MHA))),
-    "interleaved": ("gpt2", "o", Host(kind="rows", module="attn.c_attn", index=families.interleaved_v(MHA))),
-    "through gelu": ("opt-gelu", "down", Host(kind="rows", module="fc1", index=families.separate_up(MHA))),
+    "q rows": ("phi3", "o", Host(kind="rows", module="self_attn.qkv_proj", index=family.separate_v(GQA))),
+    "gate rows": ("phi3", "down", Host(kind="rows", module="mlp.gate_up_proj", index=family.separate_up(GQA))),
+    "not interleaved": ("gpt_neox", "o", Host(kind="rows", module="attention.query_key_value", index=family.stacked_v(MHA))),
+    "interleaved": ("gpt2", "o", Host(kind="rows", module="attn.c_attn", index=family.interleaved_v(MHA))),
+    "through gelu": ("opt-gelu", "down", Host(kind="rows", module="fc1", index=family.separate_up(MHA))),
     "norm on the stream": ("opt-350m", "up", Host(kind="norm", module="self_attn_layer_norm")),
 }
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_mixture import upcycled
 
 import planish
 from planish.eval.verifying.server import ENVIRONMENT, SCRIPT, server_python
@@ -40,6 +41,7 @@ CASES = {
     "side-paths": ("paper-svdquant", EIGHT, 6, 180, 0.005, 0.02, WIDE),
     "taken over": ("w4a8", (), 12, 300, 0.02, 0.06, WIDE),  # compressed-tensors, which vLLM would run itself
     "packed": ("w4a4-fast", EIGHT, 4, 240, 0.02, 0.03, HALF),
+    "mixture": ("w4a4-fast", EIGHT, 6, 180, 0.02, 0.06, HALF),  # of experts: one that rounding chooses is another
     "nvfp4": ("w4a4-nvfp4", (), 6, 480, 0.02, 0.3, WIDE),  # in vLLM's own arithmetic, slowly
 }
 
@@ -104,7 +106,8 @@ def test_serves_what_planish_computes(case: str, tmp_path: Path) -> None:
     """Log-probabilities of prompts and completions; usage counts the client's own tokens; a prompt that the prefix makes too long is refused."""
     recipe, settings, windows, length, tolerance, completions, dtype = CASES[case]
     out = tmp_path / "out"
-    plan = planish.compress(with_settings(load_recipe(recipe), (*SHORT, *settings)), "demo:smollm2", out).plan
+    source = upcycled(tmp_path / "mixture") if case == "mixture" else "demo:smollm2"
+    plan = planish.compress(with_settings(load_recipe(recipe), (*SHORT, *settings)), source, out).plan
     model = planish.load(out, dtype=dtype, device="cpu")
     prompts = planish.Calibration(samples=windows, length=length, seed=1).tokens(plan.checkpoint.tokenizer())
     read, written = [], []
