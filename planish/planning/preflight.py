@@ -37,7 +37,7 @@ from ..walk.fused import Fused, fused
 from ..walk.raising_check import check_raising
 from .estimate import Memory, Sizes, evaluating_seconds, resident, writing
 from .idle import idle
-from .servers import PLAIN_LINEARS, servers
+from .servers import PLAIN_LINEARS, misread_experts, servers
 
 ARITHMETIC = (torch.float32, torch.bfloat16)  # of the walk; float16 has no room for massive activations
 AVAILABLE_SHARE = 0.6  # of the memory that is free, what a run may take before its streams move to disk
@@ -192,7 +192,10 @@ def _check_key_values(recipe: Recipe, runner: BlockRunner) -> None:
 
 def _packed(recipe: Recipe, resolved: Resolved, family: str) -> dict[Address, Packed | None]:
     """How the linears of each site are stored; None: in full precision. PlanishError as `layout_for`."""
-    return {address: None if scheme is None else Packed(scheme, layout_for(recipe, scheme, family)) for address, scheme in resolved.schemes.items()}
+    own = misread_experts(resolved.schemes)
+    return {
+        address: None if scheme is None else Packed(scheme, layout_for(recipe, scheme, family, own)) for address, scheme in resolved.schemes.items()
+    }
 
 
 def _saving(sizes: Sizes, program: int, asked: bool) -> tuple[bool, bool]:
@@ -211,9 +214,10 @@ def _saving(sizes: Sizes, program: int, asked: bool) -> tuple[bool, bool]:
     return offload, replay
 
 
-def layout_for(recipe: Recipe, scheme: Scheme, family: str) -> Layout:
-    """How the recipe stores linears of this scheme. PlanishError: a layout that a checkpoint of planish's own does not have."""
-    own, layout = recipe.extended or family in PLAIN_LINEARS, recipe.export.layout
+def layout_for(recipe: Recipe, scheme: Scheme, family: str, own: bool = False) -> Layout:
+    """How the recipe stores linears of this scheme. own: in a checkpoint of planish's own, whatever recipe and family. PlanishError: a layout that
+    such a checkpoint does not have."""
+    own, layout = own or recipe.extended or family in PLAIN_LINEARS, recipe.export.layout
     if scheme.weights is not None and scheme.weights.type == "float":
         return _float_layout(scheme, own, layout)
     if own and layout == "int-quantized":

@@ -16,7 +16,7 @@ BOTH = frozenset({"CPU", "GPU"})
 def servers(packed: Mapping[Address, Packed | None], known: Topology) -> tuple[str, ...]:
     """planish, then transformers and vLLM if they do; "vLLM (CPU)" or "vLLM (GPU)" where it does on these only."""
     schemes, family = {how for how in packed.values() if how is not None}, known.family
-    if family in PLAIN_LINEARS or uneven_experts(packed):
+    if family in PLAIN_LINEARS or misread_experts({address: how and how.scheme for address, how in packed.items()}):
         return ("planish",)
     everywhere = all(map(runs_in_transformers, schemes)) and (not known.routers or (len(schemes) == 1 and _dequantized_right(*schemes)))
     found = ["planish", "transformers"] if everywhere else ["planish"]
@@ -29,14 +29,16 @@ def servers(packed: Mapping[Address, Packed | None], known: Topology) -> tuple[s
     return tuple(found)
 
 
-def uneven_experts(packed: Mapping[Address, Packed | None]) -> bool:
-    """Whether the MLPs of some mixture's block are not all stored alike: vLLM reads the format of a block's first expert and takes it for all."""
-    kinds: dict[int, set[Packed | None]] = {}
-    mixtures = {block for block, name in packed if name.startswith("down.")}
-    for (block, name), how in packed.items():
+def misread_experts(schemes: Mapping[Address, Scheme | None]) -> bool:
+    """Whether vLLM would run a mixture otherwise than it is stored: it takes the format of a block's first expert for all, and leaves fixed scales of
+    integer activations aside where that expert has none."""
+    kinds: dict[int, set[Scheme | None]] = {}
+    mixtures = {block for block, name in schemes if name.startswith("down.")}
+    for (block, name), scheme in schemes.items():
         if block in mixtures and kind_of(name) in INSIDE:
-            kinds.setdefault(block, set()).add(how)
-    return any(len(found) > 1 for found in kinds.values())
+            kinds.setdefault(block, set()).add(scheme)
+    acts = [scheme.activations for found in kinds.values() for scheme in found if scheme is not None]
+    return any(len(found) > 1 for found in kinds.values()) or any(act is not None and act.type == "int" and not act.dynamic for act in acts)
 
 
 def runs_experts(how: Packed) -> bool:
