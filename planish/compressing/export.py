@@ -27,7 +27,7 @@ from ..common.files import sync, write_text
 from ..eval.verifying.origin import file_digests
 from ..eval.verifying.probe import PROBE_FILE
 from ..planning.preflight import Plan
-from ..planning.servers import misread_experts
+from ..planning.servers import misread_experts, schemes_of
 from ..recipe.schema import digest, to_yaml
 from ..walk.journal import Journal
 from ..walk.records import BlockRecord
@@ -123,7 +123,7 @@ def _config(plan: Plan, packed: Mapping[str, Packed], blocks: list[BlockRecord])
         config[KEY] = extension.to_dict()
     routers = plan.topology.routers
     ignored = (linears.keys() - packed.keys()) | {f"{plan.topology.block_name(block.index)}.{path}" for block in blocks for path in routers}
-    extended = bool(extension) or misread_experts({address: how and how.scheme for address, how in plan.packed.items()})
+    extended = bool(extension) or misread_experts(schemes_of(plan.packed))
     in_files = partial(name_in_files, plan.topology.family)
     declared = {in_files(name): how for name, how in packed.items()}
     experts = bool(routers) and "transformers" not in plan.servers

@@ -16,7 +16,7 @@ BOTH = frozenset({"CPU", "GPU"})
 def servers(packed: Mapping[Address, Packed | None], known: Topology) -> tuple[str, ...]:
     """planish, then transformers and vLLM if they do; "vLLM (CPU)" or "vLLM (GPU)" where it does on these only."""
     schemes, family = {how for how in packed.values() if how is not None}, known.family
-    if family in PLAIN_LINEARS or misread_experts({address: how and how.scheme for address, how in packed.items()}):
+    if family in PLAIN_LINEARS or misread_experts(schemes_of(packed)):
         return ("planish",)
     everywhere = all(map(runs_in_transformers, schemes)) and (not known.routers or (len(schemes) == 1 and _dequantized_right(*schemes)))
     found = ["planish", "transformers"] if everywhere else ["planish"]
@@ -27,6 +27,11 @@ def servers(packed: Mapping[Address, Packed | None], known: Topology) -> tuple[s
     if devices and (family not in RENAMED or len(schemes) == 1):
         found.append("vLLM" if devices == BOTH else f"vLLM ({min(devices)})")
     return tuple(found)
+
+
+def schemes_of(packed: Mapping[Address, Packed | None]) -> dict[Address, Scheme | None]:
+    """The formats alone."""
+    return {address: None if how is None else how.scheme for address, how in packed.items()}
 
 
 def misread_experts(schemes: Mapping[Address, Scheme | None]) -> bool:
