@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
+EXPERTS = "mlp.experts"  # where a mixture's are, each by its number, from the block
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:

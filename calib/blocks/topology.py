@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from ...quant.errors import PlanishError
 from .families import FAMILIES
+from .family import EXPERTS as EXPERTS_AT
 from .family import Family, Sizes, separate_up
 from .proof import check_structure as check_structure
 from .proof import prove as prove
@@ -125,7 +126,7 @@ def _experts(family: Family, config: PreTrainedConfig) -> tuple[tuple[str, str, 
     if family.experts is None:
         return ()
     shared = () if family.shared is None else (("shared", family.shared[0], family.shared[1](config)),)
-    return (*shared, *((str(number), f"mlp.experts.{number}", family.width(config)) for number in range(family.experts(config))))
+    return (*shared, *((str(number), f"{EXPERTS_AT}.{number}", family.width(config)) for number in range(family.experts(config))))
 
 
 def _attention(family: Family, sizes: Sizes) -> Attention:

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from ..calib.blocks.families import is_mixture
+from ..calib.blocks.family import EXPERTS
 from ..calib.blocks.sites import reader_weight
+from ..calib.blocks.topology import topology
 from ..calib.compressed.packing import Packed, stored_size
 from ..calib.data.own_text import BATCH
 from ..calib.data.windows import Calibration
@@ -284,9 +287,21 @@ def evaluating_seconds(checkpoint: Checkpoint, device: torch.device) -> float:
     width: int = config.hidden_size
     vocabulary: int = config.vocab_size
     weights = checkpoint.nbytes / checkpoint.dtype.itemsize - (0 if checkpoint.tied else vocabulary * width)  # of two tables one is looked up in
+    weights -= _idle(checkpoint)
     attention: int = 2 * length * width * config.num_hidden_layers
     products = 2 * (weights + attention) + SOFTMAX * vocabulary
     return WINDOWS * length * products / products_per_second(torch.float32, device)
+
+
+def _idle(checkpoint: Checkpoint) -> float:
+    """How many weights of experts a token is not sent to."""
+    config = checkpoint.config.get_text_config()
+    if not is_mixture(config.model_type):
+        return 0.0
+    sizes = [info.nbytes / checkpoint.dtype.itemsize for name, info in checkpoint.tensors.items() if f".{EXPERTS}." in name]
+    experts = sum(site.readers[0].startswith(f"{EXPERTS}.") for site in topology(config).inside)
+    used: int = config.num_experts_per_tok
+    return (1 - used / experts) * sum(sizes)
 
 
 def _longest(checkpoint: Checkpoint) -> int:

@@ -117,6 +117,18 @@ def test_loaded(name: str, kernels: Kernels, model: Path, tmp_path: Path) -> Non
             assert found.shape == expected.shape if REAL else found.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("name", ["w8a8", "w4a4-fast"])
+def test_mixture_of_experts(name: str, tmp_path: Path) -> None:
+    mixture = source("qwen2_moe", tmp_path / "model", torch.float32)
+    check_same(quick(name, *EIGHT), mixture, tmp_path)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        here = planish.load(tmp_path / "cpu", device="cpu", kernels="reference")(ids()).logits
+        for kernels in ("reference", "packed"):
+            there = planish.load(tmp_path / "cpu", device=GPU, kernels=kernels)
+            assert {tensor.device.type for tensor in [*there.parameters(), *there.buffers()]} == {torch.device(GPU).type}
+            assert distance(there(ids().to(GPU)).logits.cpu(), here) <= max(CLOSE, 1e-3)
+
+
 def test_floats_run_on_the_gpus_own_product(model: Path, tmp_path: Path) -> None:
     """In 16 bits; in float32 they run on the reference, for that product is rounded to bfloat16."""
     planish.compress(quick("w8a8-fp8"), model, tmp_path / "out", device="cpu", dtype=torch.float32)

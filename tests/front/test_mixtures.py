@@ -16,8 +16,10 @@ import planish
 from planish.calib.compressed.packing import EXPERTS
 from planish.calib.files.checkpoint import open_checkpoint
 from planish.cli import app
+from planish.planning.estimate import WINDOWS, evaluating_seconds
 from planish.planning.preflight import make_plan
 from planish.quant.errors import PlanishError
+from planish.recipe.schema import with_settings
 from planish.searching.search import search
 
 MIXED = "overrides=[{sites: ['1.down.2'], keep: true}]"
@@ -100,6 +102,17 @@ def test_few_words_for_many_experts(sources: dict[str, Path], tmp_path: Path) ->
     assert "down.1" not in run.output
 
 
+def test_a_plan_counts_the_experts_that_a_token_uses(sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planish.planning.estimate.products_per_second", lambda *_: 1e6)
+    model = open_checkpoint(sources["mixtral"])
+    two = evaluating_seconds(model, torch.device("cpu"))
+    model.config.num_experts_per_tok = 4
+    all_four = evaluating_seconds(model, torch.device("cpu"))
+    experts = sum(info.nbytes for name, info in model.tensors.items() if ".experts." in name) / 2
+    tokens = WINDOWS * model.config.max_position_embeddings
+    assert all_four - two == pytest.approx(tokens * 2 * experts / 2 / 1e6)
+
+
 def test_a_search_gives_a_block_s_experts_one_format(sources: dict[str, Path], tmp_path: Path) -> None:
     found = search(quick("w4a16-channel"), sources["qwen2_moe"], "5bpw", tokens=64)
     assert [(site.block, site.site) for site in found.sites] == [(block, name) for block in (0, 1) for name in ("qkv", "o", "experts")]
@@ -128,6 +141,6 @@ def test_a_real_model_as_a_mixture(tmp_path: Path) -> None:
     text = planish.Calibration(samples=2, length=256, seed=3).tokens(open_checkpoint(mixture).tokenizer())
     dense, base = (planish.load(model, dtype=torch.float32)(text).logits for model in ("demo:smollm2", mixture))
     assert distance(base, dense) < 1e-5
-    planish.compress(planish.load_recipe("w8a8"), mixture, tmp_path / "out")
+    planish.compress(with_settings(planish.load_recipe("w8a8"), ("calibration.samples=8",)), mixture, tmp_path / "out")
     found = planish.load(tmp_path / "out", dtype=torch.float32)(text).logits
     assert float(torch.nn.functional.kl_div(found.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()) < 0.03
