@@ -4,13 +4,14 @@ Shape suffixes: P probe samples, L tokens, D width, T tokens of a batch, C chann
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..calib.blocks.experts import seeing_all
 from ..calib.blocks.prefix import PrefixStream, tensor_names
 from ..calib.compressed.extension import SiteInput, chain_prefix, restored
 from ..calib.compressed.key_values import hold, holding
@@ -109,20 +110,26 @@ class BlockCompressor:
     def compress(self, index: int) -> BlockResult:
         """Block `index` as it will be stored; both streams are past it afterwards."""
         turn = Turn(self, index)
-        with bfloat16_products(self.runner.dtype is torch.bfloat16):
-            block = self.runner.load_block(index)
-            try:
-                if self.streams is None:
-                    turn.round(block)
-                else:
-                    turn.look(block, self.streams)
-                    trim()
-                    with holding(block, self.runner.topology, self.streams.held):
-                        turn.walk(block, self.streams)
-                return turn.result(block)
-            finally:
-                self.runner.release_block(index)
+        with self._loaded(index) as block:
+            if self.streams is None:
+                turn.round(block)
+            else:
+                turn.look(block, self.streams)
                 trim()
+                with holding(block, self.runner.topology, self.streams.held):
+                    turn.walk(block, self.streams)
+            return turn.result(block)
+
+    @contextmanager
+    def _loaded(self, index: int) -> Iterator[nn.Module]:
+        """The block, in memory while the `with` lasts; its experts see all tokens in all that is done to it, so that it computes the same bits."""
+        try:
+            block = self.runner.load_block(index)
+            with bfloat16_products(self.runner.dtype is torch.bfloat16), seeing_all(block):
+                yield block
+        finally:
+            self.runner.release_block(index)
+            trim()
 
     @torch.no_grad()
     def advance(self, record: BlockRecord, tensors: Mapping[str, Tensor], packed: Mapping[str, Packed]) -> None:
@@ -130,32 +137,24 @@ class BlockCompressor:
         index = record.index
         if self.streams is None:
             return
-        name = self.runner.block_name(index)
-        with bfloat16_products(self.runner.dtype is torch.bfloat16):
-            block = self.runner.load_block(index)
-            try:
-                if self.streams.prefix is not None:
-                    self.streams.prefix.advance(block, index)
-                self._forward(block, index, self.streams.full)
-                if self.streams.prefix is not None:
-                    self.streams.prefix.cache.put(index, *(tensors[part].to(self.runner.dtype) for part in tensor_names(name)))
-                load_rest(block, name, tensors)
-                chains, inputs = self._chains(record, tensors), self._inputs(record)
-                layers = quantized_readers(name, tensors, packed, chains, inputs, self.runner.dtype)
-                with holding(block, self.runner.topology, self.streams.held), replaced(block, layers):
-                    self._forward(block, index, self.streams.quant)
-            finally:
-                self.runner.release_block(index)
+        with self._loaded(index) as block:
+            name = self.runner.block_name(index)
+            if self.streams.prefix is not None:
+                self.streams.prefix.advance(block, index)
+            self._forward(block, index, self.streams.full)
+            if self.streams.prefix is not None:
+                self.streams.prefix.cache.put(index, *(tensors[part].to(self.runner.dtype) for part in tensor_names(name)))
+            load_rest(block, name, tensors)
+            chains, inputs = self._chains(record, tensors), self._inputs(record)
+            layers = quantized_readers(name, tensors, packed, chains, inputs, self.runner.dtype)
+            with holding(block, self.runner.topology, self.streams.held), replaced(block, layers):
+                self._forward(block, index, self.streams.quant)
 
     def _chains(self, record: BlockRecord, tensors: Mapping[str, Tensor]) -> dict[str, Chain]:
         """What the inputs of a finished block's linears go through, by full name."""
         name = self.runner.block_name(record.index)
-        chains: dict[str, Chain] = {}
-        for site, done in record.sites.items():
-            if done.chain:
-                chain = restored(done.site_input, name, site, tensors)
-                chains |= dict.fromkeys((f"{name}.{path}" for path in self.sites[site].readers), chain)
-        return chains
+        chains = {site: restored(done.site_input, name, site, tensors) for site, done in record.sites.items() if done.chain}
+        return {f"{name}.{path}": chain for site, chain in chains.items() for path in self.sites[site].readers}
 
     def _inputs(self, record: BlockRecord) -> dict[str, SiteInput]:
         """What a checkpoint says of the inputs of a finished block's linears, by full name."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_compress import distance, ids, quick, source
+from helpers_front import tree
 from helpers_mixture import upcycled
 from tiny_models import MIXTURES
 from transformers import AutoModelForCausalLM
@@ -21,6 +22,7 @@ from planish.planning.preflight import make_plan
 from planish.quant.errors import PlanishError
 from planish.recipe.schema import with_settings
 from planish.searching.search import search
+from planish.walk.journal import Journal
 
 MIXED = "overrides=[{sites: ['1.down.2'], keep: true}]"
 
@@ -129,6 +131,23 @@ def test_a_search_gives_a_block_s_experts_one_format(sources: dict[str, Path], t
 def test_what_a_search_cannot_do(budget: str, target: str, words: str, sources: dict[str, Path]) -> None:
     with pytest.raises(PlanishError, match=words):
         search(quick("w4a16-channel"), sources["mixtral"], budget, target=target)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a4-best"])
+def test_a_killed_run_ends_in_the_same_bytes(recipe: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planish.compress(quick(recipe), sources["qwen2_moe"], tmp_path / "whole")
+    add = Journal.add
+
+    def stop(self: Journal, *arguments: object) -> None:
+        add(self, *arguments)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            planish.compress(quick(recipe), sources["qwen2_moe"], tmp_path / "out")
+    planish.compress(quick(recipe), sources["qwen2_moe"], tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 @pytest.mark.slow
