@@ -94,7 +94,9 @@ def check_source(source: str | None) -> None:
     try:
         path.open("rb").close()
     except OSError as error:
-        raise PlanishError(f"Text source {path} cannot be read: {error.strerror}. {_HOW}") from error
+        named = str(path).partition("=")[2]  # as `planish compare` has them
+        how = f"Texts have no names here: give {named}." if named and Path(named).is_file() else _HOW
+        raise PlanishError(f"Text source {path} cannot be read: {error.strerror}. {how}") from error
     if suffix != ".txt" and suffix not in _READERS:
         raise PlanishError(f"Text source {path} ends in {suffix or 'no suffix'}, so its format is unknown. {_HOW}")
 

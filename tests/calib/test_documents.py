@@ -102,6 +102,7 @@ def test_bad_lines(tmp_path: Path, line: bytes, message: str) -> None:
     [
         ("bultin", "Text source bultin is unknown. Did you mean builtin?"),
         ("nowhere.txt", "nowhere.txt cannot be read: No such file"),
+        ("wiki=latin.txt", "wiki=latin.txt cannot be read: No such file or directory. Texts have no names here: give latin.txt."),
         ("nowhere/", "Text source nowhere/ is unknown"),
         ("folder", "folder cannot be read: Is a directory"),
         ("a.csv", "a.csv ends in .csv, so its format is unknown"),
