@@ -10,7 +10,7 @@ from helpers_compress import quick
 import planish
 from planish.walk.records import BlockRecord
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 class Recorder(planish.Callback):

@@ -115,7 +115,7 @@ def test_a_recipe_s_gate_as_a_flag(tmp_path: Path) -> None:
 
 
 def test_the_documented_gate_is_one_that_compress_measures() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "gates.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "gates.md").read_text(encoding="utf-8")
     data = parse_yaml(text.partition("```yaml\n")[2].partition("```")[0], "docs/gates.md")
     assert isinstance(data, dict)
     decode(Gate, data["gate"], "gate").check_measured(COMPARED, "planish compress", "")
