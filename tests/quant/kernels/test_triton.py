@@ -11,14 +11,14 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 def test_interpreted_a_few() -> None:
-    assert "2 passed" in run_alone(HERE / "kernels_interpreted.py", "-k", "every_byte or static", TRITON_INTERPRET="1")
+    assert "2 passed" in run_alone(HERE / "interpreted.py", "-k", "every_byte or static", TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow
 def test_interpreted() -> None:
-    assert "passed" in run_alone(HERE / "kernels_interpreted.py", TRITON_INTERPRET="1")
+    assert "passed" in run_alone(HERE / "interpreted.py", TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow
 def test_compiled_for_every_architecture() -> None:
-    assert "passed" in run_alone(HERE / "kernels_ahead.py")
+    assert "passed" in run_alone(HERE / "ahead.py")

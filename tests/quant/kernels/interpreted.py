@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, on a CPU, against the operators' CPU implementations.
 
-Run by test_kernels_triton.py in a process whose TRITON_INTERPRET is 1: Triton looks at it once, when it is imported.
+Run by test_triton.py in a process whose TRITON_INTERPRET is 1: Triton looks at it once, when it is imported.
 
 In float32 and float16: the interpreter's bfloat16 products are wrong, and its casts to bfloat16 truncate.
 """

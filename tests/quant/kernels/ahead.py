@@ -1,5 +1,5 @@
 """The Triton kernels compiled ahead of time for every architecture, without a GPU: they compile, spill nothing, and use the tensor cores' instruction
-that they are meant to. Run by test_kernels_triton.py in a process of its own.
+that they are meant to. Run by test_triton.py in a process of its own.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The kernel that rounds a block of columns on a GPU is taken where it does what the loop does; tests/quant/kernels_interpreted.py runs it."""
+"""The kernel that rounds a block of columns on a GPU is taken where it does what the loop does; tests/quant/kernels/interpreted.py runs it."""
 
 import pytest
 import torch
