@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .families import is_mixture
 
 
 class Expert(nn.Module):
@@ -69,8 +72,13 @@ class Experts(nn.ModuleList):
         return out_TD
 
 
-def separate(model: nn.Module) -> None:
-    """Let layers of their own stand where the model has one tensor of all experts; weights are views of it. In place."""
+def separate(model: PreTrainedModel) -> None:
+    """Let layers of their own stand where a model of a known family has one tensor of all experts; weights are views of it. In place.
+
+    Others are left alone: their experts may compute something else.
+    """
+    if not is_mixture(model.config.model_type):
+        return
     for path, module in list(model.named_modules()):
         both_EID, down_EDI, act = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj", "act_fn"))
         if isinstance(both_EID, nn.Parameter) and isinstance(down_EDI, nn.Parameter) and isinstance(act, nn.Module) and both_EID.dim() == 3:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import MIXTURES, block_calls, tiny, tokens, whole
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from planish.calib.blocks.experts import Expert, Experts, Routes, routed_alike, routes_tokens, seeing_all, separate
 from planish.calib.blocks.topology import topology
@@ -84,6 +85,22 @@ def test_apart_they_compute_what_transformers_does_together(family: str) -> None
     assert torch.equal(together(tokens()).logits, found)
     assert together.get_submodule("model.layers.1.mlp.experts.2").gate_proj.weight.data_ptr() != 0
     assert all(torch.equal(value, whole(together).state_dict()[name]) for name, value in weights.items())
+
+
+def test_experts_of_unknown_families_are_left_alone() -> None:
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("glm4_moe", **sizes, n_routed_experts=4))
+    before = [name for name, _ in model.named_parameters()]
+    separate(model)
+    assert [name for name, _ in model.named_parameters()] == before
 
 
 @torch.no_grad()
