@@ -1,7 +1,8 @@
 """The table of model families: which modules of a block read which activation, and what stands before them. Data, read by topology.py.
 
 Adding a family: one `Family` in FAMILIES under its config's model_type (usually a `replace` of a near relative), one line in tests/tiny_models.py;
-topology.prove then shows on real weights whether the table is right.
+topology.prove then shows on real weights whether the table is right. Of a mixture of experts the blocks must all have experts, and these the standard
+form (experts.py); one line in serving/__init__.py lets vLLM run it.
 
 Written from the model definitions of transformers 5.23 (transformers/models/*/modeling_*.py).
 """
