@@ -140,7 +140,7 @@ def _restored(block: nn.Module, site: Site) -> Iterator[None]:
 class _Order:
     """Sees every call of a reader and raises as soon as one does not fit the list of sites. A block may run several times, but only as a whole.
 
-    A site begins with the first call of one of its readers; the others of its readers may come later, as those of experts do."""
+    A site ends before the next begins, but for the one that experts read: theirs come one expert after the other."""
 
     def __init__(self, sites: tuple[Site, ...], where: str) -> None:
         self.sites, self.where = sites, where
@@ -150,13 +150,15 @@ class _Order:
         self.waiting = set(self.place)
 
     def call(self, reader: str, x: Tensor) -> None:
-        number, due = self.place[reader], len(self.seen)
-        where = f"{self.where}, site {self.sites[min(number, due, len(self.sites) - 1)].name}"
-        if number > due or reader not in self.waiting:
-            expected = [path for path in (self.sites[due].readers if due < len(self.sites) else self.place) if path in self.waiting]
+        number = self.place[reader]
+        due = next((i for i, site in enumerate(self.sites) if i >= len(self.seen) or (not site.routers and self.waiting & set(site.readers))), None)
+        if reader not in self.waiting or (due is not None and number > due):
+            expected = [path for path in (self.place if due is None else self.sites[due].readers) if path in self.waiting]
+            where = f"{self.where}, site {self.sites[number if due is None else min(number, due)].name}"
             raise PlanishError(
                 f"{where}: {reader} ran when {', '.join(expected)} was due. Sites are listed in the order in which they run. {CORRECT}"
             )
+        where = f"{self.where}, site {self.sites[number].name}"
         if not torch.equal(self.seen.setdefault(number, x), x):
             raise PlanishError(f"{where}: {reader} receives another tensor than the site's other readers. {CORRECT}")
         self.waiting.remove(reader)

@@ -233,7 +233,7 @@ def _float_layout(scheme: Scheme, own: bool, layout: str) -> Layout:
     if own:
         raise PlanishError(
             "scheme: floats in a checkpoint that planish alone runs (transforms at run time, clips, side paths, a prefix, keys and values in codes, "
-            "Conv1D layers). Leave those steps out, or use integers."
+            "Conv1D layers, experts of one block in several formats). Leave those out, or use integers."
         )
     return default_layout(scheme)
 
