@@ -46,6 +46,34 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox-serial": {**_COMMON, "model_type": "gpt_neox", "intermediate_size": 128, "use_parallel_residual": False, "hidden_act": "relu"},
 }
 FAMILIES = tuple(name for name in CONFIGS if "-" not in name)
+RELATIVES: dict[str, dict[str, Any]] = {
+    "olmo3": {**_ROTARY, "model_type": "olmo3", "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "exaone4": {**_ROTARY, "model_type": "exaone4", "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "granite": {
+        **_ROTARY,
+        "model_type": "granite",
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.3,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+        "tie_word_embeddings": True,
+    },
+    "smollm3": {**_ROTARY, "model_type": "smollm3", "no_rope_layers": [1, 0], "tie_word_embeddings": True},
+    "ministral": {**_ROTARY, "model_type": "ministral", "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "seed_oss": {**_ROTARY, "model_type": "seed_oss", "head_dim": 32, "attention_bias": True},
+    "hunyuan_v1_dense": {**_ROTARY, "model_type": "hunyuan_v1_dense", "head_dim": 32},
+    "ernie4_5": {**_ROTARY, "model_type": "ernie4_5", "head_dim": 16, "use_bias": True, "tie_word_embeddings": True},
+    "helium": {**_ROTARY, "model_type": "helium", "head_dim": 16},
+    "glm": {**_ROTARY, "model_type": "glm", "head_dim": 16, "attention_bias": True},
+    "glm4": {**_ROTARY, "model_type": "glm4", "head_dim": 16},
+    "arcee": {**_ROTARY, "model_type": "arcee"},
+    "apertus": {**_ROTARY, "model_type": "apertus"},
+    "nemotron": {**_ROTARY, "model_type": "nemotron", "head_dim": 16},
+    "starcoder2": {**_ROTARY, "model_type": "starcoder2", "sliding_window": 8, "tie_word_embeddings": True},
+    "stablelm": {**_ROTARY, "model_type": "stablelm", "use_qkv_bias": True, "qk_layernorm": True},
+}
+"""Families whose tables are another's but for names, or differ in one thing of which CONFIGS has a case: what goes over them all would take long."""
+OFFSET = ("Gemma", "NemotronLayerNorm1P")  # norms that store what they multiply by, minus 1
 MIXTURES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral")
 
 _IMAGE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4, "num_labels": 5}
@@ -60,8 +88,8 @@ VISION_FAMILIES = tuple(name for name in VISION if "-" not in name)
 
 
 def tiny(family: str, seed: int = 0, changes: Mapping[str, Any] | None = None) -> PreTrainedModel:
-    """A float32 model in eval mode. family: a key of CONFIGS. changes: other values for its config."""
-    values = {**CONFIGS[family], **(changes or {})}
+    """A float32 model in eval mode. family: a key of CONFIGS or RELATIVES. changes: other values for its config."""
+    values = {**(CONFIGS | RELATIVES)[family], **(changes or {})}
     return _random(AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)), seed)
 
 
@@ -98,14 +126,14 @@ def _random(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def _randomise(module: nn.Module, generator: torch.Generator) -> None:
-    """Matrices keep a signal's size; norms multiply by 0.5 to 1.5 (Gemma's store that minus 1); biases and LayerNorm shifts are about 0.3."""
+    """Matrices keep a signal's size; norms multiply by 0.5 to 1.5 (some store that minus 1); biases and LayerNorm shifts are about 0.3."""
     for name, parameter in module.named_parameters(recurse=False):
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() > 1:
             size = 0.2 if isinstance(module, nn.Embedding) else min(parameter.shape[-2:]) ** -0.5
             parameter.copy_(size * noise)
         elif name == "weight":
-            parameter.copy_(torch.rand(parameter.shape, generator=generator) + (-0.5 if "Gemma" in type(module).__name__ else 0.5))
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) + (-0.5 if type(module).__name__.startswith(OFFSET) else 0.5))
         else:
             parameter.copy_(0.3 * noise)
 

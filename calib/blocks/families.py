@@ -12,6 +12,8 @@ from dataclasses import replace
 from .family import Family, Variant, interleaved_k, interleaved_q, interleaved_v, stacked_k, stacked_up, stacked_v
 
 NORMED = "norms of queries and keys"
+NEIGHBOURS = "a RoPE that turns neighbouring channels"
+SOME_TURN = "a RoPE in some layers only"
 LLAMA = Family(architecture="LlamaForCausalLM")
 
 GEMMA2 = replace(
@@ -78,6 +80,49 @@ OLMO2 = replace(
     writers=("post_attention_layernorm", "post_feedforward_layernorm"),
     stream_readers=(*LLAMA.qkv, *LLAMA.up),
     obstacle=NORMED,
+)
+
+EXAONE4 = replace(OLMO2, architecture="Exaone4ForCausalLM")
+
+GLM = replace(
+    LLAMA,
+    architecture="GlmForCausalLM",
+    up=("mlp.gate_up_proj",),
+    up_host="mlp.gate_up_proj",
+    up_rows=stacked_up,
+    obstacle=NEIGHBOURS,
+)
+
+GLM4 = replace(GLM, architecture="Glm4ForCausalLM", writers=("post_self_attn_layernorm", "post_mlp_layernorm"))
+
+ARCEE = replace(LLAMA, architecture="ArceeForCausalLM", gated=False, up=("mlp.up_proj",))
+
+APERTUS = replace(
+    ARCEE,
+    architecture="ApertusForCausalLM",
+    qkv_norm="attention_layernorm",
+    up_norm="feedforward_layernorm",
+    stream_readers=("attention_layernorm", "feedforward_layernorm"),
+    obstacle=NORMED,
+)
+
+STARCODER2 = replace(
+    LLAMA,
+    architecture="Starcoder2ForCausalLM",
+    gated=False,
+    up=("mlp.c_fc",),
+    up_host="mlp.c_fc",
+    down="mlp.c_proj",
+    writers=("self_attn.o_proj", "mlp.c_proj"),
+    norm_kind="layer",
+)
+
+STABLELM = replace(
+    LLAMA,
+    architecture="StableLmForCausalLM",
+    norm_kind="layer",
+    variants=(Variant(when=lambda config: config.qk_layernorm, changes={"obstacle": NORMED}),),
+    refuse=((lambda config: config.use_parallel_residual, "its attention and its MLP read one norm (use_parallel_residual)"),),
 )
 
 GPT2 = Family(
@@ -240,6 +285,22 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": replace(GEMMA2, architecture="Gemma3ForCausalLM", obstacle=NORMED),
     "phi3": PHI3,
     "olmo2": OLMO2,
+    "olmo3": replace(OLMO2, architecture="Olmo3ForCausalLM"),
+    "exaone4": EXAONE4,
+    "granite": replace(LLAMA, architecture="GraniteForCausalLM"),
+    "smollm3": replace(LLAMA, architecture="SmolLM3ForCausalLM", obstacle=SOME_TURN),
+    "ministral": replace(LLAMA, architecture="MinistralForCausalLM"),
+    "seed_oss": replace(LLAMA, architecture="SeedOssForCausalLM"),
+    "hunyuan_v1_dense": replace(LLAMA, architecture="HunYuanDenseV1ForCausalLM", obstacle=NORMED),
+    "ernie4_5": replace(LLAMA, architecture="Ernie4_5ForCausalLM", obstacle=NEIGHBOURS),
+    "helium": replace(LLAMA, architecture="HeliumForCausalLM", obstacle=NEIGHBOURS),
+    "glm": GLM,
+    "glm4": GLM4,
+    "arcee": ARCEE,
+    "apertus": APERTUS,
+    "nemotron": replace(ARCEE, architecture="NemotronForCausalLM", norm_kind="layer", norm_offset=1.0),
+    "starcoder2": STARCODER2,
+    "stablelm": STABLELM,
     "gpt2": GPT2,
     "opt": OPT,
     "gpt_neox": GPT_NEOX,

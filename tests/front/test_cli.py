@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_checkpoint import merge, rewrite
-from helpers_front import SHORT, Ran, tree
+from helpers_front import SHORT, Ran, start, tree
 
 from planish.recipe.shipped import shipped, shipped_text
 
@@ -214,12 +214,13 @@ def test_a_slip_is_refused_before_what_works_is_imported(line: str, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.demo
-def test_demo(planish: Planish, tmp_path: Path) -> None:
-    ran = planish("demo", "--json")
-    assert ran.code == 0
-    report = json.loads(ran.out)
+def test_demo(tmp_path: Path) -> None:
+    process = start("demo", "--json", folder=tmp_path)  # alone, since the peak of memory is the process's
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    report = json.loads(out)
     assert report["model"] == "demo:smollm2"
     assert report["bytes"]["after"] < 0.65 * report["bytes"]["before"]
     assert report["evaluation"]["quantized"]["perplexity"] < 1.02 * report["evaluation"]["base"]["perplexity"]
-    assert report["peak_bytes"] < 3e9
+    assert report["peak_bytes"] < 1.2e9
     assert sorted(path.name for path in (tmp_path / "build").iterdir()) == ["demo-w8a8", "demo-w8a8.report.html", "demo-w8a8.report.json"]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import CONFIGS, FAMILIES, VISION_FAMILIES, block_calls, tiny, tokens
+from tiny_models import CONFIGS, FAMILIES, RELATIVES, VISION_FAMILIES, block_calls, tiny, tokens
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -14,7 +14,7 @@ from planish.calib.blocks.experts import separate
 from planish.calib.blocks.topology import Host, Site, Topology, absorb, check_structure, exact_scale, prove, reader_weight, tie, topology
 from planish.quant.errors import PlanishError
 
-OFFSET_FAMILIES = ("gemma2", "gemma3_text")
+OFFSET_FAMILIES = ("gemma2", "gemma3_text", "nemotron")
 
 
 def hosts(name: str) -> dict[str, str | None]:
@@ -40,10 +40,10 @@ def uneven_scale(block: nn.Module, site: Site, seed: int) -> Tensor:
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    assert {*FAMILIES, *VISION_FAMILIES} == set(families.FAMILIES)
+    assert {*FAMILIES, *RELATIVES, *VISION_FAMILIES} == set(families.FAMILIES)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS | RELATIVES)
 def test_prove_holds_on_every_block_and_leaves_it_as_it_was(name: str) -> None:
     model = tiny(name)
     plan = topology(model.config)
@@ -55,13 +55,13 @@ def test_prove_holds_on_every_block_and_leaves_it_as_it_was(name: str) -> None:
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS | RELATIVES)
 def test_prove_holds_in_bfloat16(name: str) -> None:
     error = prove_first(tiny(name).bfloat16(), topology(tiny(name).config))
     assert error < 0.03 if name in OFFSET_FAMILIES else error == 0
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS | RELATIVES)
 def test_all_sites_absorbed_at_once_keep_the_logits(name: str) -> None:
     model = tiny(name)
     plan = topology(model.config)
@@ -74,10 +74,10 @@ def test_all_sites_absorbed_at_once_keep_the_logits(name: str) -> None:
         assert float((model(tokens()).logits - before).norm() / before.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS | RELATIVES)
 def test_structure_is_checked_without_weights(name: str) -> None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIGS[name]))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(CONFIGS | RELATIVES)[name]))
     separate(model)
     plan = topology(model.config)
     check_structure(model.get_submodule(plan.blocks).get_submodule("0"), plan)
@@ -263,7 +263,7 @@ def test_addresses_are_of_the_blocks_readers_alone() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "starcoder2"}, r"model_type 'starcoder2': no table .* Add a Family to calib/blocks/families.py.* Supported: llama, mistral"),
+        ({"model_type": "codegen"}, r"model_type 'codegen': no table .* Add a Family to calib/blocks/families.py.* Supported: llama, mistral"),
         ({"model_type": "bert"}, "no table for this family"),
         ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "glm4_moe"}, "mixture of experts"),
@@ -271,6 +271,7 @@ def test_addresses_are_of_the_blocks_readers_alone() -> None:
         ({"model_type": "dbrx"}, "no table for this family"),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "some of its blocks have no experts"),
         ({"model_type": "gemma3"}, "multimodal model around a gemma3_text"),
+        ({"model_type": "stablelm", "use_parallel_residual": True}, "read one norm"),
         ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, r"LlamaForSequenceClassification.*class LlamaForCausalLM"),
         ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention is true"),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_stored import saved
-from tiny_models import CONFIGS, tiny, tokens
+from tiny_models import CONFIGS, RELATIVES, tiny, tokens
 from torch import Tensor
 
 from planish.calib.blocks.topology import topology
@@ -18,7 +18,7 @@ from planish.quant.transforms.factors import Chain, on_input
 from planish.quant.transforms.rotate import Kind, mean_keeping, mixing, turned_back
 
 CPU = torch.device("cpu")
-POST_NORMS = ("gemma2", "gemma3_text", "olmo2")
+POST_NORMS = ("gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4", "glm4")
 KINDS: tuple[Kind, ...] = ("hadamard", "orthogonal")
 ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "nine heads": (
@@ -82,7 +82,7 @@ def check_same(checkpoint: Checkpoint, rewriting: Rewriting) -> None:
         assert error(back, stream) < 1e-5
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CONFIGS | RELATIVES)
 def test_folded_norms(family: str, tmp_path: Path) -> None:
     checkpoint = opened(family, tmp_path)
     if family == "opt-350m":
@@ -102,7 +102,7 @@ def test_folded_norms(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CONFIGS | RELATIVES)
 def test_a_rotated_stream(family: str, kind: Kind, tmp_path: Path) -> None:
     checkpoint = opened(family, tmp_path)
     rewriting = Rewriting(fold=True, residual=residual(checkpoint, kind))
@@ -115,7 +115,7 @@ def test_a_rotated_stream(family: str, kind: Kind, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CONFIGS | RELATIVES)
 def test_rotated_heads(family: str, kind: Kind, tmp_path: Path) -> None:
     checkpoint = opened(family, tmp_path)
     rewritten = Rewriting(value=value(checkpoint, kind))

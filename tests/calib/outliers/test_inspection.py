@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_stored import rounded, saved
-from tiny_models import CONFIGS, VISION, pixels, tiny, tiny_vision, tokens
+from tiny_models import CONFIGS, RELATIVES, VISION, pixels, tiny, tiny_vision, tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -67,7 +67,7 @@ def perplexity(model: PreTrainedModel, ids: Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CONFIGS | RELATIVES)
 def test_every_family_is_seen_as_it_is(family: str, tmp_path: Path) -> None:
     model, ids, held = tiny(family), tokens(SAMPLES, LENGTH), tokens(3, LENGTH, seed=5)
     found = inspected(open_checkpoint(saved(model, tmp_path / "model")), subject(ids, held))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CONFIGS, block_calls, tiny, tokens
+from tiny_models import CONFIGS, RELATIVES, block_calls, tiny, tokens
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
@@ -44,10 +44,10 @@ def textbook(model: PreTrainedModel, batches: list[Tensor]) -> tuple[ROWS, ROWS]
     return torch.tensor(scores).mean(0).tolist(), torch.tensor(drains).mean(0).tolist()
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CONFIGS | RELATIVES)
 def test_like_eager_attention(family: str) -> None:
     """The window is longer than the text, for the cache keeps no more values than that."""
-    model = tiny(family, changes={"sliding_window": 64} if family in ("mistral", "gemma2", "gemma3_text") else {})
+    model = tiny(family, changes={"sliding_window": 64} if "sliding_window" in (CONFIGS | RELATIVES)[family] else {})
     batches = [tokens(2, 24), tokens(1, 24, seed=5)]
     found = measure(model, batches)
     assert found is not None

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_stored import rounded, saved
-from tiny_models import CONFIGS, tiny, tokens
+from tiny_models import CONFIGS, RELATIVES, tiny, tokens
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -65,12 +65,12 @@ def places_of(found: list[SuperWeight]) -> Coordinates:
     return {(weight.layer, weight.row, weight.column) for weight in found}
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CONFIGS | RELATIVES)
 def test_none_planted_none_found(family: str, tmp_path: Path) -> None:
     assert search(saved(tiny(family), tmp_path / "model"))[0] == []
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CONFIGS | RELATIVES)
 def test_one_planted(family: str, tmp_path: Path) -> None:
     model = planted(family, {(1, 7, 30)})
     (weight,), _ = search(saved(model, tmp_path / "model"))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_compress import distance, ids, quick, source
-from tiny_models import CONFIGS, FAMILIES, MIXTURES
+from tiny_models import CONFIGS, FAMILIES, MIXTURES, RELATIVES
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -29,13 +29,14 @@ RECIPES = ("w8a8", "w8a8-static", "w4a8", "w4a16-g128", "w4a16-channel", "w8a8-f
 VARIANTS = tuple(name for name in CONFIGS if name not in FAMILIES)
 CASES = [(family, recipe) for family in FAMILIES for recipe in RECIPES if family != "gpt2" or "fp" not in recipe]
 CASES += [(family, recipe) for family in VARIANTS for recipe in RECIPES[1:7:2]]
+CASES += [(family, "w8a8") for family in RELATIVES]
 CONV1D = ("gpt2",)
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
-    return {family: source(family, root / family) for family in CONFIGS}
+    return {family: source(family, root / family) for family in CONFIGS | RELATIVES}
 
 
 def divided_by_half_steps(x_TC: Tensor, fmt: ActivationFormat, _: object = None) -> tuple[Tensor, Tensor | None]:

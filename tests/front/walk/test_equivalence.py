@@ -11,14 +11,15 @@ import torch
 from helpers_compress import STEPS, quick, source
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import CONFIGS
+from tiny_models import CONFIGS, RELATIVES
 
 import planish
 from planish.quant.errors import PlanishError
 
 ALONE = ("shift", "hadamard", "duquant", "cat", "wush", "flat", "scale_rms", "permute", "R2", "smooth")  # any of them go together, in any order
 WEIGHTS_ALONE = ("untie", "R2'")  # exact, or seen in the checkpoint only
-NORMS_BEHIND, LAYER_NORMS = ("gemma2", "gemma3_text", "olmo2"), ("gpt2", "opt", "gpt_neox")
+NORMS_BEHIND = ("gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4", "glm4")
+LAYER_NORMS = ("gpt2", "opt", "gpt_neox", "nemotron", "starcoder2", "stablelm")
 FINE = ("scheme.weights.bits=8", "scheme.activations.bits=8", "solver.gptaq.alpha=0")
 
 
@@ -45,7 +46,7 @@ def errors(family: str, steps: str, folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CONFIGS | RELATIVES)
 def test_every_step_on_every_family(family: str, tmp_path: Path) -> None:
     for step, steps in STEPS.items():
         reason = refusal(family, step)
@@ -59,6 +60,6 @@ def test_every_step_on_every_family(family: str, tmp_path: Path) -> None:
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
-@given(family=st.sampled_from(sorted(CONFIGS)), names=st.lists(st.sampled_from(ALONE), min_size=2, max_size=4, unique=True))
+@given(family=st.sampled_from(sorted(CONFIGS | RELATIVES)), names=st.lists(st.sampled_from(ALONE), min_size=2, max_size=4, unique=True))
 def test_steps_in_any_order(family: str, names: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     assert max(errors(family, ", ".join(STEPS[name] for name in names), tmp_path_factory.mktemp("any"))) <= 1e-5
