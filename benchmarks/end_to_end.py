@@ -56,7 +56,7 @@ def packed(model: PreTrainedModel, scheme: str) -> PreTrainedModel:
     known = topology(model.config)
     for index in range(known.block_count):
         block = model.get_submodule(known.block_name(index))
-        for site in known.sites:
+        for site in known.block(index).sites:
             readers = [block.get_submodule(path) for path in site.readers]
             chain = (Hadamard(hadamard_block(readers[0].in_features)),) if scheme == ROTATED else ()
             for path, layer in zip(site.readers, packed_readers([random_parts(reader, scheme, chain) for reader in readers]), strict=True):

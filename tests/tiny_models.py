@@ -21,6 +21,20 @@ _COMMON = {**_TOKENS, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_
 _ROTARY = {**_COMMON, "num_key_value_heads": 2, "intermediate_size": 96}
 _GEMMA = {**_ROTARY, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "tie_word_embeddings": True}
 _MIXTURE = {**_ROTARY, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}
+_LATENT = {
+    **_ROTARY,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 _OPT = {**_COMMON, "ffn_dim": 128}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -47,6 +61,42 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 FAMILIES = tuple(name for name in CONFIGS if "-" not in name)
 RELATIVES: dict[str, dict[str, Any]] = {
+    "qwen3_moe-some": {**_MIXTURE, "model_type": "qwen3_moe", "head_dim": 32, "num_hidden_layers": 3, "mlp_only_layers": [0]},
+    "glm4_moe": {
+        **_ROTARY,
+        "model_type": "glm4_moe",
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "attention_bias": True,
+        "moe_intermediate_size": 48,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "deepseek_v3": {**_LATENT, "model_type": "deepseek_v3", "q_lora_rank": 32, "first_k_dense_replace": 1},
+    "deepseek_v3-direct": {**_LATENT, "model_type": "deepseek_v3", "q_lora_rank": None, "first_k_dense_replace": 1},
+    "glm4_moe_lite": {**_LATENT, "model_type": "glm4_moe_lite", "q_lora_rank": 32},
+    "lfm2": {
+        **_ROTARY,
+        "model_type": "lfm2",
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_multiple_of": 16,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_5_text": {
+        **_ROTARY,
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "head_dim": 16,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
     "olmo3": {**_ROTARY, "model_type": "olmo3", "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "exaone4": {**_ROTARY, "model_type": "exaone4", "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "granite": {
@@ -62,7 +112,7 @@ RELATIVES: dict[str, dict[str, Any]] = {
     "ministral": {**_ROTARY, "model_type": "ministral", "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "seed_oss": {**_ROTARY, "model_type": "seed_oss", "head_dim": 32, "attention_bias": True},
     "hunyuan_v1_dense": {**_ROTARY, "model_type": "hunyuan_v1_dense", "head_dim": 32},
-    "ernie4_5": {**_ROTARY, "model_type": "ernie4_5", "head_dim": 16, "use_bias": True, "tie_word_embeddings": True},
+    "ernie4_5": {**_ROTARY, "model_type": "ernie4_5", "head_dim": 16, "tie_word_embeddings": True},
     "helium": {**_ROTARY, "model_type": "helium", "head_dim": 16},
     "glm": {**_ROTARY, "model_type": "glm", "head_dim": 16, "attention_bias": True},
     "glm4": {**_ROTARY, "model_type": "glm4", "head_dim": 16},
@@ -73,8 +123,8 @@ RELATIVES: dict[str, dict[str, Any]] = {
     "stablelm": {**_ROTARY, "model_type": "stablelm", "use_qkv_bias": True, "qk_layernorm": True},
 }
 """Families whose tables are another's but for names, or differ in one thing of which CONFIGS has a case: what goes over them all would take long."""
-OFFSET = ("Gemma", "NemotronLayerNorm1P")  # norms that store what they multiply by, minus 1
-MIXTURES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral")
+OFFSET = ("Gemma", "NemotronLayerNorm1P", "Qwen3_5RMSNorm")  # norms that store what they multiply by, minus 1
+MIXTURES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "qwen3_moe-some", "glm4_moe", "deepseek_v3", "deepseek_v3-direct", "glm4_moe_lite")
 
 _IMAGE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4, "num_labels": 5}
 VISION: dict[str, dict[str, Any]] = {
@@ -136,6 +186,8 @@ def _randomise(module: nn.Module, generator: torch.Generator) -> None:
             parameter.copy_(torch.rand(parameter.shape, generator=generator) + (-0.5 if type(module).__name__.startswith(OFFSET) else 0.5))
         else:
             parameter.copy_(0.3 * noise)
+    if isinstance(bias := getattr(module, "e_score_correction_bias", None), Tensor):  # of a router, a buffer in files
+        bias.copy_(0.3 * torch.randn(bias.shape, generator=generator))
 
 
 def tokens(samples: int = 2, length: int = 24, seed: int = 1) -> Tensor:

@@ -1,20 +1,37 @@
 """The table of model families: which modules of a block read which activation, and what stands before them. Data, read by topology.py.
 
+Mixtures of experts and vision transformers have files of their own (mixtures.py, vision.py).
 Adding a family: one `Family` in FAMILIES under its config's model_type (usually a `replace` of a near relative), one line in tests/tiny_models.py;
-topology.prove then shows on real weights whether the table is right. Of a mixture of experts the blocks must all have experts, and these the standard
-form (experts.py); one line in serving/__init__.py lets vLLM run it.
+topology.prove then shows on real weights whether the table is right. Blocks of several kinds are told apart by `others`. Experts must have the
+standard form (experts.py); one line in serving/__init__.py lets vLLM run a family.
 
 Written from the model definitions of transformers 5.23 (transformers/models/*/modeling_*.py).
 """
 
 from dataclasses import replace
 
-from .family import Family, Variant, interleaved_k, interleaved_q, interleaved_v, stacked_k, stacked_up, stacked_v
+from transformers import PreTrainedConfig
 
-NORMED = "norms of queries and keys"
+from .family import (
+    LLAMA,
+    NORMED,
+    Family,
+    OtherBlocks,
+    Variant,
+    gated_o,
+    gated_q,
+    interleaved_k,
+    interleaved_q,
+    interleaved_v,
+    stacked_k,
+    stacked_up,
+    stacked_v,
+)
+from .mixtures import MIXTURES
+from .vision import VISION
+
 NEIGHBOURS = "a RoPE that turns neighbouring channels"
 SOME_TURN = "a RoPE in some layers only"
-LLAMA = Family(architecture="LlamaForCausalLM")
 
 GEMMA2 = replace(
     LLAMA,
@@ -38,38 +55,6 @@ PHI3 = replace(
     up=("mlp.gate_up_proj",),
     up_host="mlp.gate_up_proj",
     up_rows=stacked_up,
-)
-
-QWEN3_MOE = replace(
-    LLAMA,
-    architecture="Qwen3MoeForCausalLM",
-    obstacle=NORMED,
-    up=("gate_proj", "up_proj"),
-    down="down_proj",
-    up_host="up_proj",
-    experts=lambda config: config.num_experts,
-    routers=("mlp.gate",),
-    writers=("self_attn.o_proj",),
-    width=lambda config: config.moe_intermediate_size,
-    refuse=((lambda config: bool(config.mlp_only_layers) or config.decoder_sparse_step != 1, "some of its blocks have no experts"),),
-)
-
-QWEN2_MOE = replace(
-    QWEN3_MOE,
-    architecture="Qwen2MoeForCausalLM",
-    obstacle="",
-    shared=("mlp.shared_expert", lambda config: config.shared_expert_intermediate_size),
-    routers=("mlp.gate", "mlp.shared_expert_gate"),
-)
-
-MIXTRAL = replace(
-    QWEN3_MOE,
-    architecture="MixtralForCausalLM",
-    in_files=((".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2.")),
-    obstacle="",
-    experts=lambda config: config.num_local_experts,
-    width=lambda config: config.intermediate_size,
-    refuse=(),
 )
 
 OLMO2 = replace(
@@ -104,6 +89,71 @@ APERTUS = replace(
     up_norm="feedforward_layernorm",
     stream_readers=("attention_layernorm", "feedforward_layernorm"),
     obstacle=NORMED,
+)
+
+
+def lfm2_width(config: PreTrainedConfig) -> int:
+    """Of its MLPs, whose config may say a larger one."""
+    width: int = config.intermediate_size
+    if config.block_auto_adjust_ff_dim:
+        width = int(2 * width / 3)
+        if config.block_ffn_dim_multiplier is not None:
+            width = -(-int(config.block_ffn_dim_multiplier * width) // config.block_multiple_of) * config.block_multiple_of
+    return width
+
+
+LFM2 = replace(
+    LLAMA,
+    architecture="Lfm2ForCausalLM",
+    norm="model.embedding_norm",
+    qkv_norm="operator_norm",
+    o="self_attn.out_proj",
+    obstacle=NORMED,
+    up=("feed_forward.w1", "feed_forward.w3"),
+    up_norm="ffn_norm",
+    down="feed_forward.w2",
+    up_host="feed_forward.w3",
+    writers=("self_attn.out_proj", "feed_forward.w2"),
+    stream_readers=("operator_norm", "ffn_norm"),
+    width=lfm2_width,
+    others=(
+        OtherBlocks(
+            when=lambda config, index: config.layer_types[index] == "conv",
+            changes={
+                "mixing": ("in", "out"),
+                "qkv": ("conv.in_proj",),
+                "q": None,
+                "k": None,
+                "v": None,
+                "o": "conv.out_proj",
+                "writers": ("conv.out_proj", "feed_forward.w2"),
+            },
+        ),
+    ),
+)
+
+QWEN3_5 = replace(
+    LLAMA,
+    architecture="Qwen3_5ForCausalLM",
+    q_rows=gated_q,
+    o_gate=gated_o,
+    obstacle=NORMED,
+    norm_offset=1.0,
+    others=(
+        OtherBlocks(
+            when=lambda config, index: config.layer_types[index] == "linear_attention",
+            changes={
+                "mixing": ("in", "out"),
+                "qkv": ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+                "beside": ("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+                "q": None,
+                "k": None,
+                "v": None,
+                "o": "linear_attn.out_proj",
+                "writers": ("linear_attn.out_proj", "mlp.down_proj"),
+            },
+        ),
+    ),
 )
 
 STARCODER2 = replace(
@@ -205,82 +255,13 @@ GPT_NEOX = Family(
     norm_kind="layer",
 )
 
-VIT = Family(
-    architecture="ViTModel",
-    wrappers=("ViTForImageClassification", "ViTForMaskedImageModeling"),
-    options={"add_pooling_layer": False},
-    blocks="layers",
-    embeddings=("embeddings",),
-    norm="layernorm",
-    head=None,
-    input="pixel_values",
-    call=(("interpolate_pos_encoding", True),),
-    lead=lambda config: 1,
-    qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-    qkv_norm="layernorm_before",
-    q="attention.q_proj",
-    k="attention.k_proj",
-    rotary=False,
-    obstacle="no order of tokens",
-    o="attention.o_proj",
-    v="attention.v_proj",
-    gated=False,
-    up=("mlp.fc1",),
-    up_norm="layernorm_after",
-    down="mlp.fc2",
-    up_host="mlp.fc1",
-    writers=("attention.o_proj", "mlp.fc2"),
-    stream_readers=("layernorm_before", "layernorm_after"),
-    norm_kind="layer",
-)
-
-DINOV2 = replace(
-    VIT,
-    architecture="Dinov2Model",
-    wrappers=("Dinov2ForImageClassification", "Dinov2Backbone"),
-    options={},
-    blocks="encoder.layer",
-    call=(),
-    qkv_norm="norm1",
-    up_norm="norm2",
-    writers=("layer_scale1", "layer_scale2"),
-    stream_readers=("norm1", "norm2"),
-    width=lambda config: int(config.hidden_size * config.mlp_ratio),
-    variants=(
-        Variant(
-            when=lambda config: config.use_swiglu_ffn,
-            changes={
-                "gated": True,
-                "up": ("mlp.gate_proj", "mlp.up_proj"),
-                "down": "mlp.down_proj",
-                "up_host": "mlp.up_proj",
-                "width": lambda config: (int(int(config.hidden_size * config.mlp_ratio) * 2 / 3) + 7) // 8 * 8,
-            },
-        ),
-    ),
-)
-
-DINOV2_REGISTERS = replace(
-    DINOV2,
-    architecture="Dinov2WithRegistersModel",
-    wrappers=("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersBackbone"),
-    lead=lambda config: 1 + config.num_register_tokens,
-)
-
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "mistral": replace(LLAMA, architecture="MistralForCausalLM"),
     "qwen2": replace(LLAMA, architecture="Qwen2ForCausalLM"),
     "qwen3": replace(LLAMA, architecture="Qwen3ForCausalLM", obstacle=NORMED),
-    "qwen3_moe": QWEN3_MOE,
-    "mixtral": MIXTRAL,
-    "qwen2_moe": QWEN2_MOE,
-    "olmoe": replace(
-        QWEN3_MOE,
-        architecture="OlmoeForCausalLM",
-        width=lambda config: config.intermediate_size,
-        refuse=((lambda config: config.clip_qkv is not None, "clip_qkv cuts queries, keys and values off, so nothing goes through them freely"),),
-    ),
+    "lfm2": LFM2,
+    "qwen3_5_text": QWEN3_5,
     "gemma2": GEMMA2,
     "gemma3_text": replace(GEMMA2, architecture="Gemma3ForCausalLM", obstacle=NORMED),
     "phi3": PHI3,
@@ -304,9 +285,8 @@ FAMILIES: dict[str, Family] = {
     "gpt2": GPT2,
     "opt": OPT,
     "gpt_neox": GPT_NEOX,
-    "vit": VIT,
-    "dinov2": DINOV2,
-    "dinov2_with_registers": DINOV2_REGISTERS,
+    **MIXTURES,
+    **VISION,
 }
 
 

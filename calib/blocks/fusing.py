@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...quant.errors import PlanishError
 from ...quant.transforms.factors import Chain, on_input, placed
-from .sites import Site, Topology, reader_bias, reader_weight
+from .sites import BlockTopology, Site, reader_bias, reader_weight
 
 PIECE = 1 << 22  # values that are in float64 at a time
 
@@ -89,7 +89,7 @@ class Folded:
         rowwise(weight_OD, lambda rows_ND: rows_ND * gain_D)
 
 
-def norm_readers(topology: Topology) -> dict[str, list[str]]:
+def norm_readers(topology: BlockTopology) -> dict[str, list[str]]:
     """The norms of a block that have weights, each with what reads it."""
     found: dict[str, list[str]] = {}
     for site in topology.sites:
@@ -98,7 +98,7 @@ def norm_readers(topology: Topology) -> dict[str, list[str]]:
     return found
 
 
-def fold_norms(block: nn.Module, topology: Topology, name: str) -> None:
+def fold_norms(block: nn.Module, topology: BlockTopology, name: str) -> None:
     """Every norm of the block goes into its readers."""
     for path, readers in norm_readers(topology).items():
         norm, layers = block.get_submodule(path), [block.get_submodule(reader) for reader in readers]
@@ -110,7 +110,7 @@ def fold_norms(block: nn.Module, topology: Topology, name: str) -> None:
             folded.into_reader(layer)
 
 
-def map_stream(block: nn.Module, topology: Topology, change: StreamMap) -> None:
+def map_stream(block: nn.Module, topology: BlockTopology, change: StreamMap) -> None:
     """The block's stream becomes change(stream): its writers write that, its readers, behind folded norms, read it."""
     for path in topology.writers:
         write_through(block.get_submodule(path), change)
@@ -150,24 +150,23 @@ def _through(rotation: Chain, device: torch.device) -> Callable[[Tensor], Tensor
     return lambda x: on_input(there, x)
 
 
-def value_site(topology: Topology) -> Site:
-    """The site that reads what attention makes of the values."""
-    return next(site for site in topology.sites if site.name == "o")
-
-
-def head_rows(topology: Topology) -> list[list[int]]:
-    """The rows of v that make one head's values, for each key-value head, in their order."""
-    index = value_site(topology).makers[0].index
-    size = len(index) // topology.heads
+def head_rows(topology: BlockTopology) -> list[list[int]]:
+    """The rows of v that make one head's values, for each key-value head, in their order; none where no rotation of them can be absorbed: without
+    attention, and where a gate multiplies what it makes of them."""
+    site = topology.value_site
+    index: tuple[int, ...] = site.makers[0].index if site is not None and len(site.makers) == 1 else ()
+    size = max(1, len(index) // topology.heads)
     return [list(rows) for rows in dict.fromkeys(index[start : start + size] for start in range(0, len(index), size))]
 
 
-def rotate_values(block: nn.Module, topology: Topology, rotations: Sequence[Chain]) -> None:
+def rotate_values(block: nn.Module, topology: BlockTopology, rotations: Sequence[Chain]) -> None:
     """Every head's values are rotated: rows of v (and its bias), and the columns of o for all query heads that share them.
 
-    rotations: orthogonal, of one head's channels, for each key-value head.
+    rotations: orthogonal, of one head's channels, for each of head_rows.
     """
-    site = value_site(topology)
+    site = topology.value_site
+    if site is None or not rotations:
+        return
     value = block.get_submodule(site.makers[0].module)
     weight_OI, bias_O = reader_weight(value), reader_bias(value)
     turns = [_through(rotation, weight_OI.device) for rotation in rotations]

@@ -12,13 +12,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ...quant.errors import PlanishError
 from .experts import seeing_all
-from .sites import Host, Site, Topology, absorb, reader_weight, reads
+from .sites import BlockTopology, Host, Site, absorb, reader_weight, reads
 
 TOLERANCE = 1e-5  # float32 reaches 1e-7 where the table is right
 CORRECT = "Correct the family's table in calib/blocks/families.py."
 
 
-def check_structure(block: nn.Module, topology: Topology, name: str = "block") -> None:
+def check_structure(block: nn.Module, topology: BlockTopology, name: str = "block") -> None:
     """Every linear layer of the block is read at one site only, and all paths and sizes of the table fit; else PlanishError. Works on meta."""
     modules = dict(block.named_modules())
     linear = {path for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
@@ -31,11 +31,12 @@ def check_structure(block: nn.Module, topology: Topology, name: str = "block") -
             if path in taken:
                 raise PlanishError(f"{where}: {path} is listed twice as a reader, but a linear layer reads one site. {CORRECT}")
             taken.add(path)
-        for path in site.routers:
+        for path in (*site.routers, *site.beside):
             if path not in modules or not reads(modules[path]):
                 raise PlanishError(f"{where}: {path} is {_what(modules, path)}, which reads nothing. {CORRECT}")
             taken.add(path)
         _check_host(site, modules, where)
+    taken.update(path for path, module in modules.items() if isinstance(module, nn.Conv1d) and module.groups == module.in_channels)  # mixes none
     for path, parameter in block.named_parameters():
         if parameter.dim() > 1 and path.rpartition(".")[0] not in taken:
             raise PlanishError(f"{topology.family}, {name}: no site reads {path}, shape {tuple(parameter.shape)}. {CORRECT}")
@@ -69,7 +70,7 @@ def _check_host(site: Site, modules: dict[str, nn.Module], where: str) -> None:
 
 
 @torch.no_grad()
-def prove(block: nn.Module, topology: Topology, run: Callable[[nn.Module], Tensor], name: str = "block", seed: int = 0) -> float:
+def prove(block: nn.Module, topology: BlockTopology, run: Callable[[nn.Module], Tensor], name: str = "block", seed: int = 0) -> float:
     """Hold the table against one real block; the block is left exactly as it was. Returns the worst relative error.
 
     run(block): the block's output (..., C) for some fixed real input, in eval mode; called once, and once more per hosted site.
@@ -140,7 +141,7 @@ def _restored(block: nn.Module, site: Site) -> Iterator[None]:
 class _Order:
     """Sees every call of a reader and raises as soon as one does not fit the list of sites. A block may run several times, but only as a whole.
 
-    A site ends before the next begins, but for the one that experts read: theirs come one expert after the other."""
+    A site ends before the next begins, unless its readers are apart: those of experts come one expert after the other."""
 
     def __init__(self, sites: tuple[Site, ...], where: str) -> None:
         self.sites, self.where = sites, where
@@ -151,7 +152,7 @@ class _Order:
 
     def call(self, reader: str, x: Tensor) -> None:
         number = self.place[reader]
-        due = next((i for i, site in enumerate(self.sites) if i >= len(self.seen) or (not site.routers and self.waiting & set(site.readers))), None)
+        due = next((i for i, site in enumerate(self.sites) if i >= len(self.seen) or (not site.apart and self.waiting & set(site.readers))), None)
         if reader not in self.waiting or (due is not None and number > due):
             expected = [path for path in (self.place if due is None else self.sites[due].readers) if path in self.waiting]
             where = f"{self.where}, site {self.sites[number if due is None else min(number, due)].name}"
@@ -159,6 +160,7 @@ class _Order:
                 f"{where}: {reader} ran when {', '.join(expected)} was due. Sites are listed in the order in which they run. {CORRECT}"
             )
         where = f"{self.where}, site {self.sites[number].name}"
+        x = x.flatten(0, -2)
         if not torch.equal(self.seen.setdefault(number, x), x):
             raise PlanishError(f"{where}: {reader} receives another tensor than the site's other readers. {CORRECT}")
         self.waiting.remove(reader)

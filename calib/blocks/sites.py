@@ -1,4 +1,4 @@
-"""The nouns of a topology (Host, Site, Topology) and what one does at a site: see its readers' weights, tie a scale, absorb it.
+"""The nouns of a topology (Host, Site, BlockTopology, Topology) and what one does at a site: see its readers' weights, tie a scale, absorb it.
 
 Shape suffixes: C channels of a site, O and I out and in channels of one layer, R rows of a host's output.
 """
@@ -41,7 +41,8 @@ class Site:
     """An activation (tokens, C) that one or more linear layers read. Paths are from the block. host None: nothing takes a scale for free.
 
     stream: whether it is the residual stream, normed or not. makers: the rows that make channel c, all alike for every c: in another order they make
-    the channels in that order. Empty where a norm makes them. routers: what reads it too, and is never quantized.
+    the channels in that order. Empty where a norm makes them. routers: what sends tokens to experts by it, beside: small layers that read it too;
+    neither is ever quantized. apart: whether layers of other sites run between its readers.
     """
 
     name: str
@@ -50,11 +51,13 @@ class Site:
     stream: bool = False
     makers: tuple[Rows, ...] = ()
     routers: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    apart: bool = False
 
     @property
     def all_readers(self) -> tuple[str, ...]:
         """What has to follow where the activation is another by a factor or a basis."""
-        return (*self.readers, *self.routers)
+        return (*self.readers, *self.routers, *self.beside)
 
 
 def kind_of(site: str) -> str:
@@ -75,7 +78,7 @@ class Attention:
     """Which rows make queries and keys, head by head, `size` channels each, all of one site's readers.
 
     rotary: whether RoPE turns them before their scores. module: the path of what has the scores' factor as its `scaling`. obstacle: what else stands
-    between these rows and the softmax, in words; empty if nothing does.
+    between these rows and the softmax, in words; empty if nothing does. cached: whether a cache holds keys and values as they are.
     """
 
     q: Rows
@@ -84,30 +87,69 @@ class Attention:
     module: str
     rotary: bool = True
     obstacle: str = ""
+    cached: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockTopology:
+    """One block's sites, in the order in which it runs them, and who writes and reads its residual stream; all paths are from the block.
+
+    A block adds its writers' outputs, times a constant in some families, to the stream, and its stream_readers see the stream. Both tuples are empty
+    where the stream itself is normalised (OPT with do_layer_norm_before false). A norm on the stream multiplies by norm_offset + weight.
+    heads: of queries; they share the channels of o's input evenly. attention: how scores come about, None where something else mixes the tokens.
+    """
+
+    family: str
+    sites: tuple[Site, ...]
+    writers: tuple[str, ...]
+    stream_readers: tuple[str, ...]
+    norm_offset: float
+    heads: int
+    attention: Attention | None = None
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """What sends tokens to experts, and is never quantized; none in a block without."""
+        return tuple(path for site in self.sites for path in site.routers)
+
+    @property
+    def inside(self) -> tuple[Site, ...]:
+        """The sites inside the block's MLPs, one of every expert."""
+        return tuple(site for site in self.sites if kind_of(site.name) == "down")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its sites."""
+        return tuple(site.name for site in self.sites)
+
+    def site(self, name: str) -> Site:
+        """The one of this name. KeyError."""
+        return {site.name: site for site in self.sites}[name]
+
+    @property
+    def value_site(self) -> Site | None:
+        """The site that reads what attention makes of the values; None without attention."""
+        return next((site for site in self.sites if site.name == "o"), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Topology:
-    """One model's sites, in the order in which a block runs them, and who writes and reads its residual stream.
+    """One model's blocks, and what stands before and behind them.
 
-    blocks, embeddings, norm and head are paths from the model, writers and stream_readers from the block. The embeddings' outputs, summed,
-    are the first block's input; a block adds its writers' outputs to the stream, and its stream_readers see the stream. Both tuples are empty
-    where the stream itself is normalised (OPT with do_layer_norm_before false). norm: the last norm, None if there is none. A norm on the
-    stream multiplies by norm_offset + weight. head: what makes logits, None for a vision encoder. last_reader: the linear layer that reads the
-    last norm's output. heads: of queries; they share the channels of o's input evenly.
+    blocks, embeddings, norm and head are paths from the model. The embeddings' outputs, summed (and in some families scaled), are the first block's
+    input. kinds: what blocks there are; kind_at: of every block, which of them it is. norm: the last norm, None if there is none; it multiplies by
+    norm_offset + weight. head: what makes logits, None for a vision encoder. last_reader: the linear layer that reads the last norm's output.
     The model is run as model(**{input: batch}, **dict(call)). lead: how many tokens stand before those of the input (a vision model's class and
-    register tokens, before its patches). attention: how scores come about.
+    register tokens, before its patches).
     """
 
     family: str
     blocks: str
-    block_count: int
-    sites: tuple[Site, ...]
+    kinds: tuple[BlockTopology, ...]
+    kind_at: tuple[int, ...]
     embeddings: tuple[str, ...]
     norm: str | None
     head: str | None
-    writers: tuple[str, ...]
-    stream_readers: tuple[str, ...]
     norm_kind: Literal["rms", "layer"]
     norm_offset: float
     heads: int
@@ -115,7 +157,45 @@ class Topology:
     input: Literal["input_ids", "pixel_values"] = "input_ids"
     call: tuple[tuple[str, bool], ...] = (("use_cache", False),)
     lead: int = 0
-    attention: Attention | None = None
+
+    @property
+    def block_count(self) -> int:
+        """How many there are."""
+        return len(self.kind_at)
+
+    @property
+    def samples(self) -> list[int]:
+        """The blocks to look at where not all can be: the first, the last, and the first of every kind."""
+        return sorted({0, self.block_count - 1, *map(self.kind_at.index, self.kind_at)})
+
+    def block(self, index: int) -> BlockTopology:
+        """Of block `index`."""
+        return self.kinds[self.kind_at[index]]
+
+    @property
+    def attention(self) -> Attention | None:
+        """Of the blocks that have it, which are alike in it; None if none has."""
+        return next((kind.attention for kind in self.kinds if kind.attention is not None), None)
+
+    @property
+    def without_attention(self) -> bool:
+        """Whether something else mixes the tokens in some block."""
+        return any(kind.attention is None for kind in self.kinds)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether a cache of keys and values of every block is all that later tokens see of earlier ones."""
+        return self.head is not None and all(kind.attention is not None and kind.attention.cached for kind in self.kinds)
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """The names of all sites that some block has."""
+        return tuple(dict.fromkeys(name for kind in self.kinds for name in kind.names))
+
+    @property
+    def addresses(self) -> tuple[tuple[int, str], ...]:
+        """Block and name of every site."""
+        return tuple((index, name) for index in range(self.block_count) for name in self.block(index).names)
 
     def block_name(self, index: int) -> str:
         """The full name of block `index`, as in the checkpoint's tensor names."""
@@ -124,18 +204,15 @@ class Topology:
     def address(self, linear: str) -> tuple[int, Site] | None:
         """The block and the site that the linear layer of this full name reads; None if it is no site's reader."""
         index, _, path = linear.removeprefix(self.blocks + ".").partition(".")
-        site = next((site for site in self.sites if path in site.readers), None)
-        return (int(index), site) if site is not None and index.isdecimal() and linear.startswith(self.blocks + ".") else None
+        if not linear.startswith(self.blocks + ".") or not index.isdecimal() or int(index) >= self.block_count:
+            return None
+        site = next((site for site in self.block(int(index)).sites if path in site.readers), None)
+        return None if site is None else (int(index), site)
 
     @property
     def routers(self) -> tuple[str, ...]:
         """What sends tokens to experts, and is never quantized; none in a model without."""
-        return tuple(path for site in self.sites for path in site.routers)
-
-    @property
-    def inside(self) -> tuple[Site, ...]:
-        """The sites inside the block's MLPs, one of every expert."""
-        return tuple(site for site in self.sites if kind_of(site.name) == "down")
+        return tuple(dict.fromkeys(path for kind in self.kinds for path in kind.routers))
 
     @property
     def vision(self) -> bool:

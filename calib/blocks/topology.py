@@ -3,7 +3,9 @@
 `topology` reads the family's table (families.py) with the facts of one config; `prove` (proof.py) holds the result against a real block.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -14,6 +16,7 @@ from .family import Family, Sizes, separate_up
 from .proof import check_structure as check_structure
 from .proof import prove as prove
 from .sites import Attention as Attention
+from .sites import BlockTopology as BlockTopology
 from .sites import Host as Host
 from .sites import Rows as Rows
 from .sites import Site as Site
@@ -30,16 +33,16 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 def topology(config: PreTrainedConfig) -> Topology:
     """The topology of a model with this config. PlanishError for an architecture that no family table describes."""
     family = _family(config)
+    blocks = [tuple(n for n, other in enumerate(family.others) if other.when(config, index)) for index in range(config.num_hidden_layers)]
+    chosen = tuple(dict.fromkeys(blocks))
     return Topology(
         family=config.model_type,
         blocks=family.blocks,
-        block_count=config.num_hidden_layers,
-        sites=_sites(family, config),
+        kinds=tuple(_block(_changed(family, [family.others[n].changes for n in some]), config) for some in chosen),
+        kind_at=tuple(map(chosen.index, blocks)),
         embeddings=family.embeddings,
         norm=family.norm,
         head=family.head,
-        writers=(*family.writers, *(f"{path}.{family.down}" for _, path, _ in _experts(family, config))),
-        stream_readers=family.stream_readers,
         norm_kind=family.norm_kind,
         norm_offset=family.norm_offset,
         heads=config.num_attention_heads,
@@ -47,8 +50,26 @@ def topology(config: PreTrainedConfig) -> Topology:
         input=family.input,
         call=family.call,
         lead=family.lead(config),
+    )
+
+
+def _block(family: Family, config: PreTrainedConfig) -> BlockTopology:
+    """Of the blocks of which the table says this."""
+    return BlockTopology(
+        family=config.model_type,
+        sites=_sites(family, config),
+        writers=(*family.writers, *(f"{path}.{family.down}" for _, path, _ in _experts(family, config))),
+        stream_readers=family.stream_readers,
+        norm_offset=family.norm_offset,
+        heads=config.num_attention_heads,
         attention=_attention(family, _sizes(family, config)),
     )
+
+
+def _changed(family: Family, changes: Sequence[Mapping[str, Any]]) -> Family:
+    for some in changes:
+        family = replace(family, **some)
+    return family
 
 
 def _family(config: PreTrainedConfig) -> Family:
@@ -63,10 +84,7 @@ def _family(config: PreTrainedConfig) -> Family:
     for refused, reason in family.refuse:
         if refused(config):
             raise PlanishError(f"{where}: {reason}. planish takes decoder-only language models whose blocks are alike; give it one without.")
-    for variant in family.variants:
-        if variant.when(config):
-            family = replace(family, **variant.changes)
-    return family
+    return _changed(family, [variant.changes for variant in family.variants if variant.when(config)])
 
 
 def _why_unknown(config: PreTrainedConfig) -> str:
@@ -85,6 +103,8 @@ def _why_unknown(config: PreTrainedConfig) -> str:
 
 def _sizes(family: Family, config: PreTrainedConfig) -> Sizes:
     heads = config.num_attention_heads
+    if family.latent:
+        return Sizes(heads=heads, kv_heads=heads, head_dim=config.v_head_dim, width=family.width(config), nope=config.qk_nope_head_dim)
     return Sizes(
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -95,18 +115,29 @@ def _sizes(family: Family, config: PreTrainedConfig) -> Sizes:
 
 def _sites(family: Family, config: PreTrainedConfig) -> tuple[Site, ...]:
     sizes = _sizes(family, config)
-    value = Rows(module=family.v, index=family.v_rows(sizes))
+    value = None if family.v is None else Rows(module=family.v, index=family.v_rows(sizes))
+    gates = () if family.q is None or family.o_gate is None else (Rows(module=family.q, index=family.o_gate(sizes)),)
+    into, out = family.mixing
     experts = _experts(family, config)
     up = tuple(f"{path}.{reader}" for _, path, _ in experts for reader in family.up) or family.up
     return (
-        Site(name="qkv", readers=family.qkv, host=_norm_host(family.qkv_norm, family), stream=True),
-        Site(name="o", readers=(family.o,), host=_row_host(value), makers=(value,)),
+        Site(
+            name=into,
+            readers=family.qkv,
+            host=_norm_host(family.qkv_norm, family),
+            stream=True,
+            beside=family.beside,
+            apart=bool(family.inner),
+        ),
+        *(Site(name=name, readers=readers, host=_norm_host(norm, family)) for name, readers, norm in family.inner),
+        Site(name=out, readers=(family.o,), host=None if value is None else _row_host(value), makers=() if value is None else (value, *gates)),
         Site(
             name="gate_up" if family.gated else "up",
             readers=up,
             host=_norm_host(family.up_norm, family),
             stream=True,
             routers=family.routers,
+            apart=bool(experts),
         ),
         *(_down(f"down.{name}", family, config, replace(sizes, width=width), f"{path}.") for name, path, width in experts),
         *(() if experts else (_down("down", family, config, sizes),)),
@@ -126,10 +157,13 @@ def _experts(family: Family, config: PreTrainedConfig) -> tuple[tuple[str, str, 
     if family.experts is None:
         return ()
     shared = () if family.shared is None else (("shared", family.shared[0], family.shared[1](config)),)
-    return (*shared, *((str(number), f"{EXPERTS_AT}.{number}", family.width(config)) for number in range(family.experts(config))))
+    routed = tuple((str(number), f"{EXPERTS_AT}.{number}", family.width(config)) for number in range(family.experts(config)))
+    return (*routed, *shared) if family.shared_last else (*shared, *routed)
 
 
-def _attention(family: Family, sizes: Sizes) -> Attention:
+def _attention(family: Family, sizes: Sizes) -> Attention | None:
+    if family.q is None or family.k is None:
+        return None
     return Attention(
         q=Rows(module=family.q, index=family.q_rows(sizes)),
         k=Rows(module=family.k, index=family.k_rows(sizes)),
@@ -137,6 +171,7 @@ def _attention(family: Family, sizes: Sizes) -> Attention:
         module=family.q.rpartition(".")[0],
         rotary=family.rotary,
         obstacle=family.obstacle,
+        cached=not family.latent,
     )
 
 

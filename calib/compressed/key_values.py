@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from ...quant.errors import PlanishError
 from ...quant.key_values import HeldKeyValues, KvCache
-from ..blocks.sites import Topology
+from ..blocks.sites import BlockTopology, Topology
 
 NAME = "planish_key_values"
 _HELD, _BEFORE = "planish_held", "planish_config"  # on the attention module: what it holds, and the config that it had
@@ -26,8 +26,8 @@ def check_key_values(cache: KvCache | None, known: Topology, sliding_window: int
     """PlanishError where keys and values cannot be held in codes: no attention to what came before, or windows that move past a prefix."""
     if cache is None:
         return
-    if known.attention is None or known.head is None:
-        raise PlanishError(f"kv_cache: a {known.family} model has no cache of keys and values. Leave it out.")
+    if not known.has_cache:
+        raise PlanishError(f"kv_cache: a {known.family} model has no cache of keys and values in every block. Leave it out.")
     if prefixed and sliding_window is not None:
         raise PlanishError(
             "kv_cache: this model's attention has windows, which move past a prefix, so it is not known which keys stay in full precision. "
@@ -35,9 +35,10 @@ def check_key_values(cache: KvCache | None, known: Topology, sliding_window: int
         )
 
 
-def hold(block: nn.Module, known: Topology, held: HeldKeyValues | None) -> None:
+def hold(block: nn.Module, known: BlockTopology, held: HeldKeyValues | None) -> None:
     """Let the block's attention see keys and values like this from now on; None: as they are."""
-    assert known.attention is not None
+    if known.attention is None:
+        return
     hold_in(block.get_submodule(known.attention.module), held)
 
 
@@ -55,7 +56,7 @@ def hold_in(attention: nn.Module, held: HeldKeyValues | None) -> None:
 
 
 @contextmanager
-def holding(block: nn.Module, known: Topology, held: HeldKeyValues | None) -> Iterator[None]:
+def holding(block: nn.Module, known: BlockTopology, held: HeldKeyValues | None) -> Iterator[None]:
     """`hold` while the `with` lasts."""
     if held is None:
         yield

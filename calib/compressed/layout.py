@@ -106,11 +106,11 @@ def placed(layout: Layout) -> Iterator[tuple[str, SiteInput, str, Site]]:
     if not layout.extension:
         return
     known = topology(layout.config)
-    sites = {site.name: site for site in known.sites}
+    sites = {f"{index}.{name}": (index, name) for index, name in known.addresses}
     for address, site_input in layout.extension.sites.items():
-        index, _, name = address.partition(".")
-        if name in sites and index.isdecimal() and int(index) < known.block_count:
-            yield address, site_input, known.block_name(int(index)), sites[name]
+        if address in sites:
+            index, name = sites[address]
+            yield address, site_input, known.block_name(index), known.block(index).site(name)
 
 
 def fitting(site_input: SiteInput, block: str, site: str, tensors: Mapping[str, Tensor], width: int) -> Chain:

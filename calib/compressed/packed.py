@@ -27,7 +27,8 @@ from ...quant.linear import Parts, QuantizedLinear, share_input
 from ...quant.transforms.factors import Blocks, on_input
 from ..blocks.experts import Experts
 from ..blocks.families import FAMILIES
-from ..blocks.sites import Site, Topology
+from ..blocks.fusing import norm_readers
+from ..blocks.sites import BlockTopology, Site, Topology
 from ..blocks.topology import topology
 from .attention_passes import passes, put_passes
 from .quantized import put
@@ -157,13 +158,14 @@ def fuse(model: nn.Module, config: PretrainedConfig, root: str, dtype: torch.dty
     if config.model_type not in FAMILIES or (device.type == "cpu" and native.found().library is None):
         return
     known = topology(config)
-    for block in [known.block_name(index).removeprefix(root) for index in range(known.block_count)]:
-        for path in _mlps(known):
+    for index in range(known.block_count):
+        block, mine = known.block_name(index).removeprefix(root), known.block(index)
+        for path in _mlps(mine):
             _replace(model, f"{block}.{path}", GatedMlp.of, dtype, device)
-        for site in known.sites if known.norm_kind == "rms" else ():
+        for site in mine.sites if known.norm_kind == "rms" else ():
             _join_norm(model.get_submodule(block), site, dtype)
-        if known.attention is not None and device.type == "cpu":
-            put_passes(model.get_submodule(f"{block}.{known.attention.module}"), dtype)
+        if mine.attention is not None and device.type == "cpu":
+            put_passes(model.get_submodule(f"{block}.{mine.attention.module}"), dtype)
     for path in _norms(known):
         _replace(model, path.removeprefix(root), RmsNorm.of, dtype, device)
 
@@ -206,12 +208,11 @@ def _product(readers: Sequence[nn.Module]) -> PackedLinear | None:
 def _norms(known: Topology) -> list[str]:
     if known.norm_kind != "rms":
         return []
-    hosts = [site.host.module for site in known.sites if site.host is not None and site.host.kind == "norm"]
-    found = [f"{known.block_name(index)}.{path}" for index in range(known.block_count) for path in hosts]
+    found = [f"{known.block_name(index)}.{path}" for index in range(known.block_count) for path in norm_readers(known.block(index))]
     return found if known.norm is None else [*found, known.norm]
 
 
-def _mlps(known: Topology) -> list[str]:
+def _mlps(known: BlockTopology) -> list[str]:
     """From the block."""
     paths = (site.readers[0].rpartition(".")[0] for site in known.inside)
     return [path for path in paths if path]

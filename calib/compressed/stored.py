@@ -60,9 +60,9 @@ class StoredCheckpoint(Checkpoint):
     def _attentions(self, root: str) -> Iterator[str]:
         """The paths behind root of the modules that compute scores."""
         known = topology(self.config)
-        if known.attention is not None:
-            names = [f"{known.block_name(index)}.{known.attention.module}" for index in range(known.block_count)]
-            yield from (name.removeprefix(root) for name in names if name.startswith(root))
+        scores = [(known.block_name(index), known.block(index).attention) for index in range(known.block_count)]
+        names = [f"{block}.{attention.module}" for block, attention in scores if attention is not None]
+        yield from (name.removeprefix(root) for name in names if name.startswith(root))
 
     def quantized(self, names: Sequence[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, QuantizedLinear]:
         """These quantized linears, ready to run; those of one site prepare their input once."""

@@ -105,12 +105,14 @@ class Rewritten(Checkpoint):
                     owner._parameters[name] = nn.Parameter(parameter.to(final), requires_grad=False)
 
     def _rewrite_block(self, block: nn.Module, known: Topology, name: str) -> None:
+        index = int(name.removeprefix(f"{known.blocks}."))
+        mine = known.block(index)
         if self.rewriting.fold:
-            fold_norms(block, known, name)
+            fold_norms(block, mine, name)
         if change := _stream_map(known, self.rewriting):
-            map_stream(block, known, change)
-        if turns := self.rewriting.value_turns(int(name.removeprefix(f"{known.blocks}.")), len(head_rows(known))):
-            rotate_values(block, known, turns)
+            map_stream(block, mine, change)
+        if turns := self.rewriting.value_turns(index, len(head_rows(mine))):
+            rotate_values(block, mine, turns)
 
     def _rewrite_outer(self, module: nn.Module, known: Topology, name: str) -> None:
         change = _stream_map(known, self.rewriting)
@@ -150,11 +152,11 @@ def unties(known: Topology, checkpoint: Checkpoint, rewriting: Rewriting) -> boo
 def check(known: Topology, checkpoint: Checkpoint, rewriting: Rewriting) -> None:
     """PlanishError where the architecture or the weights do not allow it."""
     where = f"{checkpoint.path}: {known.family}"
-    if (rewriting.fold or rewriting.residual) and not known.stream_readers:
+    if (rewriting.fold or rewriting.residual) and not all(kind.stream_readers for kind in known.kinds):
         step = "fold_norms" if rewriting.fold else "rotate at residual"
         raise PlanishError(f"{where}: {step}: the residual stream itself is normalised after every layer: no norm stands before its readers alone.")
-    inside = {reader for site in known.sites for reader in site.readers}
-    posts = [path for path in known.writers if path not in inside]
+    inside = {reader for kind in known.kinds for site in kind.sites for reader in site.readers}
+    posts = dict.fromkeys(path for kind in known.kinds for path in kind.writers if path not in inside)
     if rewriting.residual and posts:
         raise PlanishError(
             f"{where}: rotate at residual: norms stand behind the layers that write to the stream ({', '.join(posts)}), and their weights multiply "
@@ -162,7 +164,7 @@ def check(known: Topology, checkpoint: Checkpoint, rewriting: Rewriting) -> None
         )
     if rewriting.fold:
         for index in range(known.block_count):
-            for path, readers in norm_readers(known).items():
+            for path, readers in norm_readers(known.block(index)).items():
                 name = known.block_name(index)
                 fold_of(checkpoint, known, f"{name}.{path}", [f"{name}.{reader}" for reader in readers])
         if known.norm and known.last_reader:

@@ -137,7 +137,7 @@ class _Walk:
             self.probe = self.search.step(layers, lambda hidden: self.probe_call.run(block, index, hidden), self.probe, layer=index)
             look = self._look(block, index)
             self.forks.advance(block, index, layers, self.search.found[known:])
-            self.sites += [look.figures(site, None if self.compressed else block) for site in self.topology.sites]
+            self.sites += [look.figures(site, None if self.compressed else block) for site in self.topology.block(index).sites]
         finally:
             self.runner.release_block(index)
             trim()
@@ -145,11 +145,12 @@ class _Walk:
 
     def _look(self, block: nn.Module, index: int) -> SiteLook:
         """The samples through the block, its sites and heads watched."""
-        look = SiteLook(index, self.topology.sites, self.thresholds, self.outliers, first_is_sink=not self.topology.vision)
+        sites = self.topology.block(index).sites
+        look = SiteLook(index, sites, self.thresholds, self.outliers, first_is_sink=not self.topology.vision)
         done = 0
         for i, call in enumerate(self.calls):
             hidden = self.stream[i]
-            with site_inputs(block, self.topology.sites) as inputs:
+            with site_inputs(block, sites) as inputs:
                 if done < ATTENTION_SAMPLES:
                     with self.meter.watching(index):
                         out = call.run(block, index, hidden)
@@ -196,7 +197,7 @@ class _Walk:
             sink_heads=() if attention is None else sink_heads(attention, self.thresholds),
             attention=attention,
             outlier_tokens=self.outliers.tokens(self.subject.text),
-            prefix=None if self.topology.vision else self.outliers.prefix(self.subject.text, self.subject.start),
+            prefix=self.outliers.prefix(self.subject.text, self.subject.start) if self.topology.has_cache else None,
             sites=tuple(self.sites),
             landscapes=tuple(self.landscapes),
             recommendation=None,

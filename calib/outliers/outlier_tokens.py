@@ -103,7 +103,7 @@ def search_prefix(runner: BlockRunner, ids_NL: Tensor, text: Callable[[int], str
     for index in range(runner.topology.block_count):
         block = runner.load_block(index)
         try:
-            with site_inputs(block, runner.topology.sites) as inputs:
+            with site_inputs(block, runner.topology.block(index).sites) as inputs:
                 for sample, (_, call) in enumerate(entered):
                     stream[sample] = call.run(block, index, stream[sample])
                     for name, x_LC in inputs.take().items():

@@ -122,7 +122,7 @@ def search(runner: BlockRunner, ids_NL: Tensor, report: Callable[[int], None]) -
 
 def last_layers(block: nn.Module, known: Topology, index: int) -> dict[str, nn.Module]:
     """The last layers of the MLPs of block `index`, by full name."""
-    return {f"{known.block_name(index)}.{path}": block.get_submodule(path) for site in known.inside for path in site.readers}
+    return {f"{known.block_name(index)}.{path}": block.get_submodule(path) for site in known.block(index).inside for path in site.readers}
 
 
 @contextmanager

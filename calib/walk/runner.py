@@ -19,7 +19,7 @@ from transformers.integrations import sdpa_attention
 
 from ...quant.errors import PlanishError
 from ..blocks.prefix import PrefixCache, PrefixStream
-from ..blocks.topology import Topology, topology
+from ..blocks.topology import Topology, reader_weight, topology
 from ..files.checkpoint import Checkpoint
 
 HEAD_TOKENS = 32  # tokens whose logits are in memory at a time
@@ -103,6 +103,11 @@ class BlockRunner:
             for key, buffer in module.named_buffers(recurse=False):
                 if buffer.device.type != "meta":
                     module.register_buffer(key, buffer.to(device), persistent=False)
+
+    def site_widths(self) -> dict[tuple[int, str], int]:
+        """The input channels of every site, by block and name."""
+        first = ((index, self.topology.block(index).site(name)) for index, name in self.topology.addresses)
+        return {(index, site.name): reader_weight(self.blocks[index].get_submodule(site.readers[0])).shape[1] for index, site in first}
 
     def _owners(self) -> list[str]:
         """The modules with parameters or buffers of their own, topmost ones only: what is inside them is loaded with them."""

@@ -40,12 +40,14 @@ class _Seen:
 
     def felt(self, grads: Sequence[Tensor]) -> Felt:
         x = self.given[0].detach()
-        total = torch.stack([grad.float() for grad in grads]).sum(0)
-        return Felt(x.reshape(-1, x.shape[-1]), total.square().sum(-1).flatten())
+        total_TC = torch.stack([grad.float().reshape(-1, x.shape[-1]) for grad in grads]).sum(0)
+        return Felt(x.reshape(-1, x.shape[-1]), total_TC.square().sum(-1))
 
 
-def sensitivities(runner: BlockRunner, batches: Sequence[Tensor], sites: Sequence[Site], *, seed: int = 0) -> Iterator[tuple[int, dict[str, Felt]]]:
-    """What these sites feel in each block, the last block first, all batches together. batches: ids (B, L). seed: of the tokens drawn.
+def sensitivities(
+    runner: BlockRunner, batches: Sequence[Tensor], sites: Sequence[Sequence[Site]], *, seed: int = 0
+) -> Iterator[tuple[int, dict[str, Felt]]]:
+    """What sites feel, the last block first, all batches together. batches: ids (B, L). sites: of each block. seed: of the tokens drawn.
 
     Holds what enters every block, in the runner's dtype, until that block's turn. Raises PlanishError for a model without a head.
     """
@@ -63,13 +65,13 @@ def sensitivities(runner: BlockRunner, batches: Sequence[Tensor], sites: Sequenc
     for index in reversed(range(len(runner.blocks))):
         block = runner.load_block(index)
         found: list[dict[str, Felt]] = []
-        with torch.enable_grad(), ordered_attention(runner.device), _watched(block, sites) as seen:
+        with torch.enable_grad(), ordered_attention(runner.device), _watched(block, sites[index]) as seen:
             for batch, hidden in enumerate(entering.pop()):
                 leaf = hidden.detach().requires_grad_()
                 grads[batch], felt = _backward(calls[batch].run(block, index, leaf), grads[batch], leaf, seen)
                 found.append(felt)
         runner.release_block(index)
-        yield index, {site.name: _joined([felt[site.name] for felt in found]) for site in sites}
+        yield index, {site.name: _joined([felt[site.name] for felt in found]) for site in sites[index]}
 
 
 def _at_the_end(runner: BlockRunner, outputs: Sequence[Tensor], seed: int) -> list[Tensor]:

@@ -306,7 +306,7 @@ def _stored_block(file: Path, device: torch.device) -> dict[str, Tensor]:
 def packed_linears(plan: Plan, record: BlockRecord) -> dict[str, Packed]:
     """How a finished block's quantized linears are stored, by full name."""
     linears: dict[str, Packed] = {}
-    for site in plan.topology.sites:
+    for site in plan.topology.block(record.index).sites:
         how = plan.packed[record.index, site.name]
         if how is not None:
             how = made_dynamic(how) if record.sites[site.name].made_dynamic else how

@@ -121,8 +121,9 @@ def _config(plan: Plan, packed: Mapping[str, Packed], blocks: list[BlockRecord])
     extension = _extension(plan, blocks)
     if extension:
         config[KEY] = extension.to_dict()
-    routers = plan.topology.routers
-    ignored = (linears.keys() - packed.keys()) | {f"{plan.topology.block_name(block.index)}.{path}" for block in blocks for path in routers}
+    known = plan.topology
+    routers = {f"{known.block_name(block.index)}.{path}" for block in blocks for path in known.block(block.index).routers}
+    ignored = (linears.keys() - packed.keys()) | routers
     extended = bool(extension) or misread_experts(schemes_of(plan.packed))
     in_files = partial(name_in_files, plan.topology.family)
     declared = {in_files(name): how for name, how in packed.items()}

@@ -126,7 +126,7 @@ def plan_report(plan: Plan) -> PlanReport:
 
 def schemes(plan: Plan) -> dict[str, dict[Packed | None, list[int]]]:
     """For every site, how it is stored in which blocks. None: in full precision."""
-    found: dict[str, dict[Packed | None, list[int]]] = {site.name: {} for site in plan.topology.sites}
+    found: dict[str, dict[Packed | None, list[int]]] = {name: {} for name in plan.topology.site_names}
     for (block, name), how in plan.packed.items():
         found[name].setdefault(how, []).append(block)
     return found

@@ -85,7 +85,7 @@ def _sites(plan: Plan) -> dict[str, list[str]]:
 
 def _named(names: Sequence[str], plan: Plan) -> list[str]:
     """The sites in few words: experts are counted."""
-    every = by_kind(site.name for site in plan.topology.sites)
+    every = by_kind(plan.topology.site_names)
     words = []
     for kind, some in by_kind(names).items():
         count = len(every[kind])

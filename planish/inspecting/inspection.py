@@ -115,7 +115,7 @@ def _as_inspected(error: PlanishError) -> PlanishError:
 def _check_blocks(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
     runner = BlockRunner(checkpoint, dtype, device)
     for index, block in enumerate(runner.blocks):
-        check_structure(block, runner.topology, runner.block_name(index))
+        check_structure(block, runner.topology.block(index), runner.block_name(index))
 
 
 def _text(checkpoint: Checkpoint, calibration: Calibration) -> Subject:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calib.blocks.sites import Topology
+from ..calib.blocks.sites import BlockTopology
 from ..calib.compressed.stored import StoredCheckpoint
 from ..calib.data.windows import Calibration
 from ..calib.files.shards import read_json
@@ -62,7 +62,7 @@ def check_start(twin: AbsorbedBlocks, ids_NL: Tensor, hidden_NLD: Tensor) -> Non
         raise PlanishError(f"the embeddings: {_OTHER}")
 
 
-def check_twin(twin: nn.Module, block: nn.Module, known: Topology, name: str) -> None:
+def check_twin(twin: nn.Module, block: nn.Module, known: BlockTopology, name: str) -> None:
     """PlanishError if what a block holds in full precision beside its sites' readers is not what the twin has."""
     readers = tuple(f"{path}." for site in known.sites for path in site.readers)
     there = dict(block.named_parameters())

@@ -100,9 +100,10 @@ def _errors(
     for index in range(known.block_count):
         block = runner.load_block(index)
         with twin.block(index, torch.float32) as (full, _turn):
-            check_twin(full, block, known, runner.block_name(index))
-            packed = {site.name: stored.packed.get(f"{runner.block_name(index)}.{site.readers[0]}") for site in known.sites}
-            sites = [site for site in known.sites if packed[site.name] is not None]
+            mine = known.block(index)
+            check_twin(full, block, mine, runner.block_name(index))
+            packed = {site.name: stored.packed.get(f"{runner.block_name(index)}.{site.readers[0]}") for site in mine.sites}
+            sites = [site for site in mine.sites if packed[site.name] is not None]
             sums = {site.name: SiteErrors() for site in sites}
             shown, hidden = (full, base) if inputs == "base" else (block, quantized)
             for batch, call in enumerate(hidden.calls):
@@ -163,7 +164,7 @@ def _restored(
         block = runner.load_block(index)
         if twin is not None and (names or twin.streams is not None):
             with twin.block(index, torch.float32) as (full, _turn):
-                variants.advance(block, index, _changes(full, index, [site for site in known.sites if site.name in names]))
+                variants.advance(block, index, _changes(full, index, [site for site in known.block(index).sites if site.name in names]))
         else:
             variants.advance(block, index, {})
         runner.release_block(index)

@@ -12,7 +12,7 @@ import torch
 
 from ..calib.blocks.families import is_mixture
 from ..calib.blocks.family import EXPERTS
-from ..calib.blocks.sites import reader_weight
+from ..calib.blocks.sites import BlockTopology, reader_weight
 from ..calib.blocks.topology import topology
 from ..calib.compressed.packing import Packed, stored_size
 from ..calib.data.own_text import BATCH
@@ -88,39 +88,63 @@ class _Site:
         return self.packed is not None and self.packed.scheme.activations is not None
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Blocks that are alike. count: of them; parameters: of one; sites: of one; known: what is read where."""
+
+    count: int
+    parameters: int
+    sites: tuple[_Site, ...]
+    known: BlockTopology
+
+    @property
+    def widths(self) -> list[int]:
+        """Of its sites."""
+        return [site.width for site in self.sites]
+
+
 class Sizes:
     """The sizes of a run, and what follows from them."""
 
     def __init__(self, runner: BlockRunner, recipe: Recipe, packed: dict[Address, Packed | None]) -> None:
-        config, text, block = runner.model.config.get_text_config(), recipe.calibration, runner.blocks[0]
+        config, text = runner.model.config.get_text_config(), recipe.calibration
         self.runner, self.recipe, self.packed, self.dtype = runner, recipe, packed, runner.dtype
         samples, self.length, self.batch = (0, 0, 0) if text is None else (text.samples, text.length, min(text.batch_size, text.samples))
         self.tokens = samples * self.length
         self.workers = workers_for(-(-samples // self.batch), runner.device) if samples else 1
         self.width: int = config.hidden_size
         self.vocabulary: int = config.vocab_size
-        self.block_count, self.block_parameters = runner.topology.block_count, sum(p.numel() for p in block.parameters())
         embedding = runner.model.get_input_embeddings()
         self.embedding = sum(p.numel() for p in embedding.parameters())
         self.longest = _longest(runner.checkpoint)
         self.all_heads: int = config.num_attention_heads
         self.heads = self.all_heads if config._attn_implementation == "eager" else 0
-        self.sites = []
-        for site in runner.topology.sites:
-            readers = [reader_weight(block.get_submodule(path)) for path in site.readers]
-            how = next((packed[address] for address in packed if address[1] == site.name and packed[address] is not None), None)
-            self.sites.append(_Site(readers[0].shape[1], sum(weight.numel() for weight in readers), how))
-        self.widest = max(site.width for site in self.sites)
+        self.kinds = [self._kind(number) for number in range(len(runner.topology.kinds))]
+        largest = max(self.kinds, key=lambda kind: kind.parameters)
+        self.block_parameters, self.sites = largest.parameters, largest.sites
+        self.widest = max(width for kind in self.kinds for width in kind.widths)
         self.out_bytes, self.bits, self.quantized = self._stored()
+
+    def _kind(self, number: int) -> _Kind:
+        """Of the topology's kinds the one with this number."""
+        topology = self.runner.topology
+        known, first = topology.kinds[number], topology.kind_at.index(number)
+        block, sites = self.runner.blocks[first], []
+        for site in known.sites:
+            readers = [reader_weight(block.get_submodule(path)) for path in site.readers]
+            mine = (how for (index, name), how in self.packed.items() if name == site.name and topology.kind_at[index] == number)
+            how = next((one for one in mine if one is not None), None)
+            sites.append(_Site(readers[0].shape[1], sum(weight.numel() for weight in readers), how))
+        parameters = sum(parameter.numel() for parameter in block.parameters())
+        return _Kind(topology.kind_at.count(number), parameters, tuple(sites), known)
 
     def _stored(self) -> tuple[int, float, int]:
         """Bytes of the new checkpoint's weights; bits per quantized weight with scales, zero points and side paths; how many weights these are."""
         quantized, code_bits = 0, 0.0
-        readers = {site.name: site.readers for site in self.runner.topology.sites}
         for (index, name), how in self.packed.items():
             if how is None or how.scheme.weights is None:
                 continue
-            for path in readers[name]:
+            for path in self.runner.topology.block(index).site(name).readers:
                 out_channels, in_channels = reader_weight(self.runner.blocks[index].get_submodule(path)).shape
                 quantized += out_channels * in_channels
                 code_bits += 8 * stored_size(how, out_channels, in_channels, self.runner.checkpoint.dtype.itemsize)
@@ -239,26 +263,29 @@ class Sizes:
         of two or so."""
         rate = products_per_second(self.dtype, self.runner.device)
         slow = products_per_second(torch.float32, self.runner.device)
-        widths = [site.width for site in self.sites]
-        passes = (4 if replay else 2) * self.tokens * self.block_parameters
-        hessians = self.tokens * sum(w * w for w in widths)
-        solver = 6 * sum(w * self.block_parameters / len(widths) for w in widths)
-        learning = sum(step.seconds(width) for step in self._learning for width in widths if step.objective == "site")
+        return sum(kind.count * self._seconds(kind, replay, rate, slow) for kind in self.kinds)
+
+    def _seconds(self, kind: _Kind, replay: bool, rate: float, slow: float) -> float:
+        """Of a block, at these speeds."""
+        passes = (4 if replay else 2) * self.tokens * kind.parameters
+        hessians = self.tokens * sum(w * w for w in kind.widths)
+        solver = 6 * sum(w * kind.parameters / len(kind.widths) for w in kind.widths)
+        learning = sum(step.seconds(width) for step in self._learning for width in kind.widths if step.objective == "site")
         together = max((step.steps for step in self._learning if step.objective == "block"), default=0)
-        learning += together * ROUNDED_SECONDS * (self.block_parameters + self.batch * self.length * sum(widths))
+        learning += together * ROUNDED_SECONDS * (kind.parameters + self.batch * self.length * sum(kind.widths))
         polishing = 0.0
         if self._polish is not None and self.tokens:
             held = round(self._polish.held_out * self.tokens) * (JUDGEMENTS + 1)
-            polishing = (3 * self._polish.steps * self.batch * self.length + held) * self.block_parameters / rate
-        return self.block_count * (0.3 + passes / rate + hessians / slow + solver / slow + self._launching() + learning + polishing)
+            polishing = (3 * self._polish.steps * self.batch * self.length + held) * kind.parameters / rate
+        return 0.3 + passes / rate + hessians / slow + solver / slow + self._launching(kind) + learning + polishing
 
-    def _launching(self) -> float:
+    def _launching(self, kind: _Kind) -> float:
         """For a block, what a GPU takes to be told of columns that are rounded one after the other, those of heads' rows one by one."""
         solver, device = self.recipe.solver, self.runner.device
         if device.type == "cpu" or not solver.needs_moments:
             return 0.0
-        found, attention = 0, self.runner.topology.attention
-        for site, known in zip(self.sites, self.runner.topology.sites, strict=True):
+        found, attention = 0, kind.known.attention
+        for site, known in zip(kind.sites, kind.known.sites, strict=True):
             if site.packed is not None:
                 rows = attention.size if solver.attention and attention is not None and attention.q.module in known.readers else 0
                 found += (-(-site.weights // piece(device)) + rows) * launches(site.width, device)
@@ -299,7 +326,7 @@ def _idle(checkpoint: Checkpoint) -> float:
     if not is_mixture(config.model_type):
         return 0.0
     sizes = [info.nbytes / checkpoint.dtype.itemsize for name, info in checkpoint.tensors.items() if f".{EXPERTS}." in name]
-    experts = sum(site.readers[0].startswith(f"{EXPERTS}.") for site in topology(config).inside)
+    experts = max(sum(site.readers[0].startswith(f"{EXPERTS}.") for site in kind.inside) for kind in topology(config).kinds)
     used: int = config.num_experts_per_tok
     return (1 - used / experts) * sum(sizes)
 

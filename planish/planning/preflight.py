@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..calib.blocks.prefix import prefix_ids
 from ..calib.blocks.proof import check_structure, prove
-from ..calib.blocks.sites import Topology, reader_weight
+from ..calib.blocks.sites import Topology
 from ..calib.compressed.key_values import check_key_values
 from ..calib.compressed.packing import Layout, Packed, default_layout
 from ..calib.data.own_text import SOURCE, is_written, own_text
@@ -107,8 +107,8 @@ def make_plan(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     original = runner = _opened(model, device, dtype, allow_pickle)
     checkpoint, topology = runner.checkpoint, runner.topology
-    widths = {site.name: reader_weight(runner.blocks[0].get_submodule(site.readers[0])).shape[1] for site in topology.sites}
-    resolved = resolve(recipe, topology, lambda _block, site: widths[site])
+    widths = runner.site_widths()
+    resolved = resolve(recipe, topology, lambda block, site: widths[block, site])
     packed = _packed(recipe, resolved, topology.family)
     raising = _check(recipe, packed, runner)
     written = _writing(recipe.calibration, runner, ids_NL)
@@ -181,6 +181,11 @@ def _check(recipe: Recipe, packed: dict[Address, Packed | None], runner: BlockRu
     check_beside(recipe.steps, packed, runner)
     check_attention(recipe.solver, runner.topology, packed)
     _check_key_values(recipe, runner)
+    if not runner.topology.has_cache and any(isinstance(step, Prefix) for step in recipe.steps):
+        raise PlanishError(
+            f"steps: prefix: a {runner.topology.family} model has no cache of keys and values in every block, which is what a prefix is stored as. "
+            "Take the step out: `planish recipes show NAME > mine.yaml` prints a shipped recipe."
+        )
     return check_raising(recipe.steps, packed)
 
 
@@ -248,7 +253,7 @@ def _check_structure(runner: BlockRunner) -> None:
     if not len(runner.blocks):
         raise PlanishError(f"{runner.checkpoint.path}: config.num_hidden_layers is 0, so there is nothing to quantize. Give a model with blocks.")
     for index, block in enumerate(runner.blocks):
-        check_structure(block, runner.topology, runner.block_name(index))
+        check_structure(block, runner.topology.block(index), runner.block_name(index))
 
 
 def _ids(calibration: Calibration, runner: BlockRunner, known_NL: Tensor | None) -> Tensor:
@@ -292,16 +297,16 @@ def _tokens(calibration: Calibration, runner: BlockRunner) -> Tensor:
 
 @torch.no_grad()
 def _prove(runner: BlockRunner) -> None:
-    """Hold the topology against the first and the last block, on a few tokens; each is in memory in float32 only while its turn lasts."""
+    """Hold the topology against a block of each kind and the last, on a few tokens; each is in memory in float32 only while its turn lasts."""
     vocabulary = runner.model.config.get_text_config().vocab_size
     ((hidden, call),) = runner.start([torch.linspace(0, vocabulary - 1, PROOF_TOKENS).long()[None]])
-    for index in sorted({0, len(runner.blocks) - 1}):
+    for index in runner.topology.samples:
         block, run = runner.load_block(index, torch.float32), partial(call.run, index=index, hidden=hidden.float())
         try:
             with bfloat16_products(False):
                 if not run(block).isfinite().all():
                     runner.checkpoint.check_finite()  # says which tensor it is
-                prove(block, runner.topology, run, runner.block_name(index))
+                prove(block, runner.topology.block(index), run, runner.block_name(index))
         finally:
             runner.release_block(index)
 
@@ -337,14 +342,14 @@ def _unused(checkpoint: Checkpoint) -> tuple[str, ...]:
     return (f"{checkpoint.path} holds {held}, left out of the output: {', '.join(names[:NAMED])}{more}.",)
 
 
-def _few(ids: Tensor | None, recipe: Recipe, widths: Mapping[str, int]) -> tuple[str, ...]:
+def _few(ids: Tensor | None, recipe: Recipe, widths: Mapping[Address, int]) -> tuple[str, ...]:
     """That there is less text than second moments need."""
-    name = max(widths, key=lambda site: widths[site])
-    if ids is None or not recipe.solver.needs_moments or ids.numel() >= widths[name]:
+    widest = max(widths, key=lambda address: widths[address])
+    if ids is None or not recipe.solver.needs_moments or ids.numel() >= widths[widest]:
         return ()
     return (
-        f"calibration has {counted(ids.numel(), 'token')}, fewer than the {widths[name]} channels of {name}'s input: what the solver knows of so "
-        "many is mostly noise. Take more samples, or longer ones.",
+        f"calibration has {counted(ids.numel(), 'token')}, fewer than the {widths[widest]} channels of {widest[1]}'s input: what the solver knows of "
+        "so many is mostly noise. Take more samples, or longer ones.",
     )
 
 

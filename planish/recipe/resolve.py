@@ -34,10 +34,10 @@ def resolve(recipe: Recipe, topology: Topology, width: Callable[[int, str], int]
     Raises PlanishError: a pattern that matches no site; a group size that does not divide a width where the recipe has no fallback;
     overrides that leave nothing to quantize.
     """
-    addresses = [(block, site.name) for block in range(topology.block_count) for site in topology.sites]
+    addresses = topology.addresses
     for key, pattern in _patterns(recipe):
         if not any(matches([pattern], *address) for address in addresses):
-            names = [site.name for site in topology.sites]
+            names = topology.site_names
             raise PlanishError(
                 f"recipe {recipe.name}: {key}: {pattern!r} matches no site. Patterns are for block.site, such as 0.{names[0]} or *.{names[0]}: "
                 f"blocks 0 to {topology.block_count - 1}, sites {', '.join(names)}."

@@ -64,12 +64,15 @@ def check_order(steps: Sequence[Step]) -> None:
 
 def touches(step: Smooth | ScaleRms | Permute, site: str, known: Topology) -> bool:
     """Whether the step matches the site in some block."""
-    return any(matches(step.sites, block, site) for block in range(known.block_count))
+    return any(name == site and matches(step.sites, block, site) for block, name in known.addresses)
 
 
 def value_rotation(step: Rotate, known: Topology) -> Chain:
-    """What a head's values are turned by, or what that is learned from."""
-    return mixing(len(head_rows(known)[0]), step.kind, 0)
+    """What a head's values are turned by, or what that is learned from. PlanishError where no weights could absorb it."""
+    sizes = [len(rows[0]) for kind in known.kinds if (rows := head_rows(kind))]
+    if not sizes:
+        raise PlanishError(f"steps: rotate at value: in {known.family} models a gate stands between the values and o. Leave the step out.")
+    return mixing(sizes[0], step.kind, 0)
 
 
 def late_value(steps: Sequence[Step], known: Topology) -> Chain:

@@ -65,7 +65,7 @@ EXPERTS = "experts"
 
 def place(address: Address, known: Topology) -> Address:
     """The block, and the name under which the site gets its format."""
-    return (address[0], EXPERTS) if known.routers and kind_of(address[1]) in ("gate_up", "down") else address
+    return (address[0], EXPERTS) if known.block(address[0]).routers and kind_of(address[1]) in ("gate_up", "down") else address
 
 
 def together(choices: Choices, known: Topology) -> dict[Address, dict[Address, Mapping[str, Packed | None]]]:
@@ -163,7 +163,7 @@ def _trials(turn: Turn, site: Readers, walk: SiteWalk, choices: Mapping[str, Pac
 
 def _ordinary_inputs(blocks: AbsorbedBlocks, block: nn.Module, index: int, variants: Variants) -> dict[str, Tensor]:
     """What the plain stream's tokens that are no sinks make the inputs of the block's sites: (T, C) each."""
-    original, sites = blocks.runner.checkpoint.original_stream, blocks.runner.topology.sites
+    original, sites = blocks.runner.checkpoint.original_stream, blocks.runner.topology.block(index).sites
     found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     with site_inputs(block, sites) as seen:
         for call, hidden in zip(variants.calls, variants.plain, strict=True):
@@ -220,9 +220,8 @@ def probe(runner: BlockRunner, members: Choices, around: float) -> str:
 def space(runner: BlockRunner, members: Choices) -> tuple[int, dict[str, int]]:
     """How many weights the readers of these sites have, and the bytes that each candidate makes of them."""
     weights, sizes, itemsize = 0, dict.fromkeys(next(iter(members.values())), 0), runner.checkpoint.dtype.itemsize
-    sites = {site.name: site.readers for site in runner.topology.sites}
     for (index, name), choices in members.items():
-        shapes = [tuple(reader_weight(runner.blocks[index].get_submodule(path)).shape) for path in sites[name]]
+        shapes = [tuple(reader_weight(runner.blocks[index].get_submodule(path)).shape) for path in runner.topology.block(index).site(name).readers]
         mine = sum(rows * columns for rows, columns in shapes)
         weights += mine
         for option, how in choices.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calib.blocks.sites import kind_of, reader_weight
+from ..calib.blocks.sites import kind_of
 from ..calib.walk.runner import BlockRunner
 from ..common.units import size
 from ..compressing.absorbed import AbsorbedBlocks
@@ -199,11 +199,11 @@ def split(ids_NL: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 def _choices(plan: Plan, names: Sequence[str], target: Target) -> Choices:
     """The candidates of each site that the recipe quantizes. Raises PlanishError where there is no choice at all."""
     runner, known = BlockRunner(plan.source, plan.dtype, plan.device), plan.topology
-    widths = {site.name: reader_weight(runner.blocks[0].get_submodule(site.readers[0])).shape[1] for site in known.sites}
+    widths = runner.site_widths()
     family, packed = plan.topology.family, plan.packed
     if known.routers and target == "transformers":
         raise PlanishError("target transformers: it reads all of a mixture by one format, so there is nothing to choose. Give vllm or planish.")
-    choices = {at: at_site(names, how, widths[at[1]], target, plan.recipe, family) for at, how in packed.items() if how is not None}
+    choices = {at: at_site(names, how, widths[at], target, plan.recipe, family) for at, how in packed.items() if how is not None}
     for at, options in choices.items():
         if target == "vllm" and place(at, known) != at:
             choices[at] = {name: how for name, how in options.items() if how is None or runs_experts(how)}
@@ -211,7 +211,7 @@ def _choices(plan: Plan, names: Sequence[str], target: Target) -> Choices:
         if not any(how is not None for how in options.values()):
             raise PlanishError(
                 f"site {block}.{name}: {target} runs none of the candidates {', '.join(names)} there. Give others, or another --target; groups must "
-                f"divide its {widths[name]} input channels."
+                f"divide its {widths[block, name]} input channels."
             )
     for (block, name), members in together(choices, known).items():
         if not any(how is not None for how in next(iter(members.values())).values()):

@@ -34,7 +34,7 @@ def check_attention(solver: Solver, topology: Topology, packed: Mapping[Address,
             f"solver.attention: in {topology.family} models there is {known.obstacle} between the rows of q and k and the softmax, which "
             "attention-aware rounding does not count with. Leave attention out."
         )
-    name = next(site.name for site in topology.sites if known.q.module in site.readers)
+    name = next(site.name for kind in topology.kinds for site in kind.sites if known.q.module in site.readers)
     formats = [how.scheme.weights for (_, site), how in packed.items() if site == name and how is not None]
     if not formats:
         raise PlanishError(f"solver.attention: no site {name} is quantized, so there are no q and k to round. Leave attention out.")

@@ -57,15 +57,25 @@ def located(
     places = once(
         kept, "super-weights", partial(_places, runner, ids_NL, report), lambda found: (found, {}), lambda found, _: tuple(map(tuple, found))
     )
-    names = {path: site.name for site in runner.topology.sites for path in site.readers}
     result: list[Step] = []
     for step in steps:
         if isinstance(step, SuperWeights) and step.places == "auto":
-            mine = tuple(place for place in places if matches(step.sites, place[0], names[place[1]]))
+            mine = tuple(place for place in places if _matches(step.sites, place, runner))
             result += [replace(step, places=mine)] if mine or step.z is not None else []
         else:
             result.append(step)
     return tuple(result)
+
+
+def _matches(patterns: Sequence[str], place: Place, runner: BlockRunner) -> bool:
+    name = _site_of(runner, place)
+    return name is not None and matches(patterns, place[0], name)
+
+
+def _site_of(runner: BlockRunner, place: Place) -> str | None:
+    """The name of the site that the place's layer reads; None if it is no site's reader."""
+    found = runner.topology.address(f"{runner.block_name(place[0])}.{place[1]}")
+    return None if found is None else found[1].name
 
 
 def _places(runner: BlockRunner, ids_NL: Tensor, report: Callable[[int], None]) -> tuple[Place, ...]:
@@ -125,14 +135,13 @@ def _correction(step: Lorc, error_OC: Tensor, moments: Moments | None) -> LowRan
 
 def check_beside(steps: Sequence[Step], packed: Mapping[Address, Packed | None], runner: BlockRunner) -> None:
     """Refuse what the quantized sites have no room for: ranks, kept channels that another step would mix, places of no weight. PlanishError."""
-    sites = {site.name: site for site in runner.topology.sites}
     for address, how in packed.items():
         if how is None:
             continue
         mine = [step for step in steps if _at(step, address)]
         _check_order(mine, f"site {address[0]}.{address[1]}")
         _check_bits(mine, how.scheme, f"site {address[0]}.{address[1]}")
-        for path in sites[address[1]].readers:
+        for path in runner.topology.block(address[0]).site(address[1]).readers:
             shape = reader_weight(runner.blocks[address[0]].get_submodule(path)).shape
             for step in mine:
                 _check_room(step, shape, f"{runner.block_name(address[0])}.{path}")
@@ -176,7 +185,7 @@ def _check_room(step: Step, shape: Sequence[int], where: str) -> None:
 
 def _check_place(place: Place, patterns: Sequence[str], packed: Mapping[Address, Packed | None], runner: BlockRunner) -> None:
     block, path, row, column = place
-    name = next((site.name for site in runner.topology.sites if path in site.readers), None)
+    name = _site_of(runner, place) if block < runner.topology.block_count else None
     if name is None or packed.get((block, name)) is None or not matches(patterns, block, name):
         raise PlanishError(f"steps: super_weight.places has {list(place)}, but block {block} has no quantized layer {path} at the step's sites.")
     rows, columns = reader_weight(runner.blocks[block].get_submodule(path)).shape

@@ -103,7 +103,6 @@ class BlockCompressor:
     ) -> None:
         self.runner, self.solver, self.packed, self.streams, self.looks = runner, solver, packed, streams, looks
         self.steps = BlockSteps.of(steps, runner.topology)
-        self.sites = {site.name: site for site in runner.topology.sites}
         self.workers = 1 if streams is None else workers_for(len(streams.calls), runner.device)
 
     @torch.no_grad()
@@ -116,7 +115,7 @@ class BlockCompressor:
             else:
                 turn.look(block, self.streams)
                 trim()
-                with holding(block, self.runner.topology, self.streams.held):
+                with holding(block, turn.topology, self.streams.held):
                     turn.walk(block, self.streams)
             return turn.result(block)
 
@@ -147,19 +146,20 @@ class BlockCompressor:
             load_rest(block, name, tensors)
             chains, inputs = self._chains(record, tensors), self._inputs(record)
             layers = quantized_readers(name, tensors, packed, chains, inputs, self.runner.dtype)
-            with holding(block, self.runner.topology, self.streams.held), replaced(block, layers):
+            with holding(block, self.runner.topology.block(index), self.streams.held), replaced(block, layers):
                 self._forward(block, index, self.streams.quant)
 
     def _chains(self, record: BlockRecord, tensors: Mapping[str, Tensor]) -> dict[str, Chain]:
         """What the inputs of a finished block's linears go through, by full name."""
         name = self.runner.block_name(record.index)
         chains = {site: restored(done.site_input, name, site, tensors) for site, done in record.sites.items() if done.chain}
-        return {f"{name}.{path}": chain for site, chain in chains.items() for path in self.sites[site].readers}
+        mine = self.runner.topology.block(record.index)
+        return {f"{name}.{path}": chain for site, chain in chains.items() for path in mine.site(site).readers}
 
     def _inputs(self, record: BlockRecord) -> dict[str, SiteInput]:
         """What a checkpoint says of the inputs of a finished block's linears, by full name."""
-        name = self.runner.block_name(record.index)
-        return {f"{name}.{path}": done.site_input for site, done in record.sites.items() for path in self.sites[site].readers}
+        name, mine = self.runner.block_name(record.index), self.runner.topology.block(record.index)
+        return {f"{name}.{path}": done.site_input for site, done in record.sites.items() for path in mine.site(site).readers}
 
     def _forward(self, block: nn.Module, index: int, stream: Stream) -> None:
         assert self.streams is not None
@@ -176,7 +176,8 @@ class Turn:
     """The state of one block's turn."""
 
     def __init__(self, owner: BlockCompressor, index: int) -> None:
-        self.runner, self.solver, self.sites, self.index = owner.runner, owner.solver, owner.sites, index
+        self.runner, self.solver, self.index, self.topology = owner.runner, owner.solver, index, owner.runner.topology.block(index)
+        self.sites = {site.name: site for site in self.topology.sites}
         self.workers, self.steps, self.looks = owner.workers, owner.steps, owner.looks
         self.beside = {name: [step for step in owner.steps.beside if matches(step.sites, index, name)] for name in self.sites}
         self.dtype, self.stored = owner.runner.dtype, owner.runner.checkpoint.dtype
@@ -193,7 +194,7 @@ class Turn:
         if streams.prefix is not None:
             streams.prefix.advance(block, self.index)
         hidden = streams.probe_hidden()
-        known, original = self.runner.topology, self.runner.checkpoint.original_stream
+        known, original = self.topology, self.runner.checkpoint.original_stream
         squares = self.steps.squares(self.index, known)
 
         def looked() -> Observation:
@@ -251,7 +252,7 @@ class Turn:
                 weights = {id(p): nn.Parameter(p.detach().to(self.dtype), requires_grad=False) for p in block.parameters()}
                 twin = copy.deepcopy(block, weights)
                 if streams.held is not None:
-                    hold(twin, self.runner.topology, None)
+                    hold(twin, self.topology, None)
                 full = stack.enter_context(walking(twin, sites, self.passes(twin, streams, streams.before), streams.replay, self.workers))
             self._collect(block)
             walk = stack.enter_context(walking(block, sites, self.passes(block, streams, streams.quant), streams.replay, self.workers))
@@ -284,7 +285,7 @@ class Turn:
 
     def _heads(self, plain: Readers, walk: SiteWalk, block: nn.Module, streams: Streams) -> Heads | None:
         """What attention makes of the rows of q and k, at their site and where the solver asks for it."""
-        known, prefix = self.runner.topology.attention, self.runner.prefix
+        known, prefix = self.topology.attention, self.runner.prefix
         if not self.solver.attention or known is None or known.q.module not in plain.weights:
             return None
         before_PKD = None if prefix is None else prefix.tensors(self.index)["key"][0].transpose(0, 1).float()

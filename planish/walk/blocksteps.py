@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calib.blocks.fusing import head_rows, permute, rotate_values
-from ..calib.blocks.sites import Site, Topology
+from ..calib.blocks.sites import BlockTopology, Site, Topology
 from ..calib.walk.observe import Observation
 from ..quant.formats import Scheme
 from ..quant.transforms import (
@@ -85,12 +85,12 @@ class BlockSteps:
             tuple(dict.fromkeys(map(step_name, absorbed))),
         )
 
-    def squares(self, index: int, known: Topology) -> set[str]:
+    def squares(self, index: int, known: BlockTopology) -> set[str]:
         """The sites of block `index` whose sums of squares are needed."""
         return {site.name for site in known.sites if isinstance(scaler(self.scalers, index, site.name), ScaleRms)}
 
     def absorb(
-        self, block: nn.Module, known: Topology, schemes: Mapping[str, Scheme | None], observed: Observation, probe: Probe, stored: torch.dtype
+        self, block: nn.Module, known: BlockTopology, schemes: Mapping[str, Scheme | None], observed: Observation, probe: Probe, stored: torch.dtype
     ) -> Absorbed:
         """Choose what the float32 block absorbs, and let it. PlanishError if it then computes something else."""
         sites = {site.name: site for site in known.sites}
@@ -126,7 +126,7 @@ class BlockSteps:
         x_TC = on_input(chain, x_TC)
         return on_input(placed(self.value, x_TC.device), x_TC.view(len(x_TC) * heads, -1)).view_as(x_TC)
 
-    def _behind(self, known: Topology, index: int, name: str, x_TC: Tensor) -> Chain:
+    def _behind(self, known: BlockTopology, index: int, name: str, x_TC: Tensor) -> Chain:
         """What the site's input goes through whatever its scale: rotations."""
         chain: Chain = ()
         width = x_TC.shape[1]
@@ -144,7 +144,7 @@ def _centres(step: InputStep | Auto) -> bool:
     return isinstance(step, Center) and step.by == "middle"
 
 
-def _order(step: Permute, site: Site, known: Topology, magnitude_C: Tensor) -> Tensor:
+def _order(step: Permute, site: Site, known: BlockTopology, magnitude_C: Tensor) -> Tensor:
     width = len(magnitude_C)
     if site.name != "o":
         return zigzag(magnitude_C, width // divisor(width, step.block))

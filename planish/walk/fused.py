@@ -99,6 +99,8 @@ def _check_steps(steps: Sequence[Step], known: Topology) -> None:
             "steps: rotate at value is learned from o's input as the model has it, but comes after a step that scales or permutes o. Put rotate "
             "first, or use kind: hadamard."
         )
+    if value is not None and value.kind == "learned" and known.without_attention:
+        raise PlanishError("steps: rotate at value, kind: learned, is for models whose blocks all have attention. Use kind: hadamard.")
     for at, step in enumerate(steps):
         if isinstance(step, Rotate) and step.at == "heads":
             across_heads(step, known.heads)
@@ -123,11 +125,12 @@ def _check_sites(steps: Sequence[Step], known: Topology, schemes: Mapping[Addres
 
 
 def _check_scale(step: ScaleRms, before: Sequence[Step], known: Topology) -> None:
-    taken = [site for site in known.sites if touches(step, site.name, known)]
-    hosted = [site.name for site in known.sites if site.host is not None]
+    sites = [site for kind in known.kinds for site in kind.sites]
+    taken = [site for site in sites if touches(step, site.name, known)]
+    hosted = list(dict.fromkeys(site.name for site in sites if site.host is not None))
     if not any(site.host is not None for site in taken):
         raise PlanishError(f"scale_rms: no site of {list(step.sites)} can take a scale for free in this model. Sites that can: {', '.join(hosted)}.")
-    if rotation_at(before, "residual") is not None and (streams := [site.name for site in taken if site.stream]):
+    if rotation_at(before, "residual") is not None and (streams := list(dict.fromkeys(site.name for site in taken if site.stream))):
         rest = [f'"*.{name}"' for name in hosted if name not in streams and name in ("o", "down")]
         raise PlanishError(
             f"scale_rms: the sites {', '.join(streams)} read the residual stream, which is rotated, so its channels are alike and a scale that went "
@@ -138,8 +141,8 @@ def _check_scale(step: ScaleRms, before: Sequence[Step], known: Topology) -> Non
 
 
 def _check_permute(step: Permute, before: Sequence[Step], known: Topology) -> None:
-    taken = [site.name for site in known.sites if touches(step, site.name, known)]
-    movable = [site.name for site in known.sites if site.makers]
+    taken = [name for name in known.site_names if touches(step, name, known)]
+    movable = list(dict.fromkeys(site.name for kind in known.kinds for site in kind.sites if site.makers))
     if fixed := [name for name in taken if name not in movable]:
         raise PlanishError(f"permute: the order of the channels of {', '.join(fixed)} is the residual stream's. Sites: {', '.join(movable)}.")
     if "o" in taken and late_value(before, known):
@@ -196,11 +199,10 @@ def _ranges(steps: Sequence[Step], original: BlockRunner, ids: Tensor, seeds: in
 def _stream_tokens(original: BlockRunner, ids: Tensor, kept: int) -> Iterator[Tensor]:
     """About so many tokens before each of the blocks' readers of the stream, norms folded, without sinks: float32 (T, C)."""
     folded = BlockRunner(Rewritten.of(original.checkpoint, Rewriting(fold=True)), original.dtype, original.device)
-    sites = [site for site in folded.topology.sites if site.stream]
     ((hidden, call),) = folded.start([ids])
     for index in range(len(folded.blocks)):
         block = folded.load_block(index)
-        with site_inputs(block, sites) as inputs:
+        with site_inputs(block, [site for site in folded.topology.block(index).sites if site.stream]) as inputs:
             out = call.run(block, index, hidden)
         folded.release_block(index)
         keep_T = ~sinks(hidden.flatten(0, 1), out.flatten(0, 1))
@@ -215,7 +217,7 @@ def _squared_ranges(x_TC: Tensor) -> float:
 
 
 def _checked(original: BlockRunner, plan: Rewriting) -> dict[str, float]:
-    """Errors of embeddings, first and last block, and head, on a few tokens. PlanishError names the step with which one became too large."""
+    """Errors of embeddings, some blocks, and head, on a few tokens. PlanishError names the step with which one became too large."""
     plain = BlockRunner(original.checkpoint, torch.float32, original.device)
     errors = _errors(plain, plan)
     for place, error in errors.items():
@@ -238,7 +240,7 @@ def _errors(plain: BlockRunner, plan: Rewriting) -> dict[str, float]:
     ((hidden, call),) = plain.start([ids])
     ((found, _),) = other.start([ids])
     errors = {"embeddings": relative_error(change(hidden), found)}
-    for index in sorted({0, len(plain.blocks) - 1}):
+    for index in plain.topology.samples:
         routes, outputs = Routes(), list[Tensor]()
         for runner, entering in ((plain, hidden), (other, change(hidden))):
             block = runner.load_block(index)

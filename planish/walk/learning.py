@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calib.blocks.fusing import head_rows, value_site
+from ..calib.blocks.fusing import head_rows
+from ..calib.blocks.sites import Site
 from ..calib.files.rewritten import Rewriting, Rewritten
 from ..calib.walk.runner import BlockRunner
 from ..calib.walk.sensitivity import Felt, sensitivities
@@ -63,20 +64,21 @@ def learned(plan: Rewriting, residual: Rotate | None, value: Rotate | None, orig
     """What these steps make of the plan's own rotations, from which they start. ids: the calibration's tokens, (N, L)."""
     runner = original if residual is None else BlockRunner(Rewritten.of(original.checkpoint, Rewriting(fold=True)), original.dtype, original.device)
     known, blocks = runner.topology, len(runner.blocks)
-    streams = [site for site in known.sites if site.stream] if residual is not None else []
-    taken = [*streams, value_site(known)] if value is not None else streams
+    sites = [[site for site in known.block(index).sites if _felt(site, residual, value)] for index in range(blocks)]
     text = max(step.learning.tokens for step in (residual, value) if step is not None) // 2
     generator = torch.Generator().manual_seed(0)
     kept: list[tuple[Tensor, Tensor]] = []
     values: dict[int, tuple[Tensor, tuple[float, float]]] = {}
-    for index, felt in sensitivities(runner, torch.split(ids[: max(1, text // ids.shape[1])], BATCH_SAMPLES), taken):
+    for index, felt in sensitivities(runner, torch.split(ids[: max(1, text // ids.shape[1])], BATCH_SAMPLES), sites):
         if residual is not None:
+            streams = [site for site in sites[index] if site.stream]
             count = max(1, 2 * residual.learning.tokens // (blocks * len(streams)))
             kept += [_thinned(felt[site.name], count, generator) for site in streams]
-        if value is not None:
-            x_TC, _ = _thinned(felt[value_site(known).name], value.learning.tokens, generator)
-            start_EE = _dense(plan.value, len(head_rows(known)[0]))
-            values[index] = _learn(x_TC, start_EE.expand(len(head_rows(known)), -1, -1), value.learning, runner.device)
+        heads = head_rows(known.block(index))
+        if value is not None and heads:
+            x_TC, _ = _thinned(felt["o"], value.learning.tokens, generator)
+            start_EE = _dense(plan.value, len(heads[0]))
+            values[index] = _learn(x_TC, start_EE.expand(len(heads), -1, -1), value.learning, runner.device)
     found = Learned(plan)
     if value is not None:
         turns, ranges = zip(*(values[index] for index in range(blocks)), strict=True)
@@ -87,6 +89,11 @@ def learned(plan: Rewriting, residual: Rotate | None, value: Rotate | None, orig
         matrix_1DD, both = _learn(x_TD, _dense(plan.residual, x_TD.shape[1])[None], residual.learning, runner.device)
         found = replace(found, plan=replace(found.plan, residual=(Blocks(matrix_1DD),)), residual=both)
     return found
+
+
+def _felt(site: Site, residual: Rotate | None, value: Rotate | None) -> bool:
+    """Whether one of these rotations is learned from the site's inputs."""
+    return (site.stream and residual is not None) or (site.name == "o" and value is not None)
 
 
 def _learn(x_TC: Tensor, start_KEE: Tensor, how: Learning, device: torch.device) -> tuple[Tensor, tuple[float, float]]:

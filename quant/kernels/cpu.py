@@ -1,7 +1,8 @@
 """The operators on a CPU, in torch's own and, where there is a compiler, in passes of native.cpp: what each computes is defined in `schemas`.
 
-Integer products are torch._int_mm's: exact, and with AMX or AVX512-VNNI about twice as fast as bfloat16's where the weight lies as its transpose,
-see `cpu_layout`.
+Integer products are oneDNN's where the processor has instructions for them (AMX, VNNI): exact, and about twice as fast as bfloat16's where the weight
+is laid out for them, see `prepack` and `cpu_layout`. Elsewhere they are float32's, which hold the sums of 1024 products exactly: oneDNN adds
+pairs of products in 16 bits there, which overflow, and torch._int_mm takes sixty times as long.
 
 Shape suffixes: T tokens, C = I in channels, O out channels, G groups, R rank.
 """
@@ -22,6 +23,8 @@ from .schemas import LIBRARY
 Codes = tuple[Tensor, Tensor, Tensor]
 _FP8_MAX = 448.0
 _LEAST_PRODUCT = 512  # results; for fewer oneDNN takes its reference implementation, a hundred times slower
+_HELD = 1 << 10  # products of two bytes whose sum float32 holds exactly
+_WORST = 64
 LEAST = min(torch.finfo(torch.float32).tiny, LEAST_SCALE)
 
 
@@ -130,7 +133,7 @@ def linear_w8a8(
             assert w_sum is not None
             y_TO.addcmul_(x_zero.float(), w_sum * w_scale, value=-1)
     else:
-        sum_TO = torch.ops.aten._int_mm(x, weight.T)
+        sum_TO = _products(x, weight)
         if x_zero is not None:
             assert w_sum is not None
             sum_TO.addcmul_(x_zero, w_sum, value=-1)
@@ -160,14 +163,34 @@ def grid(bits: int, symmetric: bool, clip: float) -> native.Grid:
 
 
 def prepack(weight_OI: Tensor) -> Tensor | None:
-    """An int8 weight in oneDNN's own layout, an opaque tensor (I, O) for linear_w8a8; None where this torch has no oneDNN.
+    """An int8 weight in oneDNN's own layout, an opaque tensor (I, O) for linear_w8a8; None where this torch has no oneDNN, or that is not exact.
 
     Its product, the weight's scales included, takes about half as long as torch._int_mm's on a strided one.
     """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_prepack"):  # type: ignore[no-untyped-call]
+    if not exact():
         return None
     packed: Tensor = torch.ops.onednn.qlinear_prepack(weight_OI.contiguous(), None)
     return packed
+
+
+@lru_cache(maxsize=1)
+def exact() -> bool:
+    """Whether oneDNN is there, and right about bytes: on the largest codes."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_prepack"):  # type: ignore[no-untyped-call]
+        return False
+    codes = torch.full((_WORST, _WORST), 127, dtype=torch.int8, device="cpu")
+    packed = torch.ops.onednn.qlinear_prepack(codes, None)
+    return bool((_prepacked(codes, packed, torch.ones(_WORST, device="cpu")) == _WORST * 127**2).all())
+
+
+def _products(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """Sums of products of codes: (T, O) int32, exact."""
+    if exact():
+        return torch._int_mm(x_TI, weight_OI.T)
+    sum_TO = torch.zeros(len(x_TI), len(weight_OI), dtype=torch.int32, device=x_TI.device)
+    for x, w in zip(torch.split(x_TI, _HELD, 1), torch.split(weight_OI, _HELD, 1), strict=True):
+        sum_TO += torch.mm(x.float(), w.float().T).to(torch.int32)
+    return sum_TO
 
 
 def _prepacked(x: Tensor, weight: Tensor, w_scale: Tensor) -> Tensor:

@@ -50,16 +50,17 @@ def test_blocks_add_their_writers_to_the_stream(name: str) -> None:
     model = tiny(name)
     plan = topology(model.config)
     if name in NORMALISED:
-        assert plan.writers == plan.stream_readers == ()
+        assert plan.block(0).writers == plan.block(0).stream_readers == ()
         return
-    writers = (plan.writers[0], "mlp") if name in MIXTURES else plan.writers  # what experts write counts as the router says
+    mine = plan.block(0)
+    writers = (mine.writers[0], "mlp") if name in MIXTURES else mine.writers  # what experts write counts as the router says
     for call in block_calls(model, plan.blocks, tokens()):
         before = call.args[0]
-        with seen(call.block, (*writers, *plan.stream_readers)) as calls:
+        with seen(call.block, (*writers, *mine.stream_readers)) as calls:
             after = call.run(call.block)
         written = [calls[path][1].reshape(before.shape) for path in writers]
         assert close(before + sum(written), after)
-        for path in plan.stream_readers:
+        for path in mine.stream_readers:
             x = calls[path][0].reshape(before.shape)
             assert torch.equal(x, before) or close(x, before + written[0])
 
@@ -71,11 +72,11 @@ def fold_norms(model: PreTrainedModel, plan: Topology) -> None:
     assert plan.norm
     fold(model, plan.norm, [head], plan.norm_offset)
     for block in model.get_submodule(plan.blocks).children():
-        for site in plan.sites:
+        for site in plan.block(0).sites:
             if site.host is not None and site.host.kind == "norm":
                 fold(block, site.host.module, [block.get_submodule(path) for path in site.all_readers], plan.norm_offset)
         if plan.norm_kind == "layer":
-            for path in plan.writers:
+            for path in plan.block(0).writers:
                 writer = block.get_submodule(path)
                 weight = reader_weight(writer)
                 weight -= weight.mean(0)
@@ -104,12 +105,12 @@ def rotate(model: PreTrainedModel, plan: Topology, q_DD: Tensor) -> None:
         weight = model.get_submodule(path).weight
         weight.copy_(weight @ q_DD)
     for block in model.get_submodule(plan.blocks).children():
-        for site in plan.sites:
+        for site in plan.block(0).sites:
             if site.host is not None and site.host.kind == "norm":
                 for path in site.all_readers:
                     weight = reader_weight(block.get_submodule(path))
                     weight.copy_(weight @ q_DD)
-        for path in plan.writers:
+        for path in plan.block(0).writers:
             writer = block.get_submodule(path)
             weight = reader_weight(writer)
             weight.copy_(q_DD.T @ weight)

@@ -33,7 +33,7 @@ def test_prove_holds_on_every_block(name: str, dtype: torch.dtype) -> None:
     calls = block_calls(model, plan.blocks, pixels().to(dtype))
     assert len(calls) == plan.block_count == 2
     for call in calls:
-        assert prove(call.block, plan, call.run) < 2e-6
+        assert prove(call.block, plan.block(0), call.run) < 2e-6
 
 
 @pytest.mark.parametrize("name", VISION)
@@ -41,7 +41,7 @@ def test_structure_is_checked_without_weights(name: str) -> None:
     with torch.device("meta"):
         model = AutoModel.from_config(AutoConfig.for_model(**VISION[name]))
     plan = topology(model.config)
-    check_structure(model.get_submodule(plan.blocks).get_submodule("0"), plan)
+    check_structure(model.get_submodule(plan.blocks).get_submodule("0"), plan.block(0))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,8 @@ def test_structure_is_checked_without_weights(name: str) -> None:
 def test_prove_catches_a_wrong_host(name: str, site: str, host: Host) -> None:
     model = tiny_vision(name)
     plan = topology(model.config)
-    wrong = replace(plan, sites=tuple(replace(one, host=host) if one.name == site else one for one in plan.sites))
+    right = plan.block(0)
+    wrong = replace(right, sites=tuple(replace(one, host=host) if one.name == site else one for one in right.sites))
     call = block_calls(model, plan.blocks, pixels())[0]
     with pytest.raises(PlanishError, match=f"site {site}: a scale moved"):
         prove(call.block, wrong, call.run)
@@ -66,9 +67,9 @@ def test_what_the_table_says() -> None:
     plans = {name: topology(AutoConfig.for_model(**VISION[name])) for name in VISION}
     assert all(plan.vision and plan.head is None and plan.norm == "layernorm" for plan in plans.values())
     assert {name: plan.lead for name, plan in plans.items()} == dict.fromkeys(VISION, 1) | {"dinov2_with_registers": 4}
-    down = {name: plan.sites[3].host and plan.sites[3].host.module for name, plan in plans.items()}
+    down = {name: plan.block(0).sites[3].host and plan.block(0).sites[3].host.module for name, plan in plans.items()}
     assert down == dict.fromkeys(VISION) | {"vit-relu": "mlp.fc1", "dinov2-swiglu": "mlp.up_proj"}
-    assert [site.name for site in plans["dinov2-swiglu"].sites] == ["qkv", "o", "gate_up", "down"]
+    assert [site.name for site in plans["dinov2-swiglu"].block(0).sites] == ["qkv", "o", "gate_up", "down"]
 
 
 @torch.no_grad()
@@ -78,7 +79,7 @@ def test_all_sites_absorbed_at_once_keep_the_features(name: str) -> None:
     plan = topology(model.config)
     before = model(pixels()).last_hidden_state
     for block in model.get_submodule(plan.blocks).children():
-        for site in plan.sites:
+        for site in plan.block(0).sites:
             if site.host is not None:
                 channels = reader_weight(block.get_submodule(site.readers[0])).shape[1]
                 absorb(block, site, torch.exp2(torch.linspace(-2, 2, channels)))
@@ -101,11 +102,11 @@ def test_the_stream_runs_from_the_embeddings_through_the_writers_to_the_norm(nam
     calls = block_calls(model, plan.blocks, pixels())
     assert torch.equal(seen["embeddings"][1], calls[0].args[0])
     for call in calls:
-        watch(call.block, *plan.writers, *plan.stream_readers)
+        watch(call.block, *plan.block(0).writers, *plan.block(0).stream_readers)
         before, after = call.args[0], call.run(call.block)
-        first, second = (seen[path][1] for path in plan.writers)
+        first, second = (seen[path][1] for path in plan.block(0).writers)
         assert close(before + first + second, after)
-        attention, mlp = (seen[path][0] for path in plan.stream_readers)
+        attention, mlp = (seen[path][0] for path in plan.block(0).stream_readers)
         assert torch.equal(attention, before)
         assert close(mlp, before + first)
     assert torch.equal(seen[plan.norm][0], after)

@@ -48,7 +48,7 @@ def residual(checkpoint: Checkpoint, kind: Kind = "hadamard", seed: int = 0) -> 
 
 def value(checkpoint: Checkpoint, kind: Kind = "hadamard") -> Chain:
     known = topology(checkpoint.config)
-    site = next(site for site in known.sites if site.name == "o")
+    site = next(site for site in known.block(0).sites if site.name == "o")
     return mixing(len(site.makers[0].index) // known.heads, kind, 0)
 
 
@@ -94,7 +94,7 @@ def test_folded_norms(family: str, tmp_path: Path) -> None:
     assert not rewritten.tied
     assert not rewritten.config.tie_word_embeddings
     known = topology(checkpoint.config)
-    for site in known.sites:
+    for site in known.block(0).sites:
         if site.host is not None and site.host.kind == "norm":
             block = BlockRunner(rewritten, torch.float32, CPU).load_block(1)
             weight = block.get_submodule(site.host.module).weight
@@ -123,7 +123,7 @@ def test_rotated_heads(family: str, kind: Kind, tmp_path: Path) -> None:
     assert Rewritten.of(checkpoint, rewritten).tied == checkpoint.tied
     before, after = (BlockRunner(c, torch.float32, CPU).load_block(0) for c in (checkpoint, Rewritten.of(checkpoint, rewritten)))
     known = topology(checkpoint.config)
-    for path in next(site for site in known.sites if site.name == "o").readers:
+    for path in next(site for site in known.block(0).sites if site.name == "o").readers:
         assert error(after.get_submodule(path).weight, before.get_submodule(path).weight) > 0.5  # type: ignore[arg-type]
 
 

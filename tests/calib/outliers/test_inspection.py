@@ -79,7 +79,7 @@ def test_every_family_is_seen_as_it_is(family: str, tmp_path: Path) -> None:
         assert record.top == pytest.approx(h.abs().flatten(1).topk(3).values.mean(0).tolist(), rel=1e-4)
     assert found.interventions == (Intervention(name=UNCHANGED, layer=None, quality=pytest.approx(perplexity(model, held), rel=1e-4)),)
     assert (found.massive, found.super_weights, found.outlier_tokens, found.prefix) == ((), (), (), None)
-    assert [site.name for site in found.sites] == [f"{block}.{site.name}" for block in range(plan.block_count) for site in plan.sites]
+    assert [site.name for site in found.sites] == [f"{block}.{site.name}" for block in range(plan.block_count) for site in plan.block(block).sites]
     for site in found.sites:
         assert site.sink_tokens == 0
         assert site.every.absmax >= site.ordinary.absmax > 0

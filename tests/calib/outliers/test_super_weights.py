@@ -23,7 +23,7 @@ Coordinates = set[tuple[int, int, int]]
 
 
 def down_of(model: PreTrainedModel) -> str:
-    return topology(model.config).inside[-1].readers[0]
+    return topology(model.config).block(0).inside[-1].readers[0]
 
 
 def down_weight(model: PreTrainedModel, layer: int) -> Tensor:

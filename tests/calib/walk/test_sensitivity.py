@@ -17,7 +17,7 @@ FAMILIES = ("llama", "qwen2", "phi3", "gemma2", "gpt2", "gpt_neox", "gpt_neox-se
 
 def run(folder: Path, batches: list[Tensor], seed: int = 0) -> tuple[BlockRunner, dict[int, dict[str, Felt]]]:
     runner = BlockRunner(open_checkpoint(folder), torch.float32, torch.device("cpu"))
-    return runner, dict(sensitivities(runner, batches, runner.topology.sites, seed=seed))
+    return runner, dict(sensitivities(runner, batches, [runner.topology.block(index).sites for index in range(len(runner.blocks))], seed=seed))
 
 
 def textbook(folder: Path, batches: list[Tensor], runner: BlockRunner) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
@@ -31,7 +31,7 @@ def textbook(folder: Path, batches: list[Tensor], runner: BlockRunner) -> dict[t
         inputs.setdefault(key, []).append(x)
 
     for index in range(known.block_count):
-        for site in known.sites:
+        for site in known.block(0).sites:
             module = model.get_submodule(f"{known.block_name(index)}.{site.readers[0]}")
             module.register_forward_pre_hook(lambda _module, given, key=(index, site.name): keep(key, given[0]))
     for batch in batches:

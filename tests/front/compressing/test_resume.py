@@ -15,6 +15,7 @@ from tiny_models import tiny
 
 import planish
 from planish.calib.compressed.stored import open_stored
+from planish.calib.machine.precision import working_dtype
 
 BLOCKS = 16
 SETTINGS = ("--set", "calibration.samples=16", "--set", "calibration.length=128", "--no-evaluate")
@@ -212,8 +213,8 @@ def test_an_evaluation_can_be_left_out_after_all(unevaluated: tuple[str | Path, 
 
 
 def test_another_command_does_not_evaluate(unevaluated: tuple[str | Path, ...], tmp_path: Path) -> None:
-    before = tree(tmp_path)
-    for other in (("--set", "calibration.seed=5"), ("--dtype", "float32")):
+    before, native = tree(tmp_path), working_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16
+    for other in (("--set", "calibration.seed=5"), ("--dtype", "float32" if native else "bfloat16")):
         ran = invoke(*unevaluated, *other, "--quiet")
         assert (ran.code, "exists, and planish overwrites nothing" in ran.err) == (2, True)
         assert "the command that made it, unchanged" in ran.err

@@ -96,9 +96,9 @@ def test_errors_and_restored_sites_are_those_of_the_whole_model(pair: tuple[Path
     reference = outputs(base, ids_NL)
     known = topology(open_checkpoint(pair[0]).config)
     assert view.whole.kl == pytest.approx(divergence(reference, outputs(small, ids_NL)), rel=1e-3)
-    assert [site.name for site in view.sites] == [f"{block}.{site.name}" for block in range(3) for site in known.sites]
+    assert [site.name for site in view.sites] == [f"{block}.{site.name}" for block in range(3) for site in known.block(block).sites]
     for view_site in (view.sites[0], view.sites[7]):
-        readers = next(site.readers for site in known.sites if site.name == view_site.site)
+        readers = next(site.readers for site in known.block(0).sites if site.name == view_site.site)
         paths = [f"{known.block_name(view_site.block)}.{path}" for path in readers]
         x_TC = given(base if inputs == "base" else small, paths[0], ids_NL)
         sums = torch.zeros(4, dtype=torch.float64)

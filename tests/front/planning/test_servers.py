@@ -61,7 +61,7 @@ def packed(name: str) -> Packed:
 def run_by(*kinds: Packed | None, family: str = "llama") -> tuple[str, ...]:
     """Of a model whose sites are stored like these, one after the other."""
     known = topology(AutoConfig.for_model(**CONFIGS[family]))
-    return servers({(0, site.name): kind for site, kind in zip(known.sites, itertools.cycle(kinds), strict=False)}, known)
+    return servers({(0, site.name): kind for site, kind in zip(known.block(0).sites, itertools.cycle(kinds), strict=False)}, known)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -107,10 +107,10 @@ def test_of_mixtures(name: str) -> None:
 
 def test_of_mixtures_with_several() -> None:
     known = topology(AutoConfig.for_model(**CONFIGS["mixtral"]))
-    kinds = {(0, site.name): packed("w8a8") for site in known.sites}
+    kinds = {(0, site.name): packed("w8a8") for site in known.block(0).sites}
     assert servers({**kinds, (0, "qkv"): None}, known) == ("planish", "vLLM (GPU)")
     assert servers({**kinds, (0, "down.2"): None}, known) == ("planish",)
     assert servers({**kinds, (0, "down.2"): packed("w4a16")}, known) == ("planish",)
     assert servers({**kinds, (0, "qkv"): packed("w4a16")}, known) == ("planish", "vLLM (GPU)")
-    weights = {(0, site.name): packed("w4a16") for site in known.sites}
+    weights = {(0, site.name): packed("w4a16") for site in known.block(0).sites}
     assert servers({**weights, (0, "qkv"): packed("w8a16")}, known) == ("planish", "vLLM (GPU)")  # transformers reads all by one format

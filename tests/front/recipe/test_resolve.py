@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planish.calib.blocks.topology import Site, Topology
+from planish.calib.blocks.topology import BlockTopology, Site, Topology
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, Scheme, WeightFormat
 from planish.quant.solvers import Rtn
@@ -19,16 +19,22 @@ W8 = WeightFormat(bits=8)
 A8 = ActivationFormat(bits=8)
 G128 = WeightFormat(bits=4, granularity="group", group_size=128)
 
+BLOCK = BlockTopology(
+    family="llama",
+    sites=tuple(Site(name=name, readers=(name,)) for name in ("qkv", "o", "gate_up", "down")),
+    writers=("o", "down"),
+    stream_readers=("qkv", "gate_up"),
+    norm_offset=0.0,
+    heads=9,
+)
 TOPOLOGY = Topology(
     family="llama",
     blocks="model.layers",
-    block_count=12,
-    sites=tuple(Site(name=name, readers=(name,)) for name in ("qkv", "o", "gate_up", "down")),
+    kinds=(BLOCK,),
+    kind_at=(0,) * 12,
     embeddings=("model.embed_tokens",),
     norm="model.norm",
     head="lm_head",
-    writers=("o", "down"),
-    stream_readers=("qkv", "gate_up"),
     norm_kind="rms",
     norm_offset=0.0,
     heads=9,

@@ -71,7 +71,7 @@ def test_sees_what_the_models_attention_sees(family: str, prefix: tuple[int, ...
         monkeypatch.setattr("planish.walk.attention.softmax_metrics", spy)
         known = runner.topology.attention
         assert known is not None
-        site = next(site for site in runner.topology.sites if site.name == "qkv")
+        site = next(site for site in runner.topology.block(0).sites if site.name == "qkv")
         plain = Readers.of(block, site, None, None, torch.float32)
         before_PKD = None if runner.prefix is None else runner.prefix.tensors(index)["key"][0].transpose(0, 1)
         attention = block.get_submodule(known.module)

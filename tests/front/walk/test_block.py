@@ -76,7 +76,9 @@ WRONG = {
 def test_a_wrong_host_is_caught_on_the_real_block(site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(config: PreTrainedConfig) -> Topology:
         right = topology(config)
-        return replace(right, sites=tuple(replace(s, host=WRONG[site]) if s.name == site else s for s in right.sites))
+        (block,) = right.kinds
+        sites = tuple(replace(s, host=WRONG[site]) if s.name == site else s for s in block.sites)
+        return replace(right, kinds=(replace(block, sites=sites),))
 
     folder = source("llama", tmp_path / "model")
     monkeypatch.setattr("planish.calib.walk.runner.topology", wrong)

@@ -30,7 +30,7 @@ def outputs(family: str, folder: Path, held: HeldKeyValues | None) -> torch.Tens
     runner = BlockRunner(open_checkpoint(folder), torch.float32, torch.device("cpu"))
     ((hidden, call),) = runner.start([ids()])
     block = runner.load_block(0)
-    with holding(block, runner.topology, held):
+    with holding(block, runner.topology.block(0), held):
         return call.run(block, 0, hidden)
 
 
@@ -51,7 +51,7 @@ def test_what_was_held_is_let_go(tmp_path: Path) -> None:
     block = runner.load_block(0)
     before, config = call.run(block, 0, hidden), block.self_attn.config  # type: ignore[union-attr]
     for held in (HeldKeyValues(KvCache()), HeldKeyValues(KvCache(bits=2)), None):
-        hold(block, runner.topology, held)
+        hold(block, runner.topology.block(0), held)
     assert block.self_attn.config is config  # type: ignore[union-attr]
     assert torch.equal(call.run(block, 0, hidden), before)
 

@@ -63,7 +63,7 @@ def test_what_returned_before_the_readers_stands_still() -> None:
 def test_families(family: str, tmp_path: Path) -> None:
     runner = BlockRunner(open_checkpoint(source(family, tmp_path / "model", torch.float32)), torch.float32, torch.device("cpu"))
     ((hidden, call),) = runner.start([ids()])
-    block, sites = runner.load_block(0), runner.topology.sites
+    block, sites = runner.load_block(0), runner.topology.block(0).sites
     with recording(block, sites) as still:
         expected = call.run(block, 0, hidden)  # also experts that the router would leave out
     for site in sites:

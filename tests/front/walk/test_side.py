@@ -39,7 +39,7 @@ COARSE = ("scheme.weights.bits=2", "scheme.activations=null", "solver=rtn")  # s
 
 def down(model: Path) -> str:
     """The path of a model's last layer of the MLP in its block."""
-    return topology(open_checkpoint(model).config).inside[-1].readers[0]
+    return topology(open_checkpoint(model).config).block(0).inside[-1].readers[0]
 
 
 def compressed(family: str, steps: str, folder: Path, *settings: str, changes: Mapping[str, int] | None = None) -> Path:
