@@ -186,7 +186,8 @@ def exact() -> bool:
 def _products(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     """Sums of products of codes: (T, O) int32, exact."""
     if exact():
-        return torch._int_mm(x_TI, weight_OI.T)
+        found_TO: Tensor = torch.ops.aten._int_mm(x_TI, weight_OI.T)
+        return found_TO
     sum_TO = torch.zeros(len(x_TI), len(weight_OI), dtype=torch.int32, device=x_TI.device)
     for x, w in zip(torch.split(x_TI, _HELD, 1), torch.split(weight_OI, _HELD, 1), strict=True):
         sum_TO += torch.mm(x.float(), w.float().T).to(torch.int32)
