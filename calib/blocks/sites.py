@@ -123,8 +123,8 @@ class BlockTopology:
         return tuple(site.name for site in self.sites)
 
     def site(self, name: str) -> Site:
-        """The one of this name. KeyError."""
-        return {site.name: site for site in self.sites}[name]
+        """The one of this name, which it has."""
+        return next(site for site in self.sites if site.name == name)
 
     @property
     def value_site(self) -> Site | None:
