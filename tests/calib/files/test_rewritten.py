@@ -48,8 +48,7 @@ def residual(checkpoint: Checkpoint, kind: Kind = "hadamard", seed: int = 0) -> 
 
 def value(checkpoint: Checkpoint, kind: Kind = "hadamard") -> Chain:
     known = topology(checkpoint.config)
-    site = next(site for site in known.block(0).sites if site.name == "o")
-    return mixing(len(site.makers[0].index) // known.heads, kind, 0)
+    return mixing(len(known.block(1).site("o").makers[0].index) // known.heads, kind, 0)
 
 
 @torch.no_grad()
@@ -121,10 +120,10 @@ def test_rotated_heads(family: str, kind: Kind, tmp_path: Path) -> None:
     rewritten = Rewriting(value=value(checkpoint, kind))
     check_same(checkpoint, rewritten)
     assert Rewritten.of(checkpoint, rewritten).tied == checkpoint.tied
-    before, after = (BlockRunner(c, torch.float32, CPU).load_block(0) for c in (checkpoint, Rewritten.of(checkpoint, rewritten)))
-    known = topology(checkpoint.config)
-    for path in next(site for site in known.block(0).sites if site.name == "o").readers:
-        assert error(after.get_submodule(path).weight, before.get_submodule(path).weight) > 0.5  # type: ignore[arg-type]
+    before, after = (BlockRunner(c, torch.float32, CPU).load_block(1) for c in (checkpoint, Rewritten.of(checkpoint, rewritten)))
+    (path,) = topology(checkpoint.config).block(1).site("o").readers
+    turned = error(after.get_submodule(path).weight, before.get_submodule(path).weight)  # type: ignore[arg-type]
+    assert turned == 0 if family == "qwen3_5_text" else turned > 0.5  # a gate stands before it, with which no rotation commutes
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -49,12 +49,16 @@ def test_like_eager_attention(family: str) -> None:
     """The window is longer than the text, for the cache keeps no more values than that."""
     model = tiny(family, changes={"sliding_window": 64} if "sliding_window" in (CONFIGS | RELATIVES)[family] else {})
     batches = [tokens(2, 24), tokens(1, 24, seed=5)]
-    found = measure(model, batches)
+    found, known = measure(model, batches), topology(model.config)
+    if known.without_attention:
+        assert found is None
+        return
     assert found is not None
     score, drain = textbook(model, batches)
     assert found.windows == 3
     torch.testing.assert_close(torch.tensor(found.score), torch.tensor(score), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(torch.tensor(found.drain), torch.tensor(drain), rtol=1e-4, atol=1e-6)
+    if known.has_cache:  # else it holds latents, and the textbook's values are none
+        torch.testing.assert_close(torch.tensor(found.drain), torch.tensor(drain), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gemma2"])

@@ -22,12 +22,12 @@ HUGE = 3000.0
 Coordinates = set[tuple[int, int, int]]
 
 
-def down_of(model: PreTrainedModel) -> str:
-    return topology(model.config).block(0).inside[-1].readers[0]
+def down_of(model: PreTrainedModel, layer: int) -> str:
+    return topology(model.config).block(layer).inside[-1].readers[0]
 
 
 def down_weight(model: PreTrainedModel, layer: int) -> Tensor:
-    return reader_weight(model.get_submodule(f"{topology(model.config).blocks}.{layer}.{down_of(model)}")).detach()
+    return reader_weight(model.get_submodule(f"{topology(model.config).blocks}.{layer}.{down_of(model, layer)}")).detach()
 
 
 def planted(family: str, places: Coordinates, factor: float = HUGE) -> PreTrainedModel:
@@ -75,7 +75,7 @@ def test_one_planted(family: str, tmp_path: Path) -> None:
     model = planted(family, {(1, 7, 30)})
     (weight,), _ = search(saved(model, tmp_path / "model"))
     assert (weight.layer, weight.row, weight.column) == (1, 7, 30)
-    assert weight.module == f"{topology(model.config).blocks}.1.{down_of(model)}"
+    assert weight.module == f"{topology(model.config).blocks}.1.{down_of(model, 1)}"
     assert weight.value == float(down_weight(model, 1)[7, 30])
     assert weight.activation * weight.value == pytest.approx(weight.output, rel=0.5)
 
