@@ -83,7 +83,7 @@ def _family(config: PreTrainedConfig) -> Family:
         raise PlanishError(f"{where}: planish takes {kind} models of class {known}. Give it one.")
     for refused, reason in family.refuse:
         if refused(config):
-            raise PlanishError(f"{where}: {reason}. planish takes decoder-only language models whose blocks are alike; give it one without.")
+            raise PlanishError(f"{where}: {reason}. planish takes decoder-only language models without that; give it one.")
     return _changed(family, [variant.changes for variant in family.variants if variant.when(config)])
 
 
@@ -94,7 +94,7 @@ def _why_unknown(config: PreTrainedConfig) -> str:
         text = config.text_config.model_type
         return f"this is a multimodal model around a {text} language model. Save that one as a checkpoint of its own and give planish that."
     if "moe" in config.model_type or any(getattr(config, name, None) for name in EXPERTS):
-        return "this is a mixture of experts; planish has no sites for routed experts yet. Give it a dense model."
+        return "this is a mixture of experts for which there is no table. Add a Family to calib/blocks/mixtures.py, or give it another model."
     return (
         "no table for this family, and planish does not guess what feeds what. Add a Family to calib/blocks/families.py: "
         f"FAMILIES[{config.model_type!r}] says which linear layers of a block read which activation, and which norm or rows make it."
