@@ -24,6 +24,7 @@ Codes = tuple[Tensor, Tensor, Tensor]
 _FP8_MAX = 448.0
 _LEAST_PRODUCT = 512  # results; for fewer oneDNN takes its reference implementation, a hundred times slower
 _HELD = 1 << 10  # products of two bytes whose sum float32 holds exactly
+_WIDENED = 1 << 20  # weights that are floats at a time, which stay in the processor's cache
 _WORST = 64
 LEAST = min(torch.finfo(torch.float32).tiny, LEAST_SCALE)
 
@@ -189,8 +190,11 @@ def _products(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
         found_TO: Tensor = torch.ops.aten._int_mm(x_TI, weight_OI.T)
         return found_TO
     sum_TO = torch.zeros(len(x_TI), len(weight_OI), dtype=torch.int32, device=x_TI.device)
-    for x, w in zip(torch.split(x_TI, _HELD, 1), torch.split(weight_OI, _HELD, 1), strict=True):
-        sum_TO += torch.mm(x.float(), w.float().T).to(torch.int32)
+    parts = [x.float() for x in torch.split(x_TI, _HELD, 1)]
+    rows = max(1, _WIDENED // max(1, weight_OI.shape[1]))
+    for sums, some_OI in zip(torch.split(sum_TO, rows, 1), torch.split(weight_OI, rows), strict=True):
+        for x, w in zip(parts, torch.split(some_OI, _HELD, 1), strict=True):
+            sums += torch.mm(x, w.float().T).to(torch.int32)
     return sum_TO
 
 

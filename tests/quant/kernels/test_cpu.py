@@ -6,7 +6,7 @@ from torch import Tensor
 
 from planish.quant.errors import PlanishError
 from planish.quant.formats import ActivationFormat, QuantizedWeight, WeightFormat
-from planish.quant.kernels import NAMES, pack_nibbles, unpack_nibbles
+from planish.quant.kernels import NAMES, cpu, pack_nibbles, unpack_nibbles
 from planish.quant.linear import QuantizedLinear, Side, quantize_input
 from planish.quant.low_rank import LowRank
 from planish.quant.transforms.factors import Blocks, Hadamard
@@ -48,6 +48,28 @@ def test_quantize_is_that_of_quantized_linear(bits: int, symmetric: bool, packed
         assert torch.equal(unpacked(codes, packed), twin.codes)
         assert torch.equal(scale, twin.scale)
         assert zero.shape == (0, 1) if twin.zero is None else torch.equal(zero, twin.zero.int())
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 4096, 513), (20, 2500, 70), (3, 1025, 1), (5, 1, 7), (0, 64, 7)])
+def test_sums_of_codes_are_exact(instructions: bool, tokens: int, inputs: int, outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the processor's instructions for bytes, if it has them, and without; the largest codes, too."""
+    if not instructions:
+        monkeypatch.setattr(cpu, "exact", lambda: False)
+        monkeypatch.setattr(cpu, "_WIDENED", 1 << 12)
+    least = torch.full((tokens, inputs), -128, dtype=torch.int8), torch.full((outputs, inputs), -128, dtype=torch.int8)
+    for x, weight in ((integers(tokens, inputs, bits=8), integers(outputs, inputs, bits=8, seed=1)), least):
+        assert torch.equal(cpu._products(x, weight).long(), x.long() @ weight.long().T)
+
+
+def test_onednn_is_right_where_it_is_taken() -> None:
+    """On the largest codes of all signs, whose pairs overflow 16 bits."""
+    for sign in (1, -1):
+        codes, weight = torch.full((40, 192), 127, dtype=torch.int8), torch.full((48, 192), sign * 127, dtype=torch.int8)
+        packed = cpu.prepack(weight)
+        assert (packed is None) != cpu.exact()
+        found = OPS.linear_w8a8(codes, None, None, weight if packed is None else packed, torch.ones(48), None, None, None, None, torch.float32)
+        assert bool((found == sign * 192 * 127**2).all())
 
 
 def test_quantize_input_that_is_not_contiguous_or_aligned() -> None:
