@@ -40,7 +40,7 @@ NARROW = {  # what does not fit tiny models; and in 4 bits codes that jump by la
     "paper-svdquant": ("scheme.weights.group_size=32", "scheme.activations.group_size=32"),
 }
 # By a way back, whose sums have another order there, which descent widens.
-LEARNED = {"paper-flatquant": 0.05, "paper-spinquant": 0.05, "w4a4-learned": 0.05, "w4a4-portable-mixed": 0.05}
+LEARNED = {"paper-flatquant": 0.1, "paper-spinquant": 0.05, "w4a4-learned": 0.05, "w4a4-portable-mixed": 0.05}
 MORE = {
     "bare": ("steps=[]",),
     "polish": ("steps=[hadamard, polish: {steps: 2}]",),
