@@ -120,8 +120,6 @@ class Sizes:
         self.all_heads: int = config.num_attention_heads
         self.heads = self.all_heads if config._attn_implementation == "eager" else 0
         self.kinds = [self._kind(number) for number in range(len(runner.topology.kinds))]
-        largest = max(self.kinds, key=lambda kind: kind.parameters)
-        self.block_parameters, self.sites = largest.parameters, largest.sites
         self.widest = max(width for kind in self.kinds for width in kind.widths)
         self.out_bytes, self.bits, self.quantized = self._stored()
 
@@ -161,54 +159,53 @@ class Sizes:
     def compressing(self, program: int, offload: bool, replay: bool) -> Memory:
         """The compression at its highest."""
         streams = 0 if offload else self.streams
-        moments = [self._at_site(i, program, streams, replay, offload) for i in range(len(self.sites))]
-        learned = (self._polishing(program, streams), self._together(program, streams))
+        moments = [self._at_site(kind, i, program, streams, replay, offload) for kind in self.kinds for i in range(len(kind.sites))]
+        learned = [moment for kind in self.kinds for moment in (self._polishing(kind, program, streams), self._together(kind, program, streams))]
         return max(self._at_head(program, streams), *learned, *moments, key=lambda memory: memory.total)
 
     @property
     def _polish(self) -> Polish | None:
         return next((step for step in self.recipe.steps if isinstance(step, Polish)), None)
 
-    def _polishing(self, program: int, streams: int) -> Memory:
+    def _polishing(self, kind: _Kind, program: int, streams: int) -> Memory:
         """A block polished: codes and their float32 matrices, and what a batch leaves behind for the way back."""
         if self._polish is None:
             return Memory(program=program, weights=0)
-        return Memory(program=program + LATER, weights=5 * self.block_parameters, streams=streams, passing=self._behind)
+        return Memory(program=program + LATER, weights=5 * kind.parameters, streams=streams, passing=self._behind(kind))
 
-    @property
-    def _behind(self) -> int:
+    def _behind(self, kind: _Kind) -> int:
         """What a batch leaves in a block for the way back."""
-        widths = sum(site.width for site in self.sites) + 4 * self.width
+        widths = sum(kind.widths) + 4 * self.width
         heads = self.heads if self.runner.device.type == "cpu" else self.all_heads  # ordered_attention
         return self.batch * self.length * (KEPT * widths + 2 * heads * self.length * self.dtype.itemsize)
 
-    def _together(self, program: int, streams: int) -> Memory:
+    def _together(self, kind: _Kind, program: int, streams: int) -> Memory:
         """A block whose transforms are learned together: its weights as they are, moved, and in what each rounding leaves for the way back."""
         if not any(step.objective == "block" for step in self._learning):
             return Memory(program=program, weights=0)
-        weights = (8 + self.dtype.itemsize + ROUNDED) * self.block_parameters
-        return Memory(program=program + LATER, weights=weights, streams=streams, passing=2 * self._behind)
+        weights = (8 + self.dtype.itemsize + ROUNDED) * kind.parameters
+        return Memory(program=program + LATER, weights=weights, streams=streams, passing=2 * self._behind(kind))
 
-    def _at_site(self, at: int, program: int, streams: int, replay: bool, offload: bool) -> Memory:
+    def _at_site(self, kind: _Kind, at: int, program: int, streams: int, replay: bool, offload: bool) -> Memory:
         """All batches wait at this site, and it is being solved."""
         cross = self.recipe.solver.needs_cross and self.tokens > 0
-        waiting = (self.workers * self.batch * self.length if replay else self.tokens) * self._held(self.sites[at], cross)
+        waiting = (self.workers * self.batch * self.length if replay else self.tokens) * self._held(kind.sites[at], cross)
         passing = self.workers * self._passing(self.batch, self.length, self.dtype.itemsize)
         return Memory(
             program=program + LATER,
-            weights=self._weights(at, cross),
+            weights=self._weights(kind, at, cross),
             streams=streams,
             waiting=waiting,
             passing=passing,
-            solver=self._solver(self.sites[at]),
+            solver=self._solver(kind.sites[at]),
             holes=0 if offload else int(HOLES * (streams + waiting + passing)),
         )
 
-    def _weights(self, at: int, cross: bool) -> int:
+    def _weights(self, kind: _Kind, at: int, cross: bool) -> int:
         """Float32 where they are still to be solved, else codes and the matrix that multiplies; the full-precision twin's besides."""
         wide = self.dtype.itemsize
-        done, left = sum(site.weights for site in self.sites[:at]), sum(site.weights for site in self.sites[at:])
-        return 4 * left + (1 + wide) * done + (wide * (self.block_parameters + done) if cross else 0)
+        done, left = sum(site.weights for site in kind.sites[:at]), sum(site.weights for site in kind.sites[at:])
+        return 4 * left + (1 + wide) * done + (wide * (kind.parameters + done) if cross else 0)
 
     def _held(self, site: _Site, cross: bool) -> int:
         """Bytes for each token that waits at the site: its input there, as codes too, the residual and its norm; twice with the twin."""
