@@ -364,12 +364,17 @@ def test_the_servers_answer_is_compared(shift: float, tmp_path: Path) -> None:
     assert found["server"].figures["difference"] == pytest.approx(shift, abs=1e-6)
 
 
-def test_a_server_that_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize("right", [True, False])
+def test_a_server_that_fails(right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = build(tmp_path, W8A8)
     python = tmp_path / "env" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\necho loading\necho 'ValueError: no such kernel' >&2\nexit 1\n")
     python.chmod(0o755)
+    monkeypatch.setattr("planish.eval.verifying.server.exact", lambda: right)
     found = verify(out, text=text(tmp_path), server="vllm", server_env=tmp_path / "env", stock=False)
     assert found["server"].ok is False
-    assert found["server"].message == "vLLM did not run the checkpoint: exit status 1: ValueError: no such kernel"
+    start, _, advice = found["server"].message.partition(" no such kernel")
+    assert start == "vLLM did not run the checkpoint: exit status 1: ValueError:"
+    assert ("neither VNNI nor AMX" in advice) != right
+    assert bool(advice) != right
