@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ...quant.errors import PlanishError
-from ...quant.kernels import cpu, native
+from ...quant.kernels import cpu, native, tiles
 from ...quant.kernels.floats import FloatLinear, runs_floats
 from ...quant.kernels.joined import JoinedLinear, Part, join, joinable
-from ...quant.kernels.modules import PackedLinear, few_tokens_group
+from ...quant.kernels.modules import PackedLinear, WideLinear, few_tokens_group
 from ...quant.linear import Parts, QuantizedLinear, share_input
 from ...quant.transforms.factors import Blocks, on_input
 from ..blocks.experts import Experts
@@ -44,7 +44,7 @@ _CLOSE = 0.1  # of the output's norm: single 4-bit codes may go another way, but
 
 
 def pick_kernels(kernels: Kernels, dtype: torch.dtype, device: torch.device | str) -> bool:
-    """Whether packed kernels are to run. auto: where float32 does not ask for exact numbers, on a CPU with VNNI, where they were measured to win, in
+    """Whether packed kernels are to run. auto: where float32 does not ask for exact numbers, on a CPU whose products of codes are quick, in
     bfloat16, unless there is a GPU to which the model may be moved yet, which packed weights cannot be; on CUDA from capability 8.0 on, with Triton,
     for codes take a quarter of the memory there. PlanishError: no such kernels."""
     kernels, where = _asked(kernels), torch.device(device)
@@ -52,8 +52,8 @@ def pick_kernels(kernels: Kernels, dtype: torch.dtype, device: torch.device | st
         return kernels == "packed"
     if where.type == "cuda":
         return dtype != torch.float32 and find_spec("triton") is not None and torch.cuda.get_device_capability(where) >= (8, 0)
-    vnni = bool(torch.cpu.get_capabilities().get("avx512_vnni"))
-    return where.type == "cpu" and dtype == torch.bfloat16 and vnni and not torch.cuda.is_available()
+    integers = tiles.engine() > 0 or bool(torch.cpu.get_capabilities().get("avx512_vnni"))
+    return where.type == "cpu" and dtype == torch.bfloat16 and integers and not torch.cuda.is_available()
 
 
 def _asked(kernels: Kernels) -> Kernels:
@@ -150,11 +150,14 @@ def _wins(parts: Parts) -> bool:
 
 
 def fuse(model: nn.Module, config: PretrainedConfig, root: str, dtype: torch.dtype) -> None:
-    """Fewer passes for the gated MLPs and norms of a loaded model, on a CPU for its attention modules too, where they compute what its own do.
+    """Fewer passes for the gated MLPs and norms of a loaded model, on a CPU for its attention modules too, where they compute what its own do; in
+    float32 the products of what is in full precision, where bfloat16's are slow.
 
     root: as in put_linears.
     """
     device = next(model.parameters()).device
+    if device.type == "cpu" and dtype == torch.bfloat16 and not cpu.multiplies_bfloat16():
+        _widen(model)
     if config.model_type not in FAMILIES or (device.type == "cpu" and native.found().library is None):
         return
     known = topology(config)
@@ -168,6 +171,12 @@ def fuse(model: nn.Module, config: PretrainedConfig, root: str, dtype: torch.dty
             put_passes(model.get_submodule(f"{block}.{mine.attention.module}"), dtype)
     for path in _norms(known):
         _replace(model, path.removeprefix(root), RmsNorm.of, dtype, device)
+
+
+def _widen(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = WideLinear
 
 
 def fuse_experts(experts: Experts, dtype: torch.dtype, device: torch.device) -> None:
@@ -310,6 +319,7 @@ def kernels_used(model: nn.Module) -> dict[str, str]:
     """What each quantized linear and each fused module of a loaded model runs on, by its path."""
     kinds = {Part: "packed, one product with its site's other readers", PackedLinear: "packed", FloatLinear: "packed"}
     kinds |= {QuantizedLinear: "reference", RmsNorm: "one pass"}
+    kinds |= {WideLinear: "full precision, products in float32"}
     kinds |= {Passed: "in one pass with its readers' quantization"}
     kinds |= {GatedMlp: "SiLU, product and quantization in one pass"}
     named = {name: kinds[type(module)] for name, module in model.named_modules() if type(module) in kinds}

@@ -1,11 +1,12 @@
-// Attention of bfloat16 on a CPU with AVX512-BF16: softmax(scale Q K' + mask) V, keys taken 64 at a time, sums and softmax in float32; included by
-// native.cpp, behind tiles.h. Products by VDPBF16PS, which adds two products of neighbours to each of 16 sums.
+// Attention of bfloat16 on a CPU: softmax(scale Q K' + mask) V, keys taken 64 at a time, sums and softmax in float32; included by native.cpp, behind
+// tiles.h. Products by AVX512-BF16's VDPBF16PS, which adds two products of neighbours to each of 16 sums, or by float32's with AVX2.
 //
 // B of a product (I, 32 columns) lies as [I / 2][32][2]: pairs of rows beside each other. Keys (K, D) are packed for Q K' in pieces of 32 keys, values
 // for P V in pieces of 32 channels, once for all queries of a key-value head. Q is worked on 32 rows at a time, each against all keys it may see.
 namespace attention {
 
-using tiles::at_height, tiles::HEIGHT, tiles::to_bfloat16, tiles::up_to;
+using namespace lanes;
+using tiles::at_height, tiles::HEIGHT, tiles::up_to;
 
 constexpr long WIDE = 32, ROWS = 32, KEYS = 64;  // columns of a packed piece; queries and keys of a block
 constexpr long PIECE = WIDE * 2;                             // values of one pair of rows in a packed piece
@@ -14,6 +15,9 @@ constexpr long MOST = 256;                                   // channels of a he
 struct Strided { const uint16_t *at; long batch, head, token; };  // (batches, heads, tokens, channels), channels next to each other
 struct Mask { const uint8_t *at; long batch, token; };            // (batches, queries, keys) of 0 and 1, or null
 struct Sizes { long batches, heads, key_heads, queries, keys, width; };
+
+#ifdef __AVX512BF16__
+constexpr long AT_ONCE = HEIGHT;
 
 // c (R, 32) = or += a (R, 2 pairs) times a packed piece.
 template <int R> inline void product(const uint16_t *a, long a_stride, const uint16_t *b, long pairs, float *c, long c_stride, bool add) {
@@ -37,16 +41,39 @@ template <int R> inline void product(const uint16_t *a, long a_stride, const uin
         _mm512_storeu_ps(c + r * c_stride + 16, sums[r][1]);
     }
 }
+#else
+constexpr long AT_ONCE = 3;
+
+// c (R, 32) = or += a (R, 2 pairs) times a packed piece; 16 columns at a time.
+template <int R> inline void product(const uint16_t *a, long a_stride, const uint16_t *b, long pairs, float *c, long c_stride, bool add) {
+    for (long half = 0; half < WIDE; half += SIDE, b += WIDE, c += SIDE) {
+        Floats sums[R];
+        times<R>([&](auto r) { sums[r] = add ? load(c + r * c_stride) : all(0.0f); });
+        for (long p = 0; p < pairs; p++) {
+            const Ints both = ints(b + p * PIECE);
+            const Floats even = of_bits(left<16>(both)), odd = of_bits(upper(both));
+            times<R>([&](auto r) {
+                int32_t pair;
+                std::memcpy(&pair, a + r * a_stride + 2 * p, 4);
+                sums[r] = multiply_add(of_bits(all(int32_t(uint32_t(pair) << 16))), even, sums[r]);
+                sums[r] = multiply_add(of_bits(all(int32_t(pair & int32_t(0xffff0000)))), odd, sums[r]);
+            });
+        }
+        times<R>([&](auto r) { store(c + r * c_stride, sums[r]); });
+    }
+}
+#endif
 
 inline void product(long rows, const uint16_t *a, long a_stride, const uint16_t *b, long pairs, float *c, long c_stride, bool add) {
-    for (long r = 0; r < rows; r += HEIGHT)
-        at_height(rows - r, [&](auto height) {
+    for (long r = 0; r < rows; r += AT_ONCE)
+        at_height(std::min(AT_ONCE, rows - r), [&](auto height) {
             product<decltype(height)::value>(a + r * a_stride, a_stride, b, pairs, c + r * c_stride, c_stride, add);
         });
 }
 
 // 32 keys from `first` on as a piece of (D, 32 keys); zeros beyond the last.
 inline void pack_keys(const uint16_t *k, long stride, long first, long keys, long width, uint16_t *to) {
+#ifdef PLANISH_WIDE
     const __m512i lanes = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(int(stride)));
     for (long half = 0; half < 2; half++) {
         const long start = first + 16 * half, count = std::max(0L, std::min(16L, keys - start));
@@ -57,28 +84,34 @@ inline void pack_keys(const uint16_t *k, long stride, long first, long keys, lon
             _mm512_storeu_si512(to + d / 2 * PIECE + 32 * half, pairs);
         }
     }
+#else
+    for (long i = 0; i < WIDE; i++)
+        for (long d = 0; d < width; d += 2)
+            if (first + i < keys) std::memcpy(to + d / 2 * PIECE + 2 * i, k + (first + i) * stride + d, 4);
+            else std::memset(to + d / 2 * PIECE + 2 * i, 0, 4);
+#endif
 }
+
+inline __m256i sixteen(const uint16_t *from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)); }
 
 // Two values from `first` on as one pair of rows of every piece of (keys, 32 channels); pieces lie `piece` apart.
 inline void pack_values(const uint16_t *v, long stride, long first, long keys, long width, long piece, uint16_t *to) {
-    alignas(64) uint16_t order[64];
-    for (int i = 0; i < 64; i++) order[i] = uint16_t(i / 2 + i % 2 * 32);
-    const __m512i low = _mm512_load_si512(order), high = _mm512_load_si512(order + 32);
-    for (long d = 0; d < width; d += WIDE) {
-        const __m512i one = first < keys ? _mm512_loadu_si512(v + first * stride + d) : _mm512_setzero_si512();
-        const __m512i two = first + 1 < keys ? _mm512_loadu_si512(v + (first + 1) * stride + d) : _mm512_setzero_si512();
-        uint16_t *at = to + d / WIDE * piece + first / 2 * PIECE;
-        _mm512_storeu_si512(at, _mm512_permutex2var_epi16(one, low, two));
-        _mm512_storeu_si512(at + 32, _mm512_permutex2var_epi16(one, high, two));
+    for (long d = 0; d < width; d += SIDE) {
+        const __m256i one = first < keys ? sixteen(v + first * stride + d) : _mm256_setzero_si256();
+        const __m256i two = first + 1 < keys ? sixteen(v + (first + 1) * stride + d) : _mm256_setzero_si256();
+        const __m256i low = _mm256_unpacklo_epi16(one, two), high = _mm256_unpackhi_epi16(one, two);
+        __m256i *at = reinterpret_cast<__m256i *>(to + d / WIDE * piece + first / 2 * PIECE + d % WIDE * 2);
+        _mm256_storeu_si256(at, _mm256_permute2x128_si256(low, high, 0x20));
+        _mm256_storeu_si256(at + 1, _mm256_permute2x128_si256(low, high, 0x31));
     }
 }
 
 // exp of what is not above 0: a power of two times a polynomial, within 3e-6.
-inline __m512 exponential(__m512 x) {
-    const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), whole = _mm512_roundscale_ps(y, 8), part = _mm512_sub_ps(y, whole);
-    __m512 p = _mm512_set1_ps(1.33335581e-3f);
-    for (const float c : {9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f}) p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(p, whole);
+inline Floats exponential(Floats x) {
+    const Floats y = multiply(x, all(1.44269504f)), whole = nearest(y), part = subtract(y, whole);
+    Floats p = all(1.33335581e-3f);
+    for (const float c : {9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f}) p = multiply_add(p, part, all(c));
+    return by_power(p, whole);
 }
 
 // A block of queries: what is kept of each while its keys go by.
@@ -89,34 +122,35 @@ struct Block {
     float most[ROWS], total[ROWS];
 };
 
-// Keys from `first` on that query t may see, of 16.
-inline __mmask16 seen(const uint8_t *mask, long t, long first, long keys, bool causal) {
-    const long last = causal ? std::min(keys, t + 1) : keys, count = std::max(0L, std::min(16L, last - first));
-    const __mmask16 there = __mmask16((1u << count) - 1);
-    if (!mask) return there;
-    return _mm_test_epi8_mask(_mm_maskz_loadu_epi8(there, mask + first), _mm_set1_epi8(-1));
+// Keys from `first` on that query t may see, of 16: a bit each.
+inline uint16_t seen(const uint8_t *mask, long t, long first, long keys, bool causal) {
+    const long last = causal ? std::min(keys, t + 1) : keys, count = std::max(0L, std::min(SIDE, last - first));
+    if (!mask) return uint16_t((1u << count) - 1);
+    uint8_t bytes[SIDE] = {};
+    std::memcpy(bytes, mask + first, size_t(count));
+    const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes));
+    return uint16_t(~_mm_movemask_epi8(_mm_cmpeq_epi8(sixteen, _mm_setzero_si128())));
 }
 
 // The scores of one query become shares, and its sums are brought to the new largest score.
-inline void soften(Block &b, long r, const __mmask16 *sees, float scale, long width) {
+inline void soften(Block &b, long r, const uint16_t *sees, float scale, long width) {
     if (!(sees[0] | sees[1] | sees[2] | sees[3])) {
         std::memset(b.shares[r], 0, sizeof b.shares[r]);
         return;
     }
-    __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-    for (int i = 0; i < 4; i++) most = _mm512_mask_max_ps(most, sees[i], _mm512_loadu_ps(b.scores[r] + 16 * i), most);
-    const float before = b.most[r], after = std::max(before, _mm512_reduce_max_ps(most) * scale);
-    const __m512 factor = _mm512_set1_ps(scale), largest = _mm512_set1_ps(after);
+    Floats most = all(-INFINITY), total = all(0.0f);
+    for (int i = 0; i < 4; i++) most = choose(sees[i], larger(load(b.scores[r] + SIDE * i), most), most);
+    const float before = b.most[r], after = std::max(before, largest(most) * scale);
     for (int i = 0; i < 4; i++) {
-        const __m512 apart = _mm512_fmsub_ps(_mm512_loadu_ps(b.scores[r] + 16 * i), factor, largest);
-        const __m512 share = _mm512_maskz_mov_ps(sees[i], exponential(apart));
-        total = _mm512_add_ps(total, share);
-        _mm256_storeu_si256(reinterpret_cast<__m256i *>(b.shares[r] + 16 * i), to_bfloat16(share));
+        const Floats apart = multiply_add(load(b.scores[r] + SIDE * i), all(scale), all(-after));
+        const Floats share = choose(sees[i], exponential(apart), all(0.0f));
+        total = add(total, share);
+        store(lanes::first(SIDE), b.shares[r] + SIDE * i, share);
     }
     const float shrink = before > -INFINITY ? std::exp(before - after) : 0.0f;
-    b.most[r] = after, b.total[r] = b.total[r] * shrink + _mm512_reduce_add_ps(total);
+    b.most[r] = after, b.total[r] = b.total[r] * shrink + sum(total);
     if (shrink != 1.0f)
-        for (long d = 0; d < width; d += 16) _mm512_store_ps(b.sums[r] + d, _mm512_mul_ps(_mm512_load_ps(b.sums[r] + d), _mm512_set1_ps(shrink)));
+        for (long d = 0; d < width; d += SIDE) store(b.sums[r] + d, multiply(load(b.sums[r] + d), all(shrink)));
 }
 
 // Queries from `first` on, at most 32, of one head: y (rows, width), rows y_stride apart.
@@ -128,7 +162,7 @@ inline void attend(Block &b, const uint16_t *q, long q_stride, long first, long 
         std::memset(b.sums[r], 0, size_t(width) * 4);
     }
     for (long k = 0; k < (causal ? std::min(keys, first + rows) : keys); k += KEYS) {
-        __mmask16 sees[ROWS][4];
+        uint16_t sees[ROWS][4];
         uint32_t any = 0;
         for (long r = 0; r < rows; r++)
             for (int i = 0; i < 4; i++)
@@ -141,24 +175,24 @@ inline void attend(Block &b, const uint16_t *q, long q_stride, long first, long 
             product(rows, b.shares[0], KEYS, values_packed + d / WIDE * piece + k * WIDE, KEYS / 2, b.sums[0] + d, MOST, true);
     }
     for (long r = 0; r < rows; r++) {
-        const __m512 inverse = _mm512_set1_ps(b.total[r] == 0 ? 0.0f : 1.0f / b.total[r]);
-        for (long d = 0; d < width; d += 16)
-            _mm256_storeu_si256(reinterpret_cast<__m256i *>(y + r * y_stride + d), to_bfloat16(_mm512_mul_ps(_mm512_load_ps(b.sums[r] + d), inverse)));
+        const Floats share = all(b.total[r] == 0 ? 0.0f : 1.0f / b.total[r]);
+        for (long d = 0; d < width; d += SIDE) store(lanes::first(SIDE), y + r * y_stride + d, multiply(load(b.sums[r] + d), share));
     }
 }
 
 // How many keys there are up to the last that any query sees: what lies beyond is the room of a static cache.
 inline long last_seen(const uint8_t *mask, long stride, long queries, long keys) {
     long last = 0;
-    for (long t = queries - 1; t >= 0; t--)
-        for (long k = (keys - 1) / KEYS * KEYS; k >= last / KEYS * KEYS && k >= 0; k -= KEYS) {
-            const __mmask64 there = keys - k >= KEYS ? ~__mmask64(0) : (__mmask64(1) << (keys - k)) - 1;
-            const __m512i bytes = _mm512_maskz_loadu_epi8(there, mask + t * stride + k);
-            if (const __mmask64 seen = _mm512_test_epi8_mask(bytes, bytes)) {
-                last = std::max(last, k + KEYS - long(__builtin_clzll(seen)));
-                break;
-            }
+    for (long t = queries - 1; t >= 0; t--) {
+        const uint8_t *row = mask + t * stride;
+        long k = keys;
+        for (__m256i some; k - 32 >= last; k -= 32) {
+            std::memcpy(&some, row + k - 32, 32);
+            if (!_mm256_testz_si256(some, some)) break;
         }
+        while (k > last && !row[k - 1]) k--;
+        last = std::max(last, k);
+    }
     return last;
 }
 

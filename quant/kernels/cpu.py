@@ -26,6 +26,7 @@ _LEAST_PRODUCT = 512  # results; for fewer oneDNN takes its reference implementa
 _HELD = 1 << 10  # products of two bytes whose sum float32 holds exactly
 _WIDENED = 1 << 20  # weights that are floats at a time, which stay in the processor's cache
 _WORST = 64
+_FEW = 4  # tokens for which bfloat16's products are not slow without instructions: reading the weight takes the time
 LEAST = min(torch.finfo(torch.float32).tiny, LEAST_SCALE)
 
 
@@ -256,11 +257,31 @@ def linear_w4a16(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, 
     """The weight is dequantized and rounded to x's dtype, then multiplied."""
     bias = None if bias is None else bias.to(x.dtype)
     if (w_OI := native.dequantize(weight, scale, zero, x.dtype)) is not None:
-        return torch.nn.functional.linear(x, w_OI, bias)
+        return linear(x, w_OI, bias)
     w_OGI = by_group(unpack_nibbles(weight).float(), scale.shape[1])
     if zero is not None:
         w_OGI = w_OGI.sub_(zero[:, :, None])
-    return torch.nn.functional.linear(x, w_OGI.mul_(scale[:, :, None]).flatten(1).to(x.dtype), bias)
+    return linear(x, w_OGI.mul_(scale[:, :, None]).flatten(1).to(x.dtype), bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (T, I) weight' + bias, (T, O), all of one dtype. bfloat16 in float32, rounded once, where the processor has no products of it: for more than
+    a few tokens torch's take three to seven times as long there. A piece of the weight at a time."""
+    if x.dtype != torch.bfloat16 or len(x) <= _FEW or multiplies_bfloat16():
+        return torch.nn.functional.linear(x, weight, bias)
+    y_TO, wide = x.new_empty(len(x), len(weight)), x.float()
+    rows = max(1, _WIDENED // max(1, weight.shape[1]))
+    biases = [None] * -(-len(weight) // rows) if bias is None else torch.split(bias, rows)
+    for y, w, b in zip(torch.split(y_TO, rows, 1), torch.split(weight, rows), biases, strict=True):
+        y.copy_(torch.nn.functional.linear(wide, w.float(), None if b is None else b.float()))
+    return y_TO
+
+
+@lru_cache(maxsize=1)
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for it: AVX512-BF16 or AMX; taken for granted on others than x86."""
+    has = torch.cpu.get_capabilities()
+    return has.get("architecture") != "x86_64" or bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

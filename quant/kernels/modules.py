@@ -45,6 +45,16 @@ class Placed(nn.Module):
         return self
 
 
+class WideLinear(nn.Linear):
+    """A linear in full precision whose bfloat16 products are float32's, see cpu.linear: what a processor without such products runs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: (..., I). Returns (..., O)."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return super().forward(input)
+        return cpu.linear(input.reshape(-1, self.in_features), self.weight, self.bias).view(*input.shape[:-1], self.out_features)
+
+
 class PackedLinear(Placed):
     """y = Q(x T) Ŵᵀ + b for x (..., I): see QuantizedLinear. Only for what `supports` says yes to."""
 

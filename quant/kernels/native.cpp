@@ -247,8 +247,11 @@ EXPORT(float, float32)
 EXPORT(uint16_t, bfloat16)
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__linux__)
+#define PLANISH_WIDE
+#endif
+#if defined(PLANISH_WIDE) || (defined(__AVX2__) && defined(__FMA__) && defined(__linux__))
 #include "tiles.h"
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || !defined(PLANISH_WIDE)
 #include "attention.h"
 #endif
 #else

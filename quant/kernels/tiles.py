@@ -1,4 +1,4 @@
-"""Integer linears and gated MLPs for bfloat16 on CPUs with AMX or AVX512-VNNI: quantize, multiply and scale in one operator (tiles.h).
+"""Integer linears and gated MLPs for bfloat16 on CPUs with AMX, AVX512-VNNI or AVX2: quantize, multiply and scale in one operator (tiles.h).
 
 Two more operators in torch's namespace `planish`, for CPUs only. They compute what quantize_per_token, silu_mul_quantize and linear_w8a8 do one after
 the other, rounded where those round, but for the last bit of exp. x: (T, I) bfloat16; tiles: a weight as `tiles` lays it out; w_scale: (O,) float32;
@@ -29,10 +29,11 @@ for _schema in SCHEMAS:
 
 @lru_cache(maxsize=1)
 def engine() -> int:
-    """What multiplies: 2 AMX, 1 VNNI, 0 nothing, for want of a compiler or the instructions, or by oneDNN's ceiling on them, ONEDNN_MAX_CPU_ISA."""
-    library, ceiling = found().library, os.environ.get("ONEDNN_MAX_CPU_ISA")
+    """What multiplies: 3 AMX, 2 VNNI, 1 AVX2, 0 nothing, for want of a compiler or the instructions, or by oneDNN's ceiling, ONEDNN_MAX_CPU_ISA."""
+    library, ceiling = found().library, os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     best = 0 if library is None else int(library.planish_engine())
-    return best if ceiling is None else min(best, 1 if ceiling.upper().startswith("AVX512_CORE_") else 0)
+    most = 3 if not ceiling else 2 if ceiling.startswith("AVX512_CORE_") else 1 if ceiling.startswith("AVX2") else 0
+    return best if best <= most else 2 if most == 2 else 0  # compiled for AVX-512 there is nothing for AVX2
 
 
 def tiles(codes_OI: Tensor) -> Tensor:

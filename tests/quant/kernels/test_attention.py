@@ -1,15 +1,29 @@
-"""Attention in one pass against float64, held to torch's own error in the same type."""
+"""Attention in one pass, by AVX512-BF16 and by AVX2, against float64, held to torch's own error in the same type."""
 
 import math
 
 import pytest
 import torch
+from helpers_native import NO_AVX512, compiled
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from planish.quant.kernels.attention import attention, there
+from planish.quant.kernels.native import Found, found
 
-pytestmark = pytest.mark.skipif(not there(), reason="no compiler, or no AVX512-BF16")
+pytestmark = pytest.mark.skipif(not there(), reason="no compiler, or neither AVX512-BF16 nor AVX2 alone")
+WIDE = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+@pytest.fixture(scope="module", params=[pytest.param(WIDE, id="own"), *[pytest.param(False, id="AVX2")] * WIDE])
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """The passes of this processor; where it has AVX-512, those of AVX2, too."""
+    return found() if request.param == WIDE else Found(compiled(tmp_path_factory.mktemp("passes"), *NO_AVX512), "for this test")
+
+
+@pytest.fixture(autouse=True)
+def computed_by(library: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planish.quant.kernels.attention.found", lambda: library)
 
 
 def draw(batches: int, heads: int, tokens: int, width: int, seed: int) -> Tensor:

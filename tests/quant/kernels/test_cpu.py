@@ -169,6 +169,20 @@ def test_w4a16_is_quantized_linear(dtype: torch.dtype, groups: int) -> None:
     assert torch.equal(y, QuantizedLinear(QuantizedWeight(codes, scale, zero, fmt), bias, dtype=dtype)(x))
 
 
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("shape", [(0, 8, 3), (3, 8, 5), (40, 33, 7), (9, 2048, 1500)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_bfloat16_in_float32(fast: bool, shape: tuple[int, int, int], biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded once, so as near to float64 as bfloat16 can be; a weight in several pieces."""
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: fast)
+    tokens, inputs, outputs = shape
+    x, w, b = (draw(*size, seed=seed, dtype=torch.bfloat16) for seed, size in enumerate([(tokens, inputs), (outputs, inputs), (outputs,)]))
+    y = cpu.linear(x, w, b if biased else None)
+    twin = x.double() @ w.double().T + (b.double() if biased else 0)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), twin, rtol=2**-8, atol=1e-4 * inputs)
+
+
 def test_fp8() -> None:
     x, weight = draw(5, 32), draw(12, 32, seed=1)
     (q, s), (w, t) = OPS.quantize_fp8(x), OPS.quantize_fp8(weight)

@@ -1,38 +1,41 @@
-"""The operators on tiles, by AMX and by VNNI, against float64 and against the operators that they stand for."""
+"""The operators on tiles, by AMX, by VNNI and by AVX2, against float64 and against the operators that they stand for."""
 
 import ctypes
-import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers_native import NO_AVX512, compiled
 from torch import Tensor
 
 from planish.quant.kernels import cpu, tiles
-from planish.quant.kernels.native import FLAGS, SOURCE, Found, found
+from planish.quant.kernels.native import Found, found
 
-pytestmark = pytest.mark.skipif(not tiles.engine(), reason="no compiler, or no AVX512-VNNI")
+pytestmark = pytest.mark.skipif(not tiles.engine(), reason="no compiler, or no AVX2")
 OPS = torch.ops.planish
 ENGINE = tiles.engine
+AVX2, VNNI, AMX = 1, 2, 3
+SHIM = Path(__file__).with_name("emulated_amx.h")
+OPTIONS = {AVX2: NO_AVX512, AMX: ("-D__AMX_INT8__", "-include", str(SHIM))}  # AMX's instructions in software
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The passes with AMX's instructions in software."""
-    made = tmp_path_factory.mktemp("emulated") / "native.so"
-    compiler = found().why.rpartition(" ")[2]
-    shim = Path(__file__).with_name("emulated_amx.h")
-    subprocess.run([compiler, *FLAGS, "-D__AMX_INT8__", "-include", str(shim), str(SOURCE), "-o", str(made)], check=True)
-    return ctypes.CDLL(str(made))
+@pytest.fixture(scope="module", params=[pytest.param(AVX2, id="AVX2"), pytest.param(VNNI, id="VNNI"), pytest.param(AMX, id="AMX")])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, ctypes.CDLL | None]:
+    """An engine and the passes that have it."""
+    kind, own = request.param, ENGINE()
+    if kind == own or (kind, own) == (VNNI, AMX):
+        return kind, found().library
+    if kind == VNNI:
+        pytest.skip("no AVX512-VNNI")
+    return kind, compiled(tmp_path_factory.mktemp("passes"), *OPTIONS[kind])
 
 
-@pytest.fixture(autouse=True, params=[pytest.param(1, id="VNNI"), pytest.param(2, id="AMX")])
-def multiplied_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights lie alike for both."""
-    if request.param > ENGINE():
-        library = request.getfixturevalue("emulated")
-        monkeypatch.setattr(tiles, "found", lambda: Found(library, "emulated"))
-    monkeypatch.setattr(tiles, "engine", lambda: request.param)
+@pytest.fixture(autouse=True)
+def multiplied_by(engine: tuple[int, ctypes.CDLL | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights lie alike for all."""
+    monkeypatch.setattr(tiles, "found", lambda: Found(engine[1], "for this test"))
+    monkeypatch.setattr(tiles, "engine", lambda: engine[0])
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -103,9 +106,9 @@ def test_opcheck_and_one_graph() -> None:
 
 
 def test_a_ceiling_is_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "found", found)
     engine = ENGINE.__wrapped__
-    best = engine()
-    for ceiling, least in (("AVX512_CORE_VNNI", 1), ("avx512_core_bf16", 1), ("AVX512_CORE", 0), ("AVX2", 0)):
-        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", ceiling)
-        assert engine() == min(best, least)
+    for best, kept in ((3, (2, 2, 0, 0, 0)), (2, (2, 2, 0, 0, 0)), (1, (1, 1, 1, 0, 1)), (0, (0, 0, 0, 0, 0))):
+        monkeypatch.setattr(tiles, "found", lambda best=best: Found(SimpleNamespace(planish_engine=lambda: best), ""))  # type: ignore[misc]
+        for ceiling, expected in zip(("AVX512_CORE_VNNI", "avx512_core_bf16", "AVX2", "SSE41", "AVX2_VNNI"), kept, strict=True):
+            monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", ceiling)
+            assert engine() == expected
