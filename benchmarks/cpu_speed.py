@@ -4,6 +4,7 @@ python benchmarks/cpu_speed.py MODEL [--schemes w8a8 w4a16] [--tokens 512] [--ro
 
 The checkpoints are written first, rounded to nearest: it is speed that is measured. Prefill: one forward pass over --tokens, the logits of the last
 one, as generate() asks, on both sides; a decode step comes after a context of --tokens, in a static cache. Each figure is the best of all rounds.
+float32 is the model as one would run it where the processor has no instructions for bfloat16.
 
 Eager is what a user gets who does nothing: transformers' modules on the one side, planish's fused ones on the other. --compiled adds torch.compile of
 both, for minutes. Each ceiling is a further run in a process whose oneDNN knows no newer instructions: AVX512_CORE_VNNI stands for a processor with
@@ -84,8 +85,11 @@ def ratios(best: dict[str, float]) -> dict[str, float]:
 
 def loaded(model: Path, folders: dict[str, Path]) -> dict[str, PreTrainedModel]:
     """The models side by side; what the quantized ones run on goes to stderr."""
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, local_files_only=True).eval()
-    models = {"bf16": base} | {scheme: planish.load(folder, dtype=torch.bfloat16, device="cpu") for scheme, folder in folders.items()}
+    base = {
+        name: AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True).eval()
+        for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32))
+    }
+    models = base | {scheme: planish.load(folder, dtype=torch.bfloat16, device="cpu") for scheme, folder in folders.items()}
     for scheme in folders:
         kinds = list(kernels_used(models[scheme]).values())
         print(scheme, {kind: kinds.count(kind) for kind in sorted(set(kinds))}, file=sys.stderr)

@@ -14,8 +14,9 @@ def test_on_a_gpu() -> None:
 
 
 @pytest.mark.slow
-def test_all_on_a_gpu() -> None:
-    assert "passed" in run_alone(CASES, "-m", "slow")
+@pytest.mark.parametrize("cases", ["test_every_recipe", "test_every_step"])
+def test_all_on_a_gpu(cases: str) -> None:
+    assert "passed" in run_alone(CASES, "-m", "slow", "-k", cases)
 
 
 @pytest.mark.slow
