@@ -246,6 +246,8 @@ void dequantize(const uint8_t *packed, const float *scale, const float *zero, lo
 EXPORT(float, float32)
 EXPORT(uint16_t, bfloat16)
 
+#include "clip.h"
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__linux__)
 #define PLANISH_WIDE
 #endif

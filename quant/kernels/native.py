@@ -176,6 +176,31 @@ def silu_mul_quantize(gate_TC: Tensor, up_TC: Tensor, grid: Grid) -> Codes | Non
     return codes
 
 
+def clip_search(
+    w_RK: Tensor, largest_RE: Tensor, scale_FR: Tensor, zero_FR: Tensor | None, unit_FR: Tensor, ends: tuple[float, float], power: float
+) -> Tensor | None:
+    """The candidate of each row that loses least, int64 (R): the least of unit_FR sum |w / scale - code|^power, codes within the ends of the grid.
+
+    largest_RE: the row's largest weights, tried first: candidates that cannot be the best any more are left, row by row.
+    """
+    given = [w_RK, largest_RE, scale_FR, unit_FR] + ([] if zero_FR is None else [zero_FR])
+    if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in given) or (library := found().library) is None:
+        return None
+    best_R = torch.empty(len(w_RK), dtype=torch.int64, device="cpu")
+    w_RK, largest_RE, scale_FR, unit_FR = (x.contiguous() for x in (w_RK, largest_RE, scale_FR, unit_FR))
+    zero_FR = None if zero_FR is None else zero_FR.contiguous()
+    library.planish_clip_search(
+        *map(_pointer, (w_RK, largest_RE)),
+        *(_long(size) for size in (*w_RK.shape, largest_RE.shape[1])),
+        *map(_pointer, (scale_FR, zero_FR, unit_FR)),
+        _long(len(scale_FR)),
+        *(ctypes.c_float(value) for value in (*ends, power)),
+        _pointer(best_R),
+        torch.get_num_threads(),
+    )
+    return best_R
+
+
 def finish(
     x_TO: Tensor, scale: Tensor | None, zero: Tensor | None, sums_O: Tensor | None, bias_O: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import PlanishError
 from ..formats import NVFP4, Kind, ScaleType, WeightFormat, code_range, fitted, nearest, scale_and_zero, weight_range
+from ..kernels import native
 from ..pieces import pieces
 
 Grid = tuple[Tensor, Tensor | None]
@@ -66,7 +67,7 @@ def fit_grid(w_OI: Tensor, fmt: WeightFormat, clip: Clip | None, scale_dtype: Sc
 def _search(w_RK: Tensor, fmt: WeightFormat, clip: Clip, scale_dtype: ScaleType) -> Grid:
     """Best scale (R) and zero point (R) or None of each row.
 
-    The largest weights alone bound a candidate's loss from below; candidates that cut them too short for every row are passed over.
+    The largest weights alone bound a candidate's loss from below; candidates that cut them too short are passed over.
     """
     low_R, high_R = w_RK.aminmax(dim=1)
     factors_F1 = torch.tensor(clip.factors(fmt.kind), dtype=w_RK.dtype, device=w_RK.device)[:, None]
@@ -76,15 +77,24 @@ def _search(w_RK: Tensor, fmt: WeightFormat, clip: Clip, scale_dtype: ScaleType)
     # Relative to the unclipped scale: a tiny scale would underflow when raised to the power.
     unit_FR = (scale_FR / scale_FR[:1]) ** clip.power
     largest_RE = w_RK.gather(1, w_RK.abs().topk(-(-w_RK.shape[1] // EXTREMES), dim=1, sorted=False).indices)
-    bound_FR = unit_FR * _loss(largest_RE, scale_FR, zero_FR, fmt.kind, clip.power)
+    given = w_RK, largest_RE, scale_FR, zero_FR, unit_FR
+    found_R = native.clip_search(*given, code_range(fmt.kind), clip.power) if fmt.type == "int" else None
+    best_1R = _least(*given, fmt.kind, clip.power) if found_R is None else found_R[None]
+    return scale_FR.gather(0, best_1R)[0], None if zero_FR is None else zero_FR.gather(0, best_1R)[0]
+
+
+def _least(
+    w_RK: Tensor, largest_RE: Tensor, scale_FR: Tensor, zero_FR: Tensor | None, unit_FR: Tensor, kind: Kind, power: float
+) -> Tensor:
+    """What native.clip_search finds, (1, R), on any device and for any codes: candidate after candidate for all rows at once."""
+    bound_FR = unit_FR * _loss(largest_RE, scale_FR, zero_FR, kind, power)
     loss_FR = torch.full_like(scale_FR, math.inf)
     best_R = loss_FR[0]
     for f, scale_R in enumerate(scale_FR):
         if (bound_FR[f] < best_R).any():
-            loss_FR[f] = unit_FR[f] * _loss(w_RK, scale_R, None if zero_FR is None else zero_FR[f], fmt.kind, clip.power)
+            loss_FR[f] = unit_FR[f] * _loss(w_RK, scale_R, None if zero_FR is None else zero_FR[f], kind, power)
             best_R = torch.minimum(best_R, loss_FR[f])
-    best_1R = loss_FR.argmin(0, keepdim=True)
-    return scale_FR.gather(0, best_1R)[0], None if zero_FR is None else zero_FR.gather(0, best_1R)[0]
+    return loss_FR.argmin(0, keepdim=True)
 
 
 def _apart(scale_FR: Tensor) -> Tensor:

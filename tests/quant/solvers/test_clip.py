@@ -9,6 +9,7 @@ from helpers_solvers import FORMATS, clip_losses, format_name, loss, plain_grid,
 from planish.quant import pieces
 from planish.quant.errors import PlanishError
 from planish.quant.formats import WeightFormat, fitted
+from planish.quant.kernels import native
 from planish.quant.solvers import Clip, Rtn
 from planish.quant.solvers.clip import fit_grid
 
@@ -33,14 +34,19 @@ def test_fast_search_finds_the_twins_argmin(fmt, scale_dtype, clip):
         assert found == pytest.approx(best, rel=1e-9)
 
 
+@pytest.mark.parametrize("clip", [Clip(), Clip(grid=31, shrink=1.0, power=1.0), Clip(power=7.5)], ids=["default", "linear", "steep"])
+@pytest.mark.parametrize("compiled", [True, False], ids=["one pass", "torch"])
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
-def test_float32_search_is_as_good_as_float64(fmt):
+def test_float32_search_is_as_good_as_float64(fmt, compiled, clip, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "clip_search", lambda *_: None)
     w_OI = weights(9, 576, seed=3)
+    w_OI[4] = 0
     scale_dtype = fitted(w_OI, fmt, torch.bfloat16)
-    scale, zero = fit_grid(w_OI.float(), fmt, Clip(), scale_dtype)
+    scale, zero = fit_grid(w_OI.float(), fmt, clip, scale_dtype)
     for r, w in enumerate(rows(w_OI, fmt)):
-        best = min(clip_losses(w, fmt, Clip(), scale_dtype))
-        found = loss(w, scale.flatten()[r].double(), None if zero is None else zero.flatten()[r].double(), fmt.kind, 2.4)
+        best = min(clip_losses(w, fmt, clip, scale_dtype))
+        found = loss(w, scale.flatten()[r].double(), None if zero is None else zero.flatten()[r].double(), fmt.kind, clip.power)
         assert found <= best * (1 + 1e-4)
         if r > 40:
             break
