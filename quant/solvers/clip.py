@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..errors import PlanishError
 from ..formats import NVFP4, Kind, ScaleType, WeightFormat, code_range, fitted, nearest, scale_and_zero, weight_range
-from ..kernels import native
 from ..pieces import pieces
 
 Grid = tuple[Tensor, Tensor | None]
@@ -77,6 +76,8 @@ def _search(w_RK: Tensor, fmt: WeightFormat, clip: Clip, scale_dtype: ScaleType)
     # Relative to the unclipped scale: a tiny scale would underflow when raised to the power.
     unit_FR = (scale_FR / scale_FR[:1]) ** clip.power
     largest_RE = w_RK.gather(1, w_RK.abs().topk(-(-w_RK.shape[1] // EXTREMES), dim=1, sorted=False).indices)
+    from ..kernels import native
+
     given = w_RK, largest_RE, scale_FR, zero_FR, unit_FR
     found_R = native.clip_search(*given, code_range(fmt.kind), clip.power) if fmt.type == "int" else None
     best_1R = _least(*given, fmt.kind, clip.power) if found_R is None else found_R[None]
