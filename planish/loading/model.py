@@ -27,8 +27,8 @@ def load(
     model: a folder that planish compress wrote, or anything that compress takes (.bin weights with allow_pickle). dtype: of the arithmetic
     (default: as stored). device: default cuda where there is one, else cpu. kernels: reference computes with the integer codes exactly as they were
     measured, one code an element of dtype in memory; packed computes the same but for rounding, faster and in less memory, on the device that it was
-    loaded to; auto is what the environment's PLANISH_KERNELS says, else packed in bfloat16 on a CPU with AVX512-VNNI and in 16 bits on CUDA with
-    Triton, else reference. kernels_used(model) says what runs on what.
+    loaded to; auto is what the environment's PLANISH_KERNELS says, else packed in bfloat16 on a CPU (AVX2, and a C++ compiler) and in 16 bits on
+    CUDA with Triton, else reference. kernels_used(model) says what runs on what.
     The whole model is in memory; it does not train, and is saved by copying the folder. Raises PlanishError.
     """
     where = pick_device(device)

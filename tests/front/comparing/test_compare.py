@@ -183,7 +183,8 @@ def test_peak_memory_is_ones_own() -> None:
 def test_demo(planish: Planish, tmp_path: Path) -> None:
     """Two recipes on a real model: the better one is better on both texts, and neither costs more than compress says."""
     (tmp_path / "smith.txt").write_text(WORDS)
-    ran = planish("compare", "w8a8", "w4a8", "--model", "demo:smollm2", "--text", "smith=smith.txt", "--windows", "1", "--length", "512", "--json")
+    measure = ("--text", "smith=smith.txt", "--windows", "1", "--length", "512", "--set", "calibration.samples=8", "--set", "calibration.length=256")
+    ran = planish("compare", "w8a8", "w4a8", "--model", "demo:smollm2", *measure, "--json")
     assert ran.code == 0, ran
     found = decode(ComparisonReport, json.loads(ran.out), "report", nonfinite=True)
     good, coarse = found.rows
