@@ -22,6 +22,7 @@ from ..calib.compressed.packed import packed_readers, pick_kernels
 from ..calib.compressed.packing import PLAIN
 from ..calib.compressed.stored import StoredCheckpoint, open_stored
 from ..quant.errors import PlanishError
+from ..quant.kernels.cpu import exact
 from ..quant.kernels.joined import Part
 from ..quant.linear import Parts, QuantizedLinear, share_input
 from . import METHOD, VLLM_FAMILIES
@@ -64,13 +65,15 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> str | None:
         """Also compressed-tensors in plain layout with activations where they or the weights have fewer than 8 bits: vLLM itself refuses such
-        activations, and W4A8 on GPUs; mixtures of experts on CPUs, where it has kernels for few. All of compressed-tensors where the user asks for
-        planish."""
+        activations, and W4A8 on GPUs; mixtures of experts on CPUs, where it has kernels for few; integers on CPUs whose products of bytes oneDNN gets
+        wrong, and vLLM with it. All of compressed-tensors where the user asks for planish."""
         if not isinstance(hf_quant_cfg, dict) or hf_quant_cfg.get("quant_method") != PLAIN or user_quant not in (None, METHOD):
             return None
-        if user_quant == METHOD or (current_platform.is_cpu() and is_mixture(getattr(hf_config, "model_type", ""))):
-            return METHOD
+        family = getattr(hf_config, "model_type", "")
         groups = [group for group in (hf_quant_cfg.get("config_groups") or {}).values() if isinstance(group, dict)]
+        wrong = family in VLLM_FAMILIES and any((group.get("weights") or {}).get("type") == "int" for group in groups) and not exact()
+        if user_quant == METHOD or (current_platform.is_cpu() and (is_mixture(family) or wrong)):
+            return METHOD
         pairs = [(group.get("weights") or {}, group.get("input_activations")) for group in groups]
         narrow = any(act and act.get("type") == "int" and min(act.get("num_bits", 8), fmt.get("num_bits", 8)) < 8 for fmt, act in pairs)
         return METHOD if narrow and all(group.get("format") == "int-quantized" for group in groups) else None

@@ -37,6 +37,7 @@ NAMES = (
     "paper-svdquant",
     "w4a16-channel",
     "w4a16-g128",
+    "w4a16-rotated",
     "w4a4-auto",
     "w4a4-best",
     "w4a4-fast",

@@ -18,6 +18,7 @@ import torch
 from helpers_mixture import upcycled
 
 import planish
+from planish.calib.compressed.packed import pick_kernels
 from planish.eval.verifying.server import ENVIRONMENT, SCRIPT, server_python
 from planish.recipe.schema import load_recipe, with_settings
 
@@ -124,7 +125,7 @@ def test_serves_what_planish_computes(case: str, tmp_path: Path) -> None:
             written.append(own[len(theirs) :] - torch.tensor(choice["logprobs"]["token_logprobs"]))
         assert abs(float(torch.cat(read).mean())) <= tolerance
         assert abs(float(torch.cat(written).mean())) <= completions
-        packed = dtype == HALF and torch.cpu.get_capabilities().get("avx512_vnni")
+        packed = pick_kernels("auto", dtype, "cpu")
         words = "Using EmulationNvFp4LinearKernel" if case == "nvfp4" else f"run on {'packed kernels' if packed else 'the reference'}, in {dtype}"
         assert words in (tmp_path / "server.log").read_text()
         if plan.prefix:
@@ -149,4 +150,4 @@ def test_alone_it_refuses_by_name(recipe: str, words: str, tmp_path: Path) -> No
 def test_what_it_does_with_attention(tmp_path: Path) -> None:
     command = [str(server_python("vllm")), str(Path(__file__).with_name("vllm_cases.py"))]
     ran = subprocess.run(command, env=environment("planish"), capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
-    assert ran.stdout.count(" passed") == 3, ran.stdout + ran.stderr
+    assert ran.stdout.count(" passed") == 4, ran.stdout + ran.stderr

@@ -7,7 +7,7 @@ import torch
 from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
 
 from planish.calib.blocks.prefix import tensor_names
-from planish.serving import vllm_prefix
+from planish.serving import vllm_config, vllm_prefix
 from planish.serving.vllm_config import PlanishConfig
 
 BLOCK = "model.layers.0"
@@ -94,7 +94,34 @@ def test_what_planish_takes_over() -> None:
     assert PlanishConfig.override_quantization_method({"quant_method": "gptq"}, None) is None
 
 
+def test_where_products_of_bytes_are_wrong_integers_are_planish_s() -> None:
+    """On a CPU that makes them wrong, of families that planish serves, unless the user asks for vLLM's."""
+    kept = vllm_config.exact
+    try:
+        for right, family, kind, activations, asked, taken in (
+            (False, "llama", "int", 8, None, True),
+            (False, "llama", "int", None, None, True),
+            (False, "llama", "float", 8, None, False),
+            (False, "phi3", "int", 8, None, False),
+            (False, "llama", "int", 8, "compressed-tensors", False),
+            (True, "llama", "int", 8, None, False),
+        ):
+            vllm_config.exact = lambda right=right: right
+            inputs = None if activations is None else {"type": kind, "num_bits": activations}
+            group = {"format": "any", "weights": {"type": kind, "num_bits": 8}, "input_activations": inputs}
+            config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+            found = PlanishConfig.override_quantization_method(config, asked, SimpleNamespace(model_type=family))
+            assert found == ("planish" if taken else None), (right, family, kind, activations, asked)
+    finally:
+        vllm_config.exact = kept
+
+
 if __name__ == "__main__":
-    for case in (test_keys_of_the_prefix_are_stored_once, test_scores_of_given_tokens_are_refused, test_what_planish_takes_over):
+    for case in (
+        test_keys_of_the_prefix_are_stored_once,
+        test_scores_of_given_tokens_are_refused,
+        test_what_planish_takes_over,
+        test_where_products_of_bytes_are_wrong_integers_are_planish_s,
+    ):
         case()
         print(f"{case.__name__} passed", flush=True)
