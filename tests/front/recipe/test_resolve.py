@@ -56,7 +56,7 @@ def refusal(call: Callable[[], object]) -> str:
 def test_shipped_recipe_fits_the_demo_model(name: str) -> None:
     resolved = resolve(load_recipe(name), TOPOLOGY, width)
     assert all(scheme is not None for scheme in resolved.schemes.values())
-    assert bool(resolved.notes) == (name == "w4a16-g128")
+    assert bool(resolved.notes) == (name in ("w4a16-best", "w4a16-g128"))
 
 
 def test_matching() -> None:
