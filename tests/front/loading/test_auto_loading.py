@@ -10,6 +10,7 @@ from helpers_compress import ids, quick, source
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import planish
+from planish.calib.compressed.packed import pick_kernels
 from planish.quant.errors import PlanishError
 from planish.quant.kernels import PackedLinear
 from planish.quant.kernels.joined import Part
@@ -49,8 +50,8 @@ def test_loads_as_planish_does(dtype: torch.dtype, own: Path) -> None:
     found, info = AutoModelForCausalLM.from_pretrained(own, dtype=dtype, output_loading_info=True)
     assert not any(info.values())
     same(found, planish.load(own, dtype=None if dtype == "auto" else dtype, device="cpu"))
-    vnni = torch.cpu.get_capabilities().get("avx512_vnni")
-    kinds = (Part, PackedLinear) if dtype == torch.bfloat16 and vnni else QuantizedLinear
+    quick = dtype == torch.bfloat16 and pick_kernels("auto", dtype, "cpu")
+    kinds = (Part, PackedLinear) if quick else QuantizedLinear
     assert sum(isinstance(module, kinds) and not name.endswith(".joined.linear") for name, module in found.named_modules()) == 21
     for model in (found, planish.load(own, device="cpu")):
         with pytest.raises(ValueError, match="not serializable"):
