@@ -33,7 +33,7 @@ SCRIPT = Path(__file__).with_name("vllm_score.py")
 SECONDS = 1800
 _OVERFLOW = (
     "This CPU has neither VNNI nor AMX: vLLM's products of 8-bit codes overflow on it (oneDNN adds pairs of them in 16 bits), "
-    "and its 4-bit weights have no kernel there. So this says nothing about the checkpoint; ask a machine that has either"
+    "and its 4-bit weights have no kernel there. Of integer codes this says nothing then; ask a machine that has either"
 )
 _COMMANDS = f"Make one with `make server-env` (2.5 GB) and set {ENVIRONMENT} to its folder, ~/.cache/planish/vllm-0.32.0 by default"
 

@@ -68,6 +68,8 @@ def _search(w_RK: Tensor, fmt: WeightFormat, clip: Clip, scale_dtype: ScaleType)
 
     The largest weights alone bound a candidate's loss from below; candidates that cut them too short are passed over.
     """
+    from ..kernels import native
+
     low_R, high_R = w_RK.aminmax(dim=1)
     factors_F1 = torch.tensor(clip.factors(fmt.kind), dtype=w_RK.dtype, device=w_RK.device)[:, None]
     scale_FR, zero_FR = scale_and_zero(low_R * factors_F1, high_R * factors_F1, fmt.kind, fmt.symmetric, scale_dtype)
@@ -76,17 +78,13 @@ def _search(w_RK: Tensor, fmt: WeightFormat, clip: Clip, scale_dtype: ScaleType)
     # Relative to the unclipped scale: a tiny scale would underflow when raised to the power.
     unit_FR = (scale_FR / scale_FR[:1]) ** clip.power
     largest_RE = w_RK.gather(1, w_RK.abs().topk(-(-w_RK.shape[1] // EXTREMES), dim=1, sorted=False).indices)
-    from ..kernels import native
-
     given = w_RK, largest_RE, scale_FR, zero_FR, unit_FR
     found_R = native.clip_search(*given, code_range(fmt.kind), clip.power) if fmt.type == "int" else None
     best_1R = _least(*given, fmt.kind, clip.power) if found_R is None else found_R[None]
     return scale_FR.gather(0, best_1R)[0], None if zero_FR is None else zero_FR.gather(0, best_1R)[0]
 
 
-def _least(
-    w_RK: Tensor, largest_RE: Tensor, scale_FR: Tensor, zero_FR: Tensor | None, unit_FR: Tensor, kind: Kind, power: float
-) -> Tensor:
+def _least(w_RK: Tensor, largest_RE: Tensor, scale_FR: Tensor, zero_FR: Tensor | None, unit_FR: Tensor, kind: Kind, power: float) -> Tensor:
     """What native.clip_search finds, (1, R), on any device and for any codes: candidate after candidate for all rows at once."""
     bound_FR = unit_FR * _loss(largest_RE, scale_FR, zero_FR, kind, power)
     loss_FR = torch.full_like(scale_FR, math.inf)
