@@ -1,8 +1,9 @@
 // Attention of bfloat16 on a CPU: softmax(scale Q K' + mask) V, keys taken 64 at a time, sums and softmax in float32; included by native.cpp, behind
-// tiles.h. Products by AVX512-BF16's VDPBF16PS, which adds two products of neighbours to each of 16 sums, or by float32's with AVX2.
+// few.h. Products by AVX512-BF16's VDPBF16PS, which adds two products of neighbours to each of 16 sums, or by float32's with AVX2.
 //
 // B of a product (I, 32 columns) lies as [I / 2][32][2]: pairs of rows beside each other. Keys (K, D) are packed for Q K' in pieces of 32 keys, values
 // for P V in pieces of 32 channels, once for all queries of a key-value head. Q is worked on 32 rows at a time, each against all keys it may see.
+// A few queries, as in a step of generation, read keys and values as they lie, in float32's products: every task a part of the keys.
 namespace attention {
 
 using namespace lanes;
@@ -92,8 +93,6 @@ inline void pack_keys(const uint16_t *k, long stride, long first, long keys, lon
 #endif
 }
 
-inline __m256i sixteen(const uint16_t *from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)); }
-
 // Two values from `first` on as one pair of rows of every piece of (keys, 32 channels); pieces lie `piece` apart.
 inline void pack_values(const uint16_t *v, long stride, long first, long keys, long width, long piece, uint16_t *to) {
     for (long d = 0; d < width; d += SIDE) {
@@ -115,11 +114,15 @@ inline Floats exponential(Floats x) {
 }
 
 // A block of queries: what is kept of each while its keys go by.
-struct Block {
-    alignas(64) float scores[ROWS][KEYS];
-    alignas(64) uint16_t shares[ROWS][KEYS];
-    alignas(64) float sums[ROWS][MOST];
-    float most[ROWS], total[ROWS];
+template <long R> struct Block {
+    alignas(64) float scores[R][KEYS];
+    alignas(64) uint16_t shares[R][KEYS];
+    alignas(64) float sums[R][MOST];
+    float most[R], total[R];
+    void begin(long r, long width) {
+        most[r] = -INFINITY, total[r] = 0;
+        std::memset(sums[r], 0, size_t(width) * 4);
+    }
 };
 
 // Keys from `first` on that query t may see, of 16: a bit each.
@@ -133,7 +136,7 @@ inline uint16_t seen(const uint8_t *mask, long t, long first, long keys, bool ca
 }
 
 // The scores of one query become shares, and its sums are brought to the new largest score.
-inline void soften(Block &b, long r, const uint16_t *sees, float scale, long width) {
+template <long R> inline void soften(Block<R> &b, long r, const uint16_t *sees, float scale, long width) {
     if (!(sees[0] | sees[1] | sees[2] | sees[3])) {
         std::memset(b.shares[r], 0, sizeof b.shares[r]);
         return;
@@ -154,13 +157,10 @@ inline void soften(Block &b, long r, const uint16_t *sees, float scale, long wid
 }
 
 // Queries from `first` on, at most 32, of one head: y (rows, width), rows y_stride apart.
-inline void attend(Block &b, const uint16_t *q, long q_stride, long first, long rows, const uint16_t *keys_packed, const uint16_t *values_packed,
+inline void attend(Block<ROWS> &b, const uint16_t *q, long q_stride, long first, long rows, const uint16_t *keys_packed, const uint16_t *values_packed,
                    const uint8_t *mask, long mask_stride, long keys, long width, float scale, bool causal, uint16_t *y, long y_stride) {
     const long piece = up_to(keys, KEYS) * KEYS * WIDE;
-    for (long r = 0; r < rows; r++) {
-        b.most[r] = -INFINITY, b.total[r] = 0;
-        std::memset(b.sums[r], 0, size_t(width) * 4);
-    }
+    for (long r = 0; r < rows; r++) b.begin(r, width);
     for (long k = 0; k < (causal ? std::min(keys, first + rows) : keys); k += KEYS) {
         uint16_t sees[ROWS][4];
         uint32_t any = 0;
@@ -196,12 +196,107 @@ inline long last_seen(const uint8_t *mask, long stride, long queries, long keys)
     return last;
 }
 
+constexpr long FEW = 4, TOGETHER = 4;   // queries for which packing does not pay; rows, of all query heads that share a key-value head, in registers
+constexpr long PARTS = 64, TASKS = 4;  // at most so many parts of the keys; tasks for each thread
+using Part = Block<TOGETHER>;
+
+// sums (R, width) += shares (R, count), float32, times values as they lie.
+template <int R> inline void add_values(const float *shares, const uint16_t *v, long stride, long count, long width, float *sums) {
+    for (long d = 0; d < width; d += SIDE) {
+        Floats found[R];
+        times<R>([&](auto r) { found[r] = load(sums + r * MOST + d); });
+        for (long i = 0; i < count; i++) {
+            const Floats value = from_bfloat16(sixteen(v + i * stride + d));
+            times<R>([&](auto r) { found[r] = multiply_add(all(shares[r * KEYS + i]), value, found[r]); });
+        }
+        times<R>([&](auto r) { store(sums + r * MOST + d, found[r]); });
+    }
+}
+
+// What a part of the keys, from `first` up to `end`, adds to R rows of a key-value head; row r is query r / group of the head's query head r % group.
+template <int R>
+void see_part(Part &b, Strided q, long row, long group, Strided k, Strided v, Mask mask, long first, long end, long width, float scale,
+              bool causal) {
+    alignas(64) float wide[R][MOST];
+    for (int r = 0; r < R; r++) {
+        const uint16_t *from = q.at + (row + r) % group * q.head + (row + r) / group * q.token;
+        for (long d = 0; d < width; d += SIDE) store(wide[r] + d, from_bfloat16(sixteen(from + d)));
+        b.begin(r, width);
+    }
+    for (long key = first; key < end; key += KEYS) {
+        uint16_t sees[R][4];
+        uint32_t any = 0;
+        const long count = std::min(KEYS, end - key);
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < 4; i++) {
+                const long t = (row + r) / group;
+                any |= sees[r][i] = seen(mask.at ? mask.at + t * mask.token : nullptr, t, key + SIDE * i, end, causal);
+            }
+        if (!any) continue;
+        few::dots<R>(wide[0], MOST, k.at + key * k.token, k.token, count, width, b.scores[0], KEYS);
+        for (int r = 0; r < R; r++) {
+            soften(b, r, sees[r], scale, width);
+            for (long i = 0; i < KEYS; i += SIDE) store(b.scores[r] + i, from_bfloat16(sixteen(b.shares[r] + i)));
+        }
+        add_values<R>(b.scores[0], v.at + key * v.token, v.token, count, width, b.sums[0]);
+    }
+}
+
+// What was found in parts of the keys, as one: row r's output.
+inline void join(const Part *blocks, long parts, long r, long width, uint16_t *y) {
+    float most = -INFINITY, total = 0, weights[PARTS];
+    for (long p = 0; p < parts; p++) most = std::max(most, blocks[p].most[r]);
+    for (long p = 0; p < parts; p++) {
+        weights[p] = blocks[p].total[r] == 0 ? 0.0f : std::exp(blocks[p].most[r] - most);
+        total += weights[p] * blocks[p].total[r];
+    }
+    const Floats share = all(total == 0 ? 0.0f : 1.0f / total);
+    for (long d = 0; d < width; d += SIDE) {
+        Floats found = all(0.0f);
+        for (long p = 0; p < parts; p++) found = multiply_add(all(weights[p]), load(blocks[p].sums[r] + d), found);
+        store(lanes::first(SIDE), y + d, multiply(found, share));
+    }
+}
+
+inline void attend_few(Strided q, Strided k, Strided v, Mask mask, Sizes n, float scale, bool causal, uint16_t *y, int threads) {
+    const long group = n.heads / n.key_heads, rows = group * n.queries, pieces = up_to(rows, TOGETHER), tasks = n.batches * n.key_heads * pieces;
+    long keys = mask.at ? 0 : n.keys;
+    for (long at = 0; mask.at && at < n.batches; at++) keys = std::max(keys, last_seen(mask.at + at * mask.batch, mask.token, n.queries, n.keys));
+    const long parts = std::max(1L, std::min({PARTS, up_to(keys, KEYS), up_to(TASKS * threads, std::max(1L, tasks))}));
+    const long length = up_to(up_to(keys, parts), KEYS) * KEYS;
+    Part *found = reinterpret_cast<Part *>(tiles::scratch(size_t(tasks * parts) * sizeof(Part)));
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (long task = 0; task < tasks * parts; task++) {
+            const long part = task % parts, row = task / parts % pieces * TOGETHER, both = task / parts / pieces;
+            const long at = both / n.key_heads, head = both % n.key_heads;
+            const Strided mine{q.at + at * q.batch + head * group * q.head, q.batch, q.head, q.token};
+            const Strided its_k{k.at + at * k.batch + head * k.head, k.batch, k.head, k.token};
+            const Strided its_v{v.at + at * v.batch + head * v.head, v.batch, v.head, v.token};
+            const Mask sees{mask.at ? mask.at + at * mask.batch : nullptr, mask.batch, mask.token};
+            at_height(std::min(TOGETHER, rows - row), [&](auto height) {
+                see_part<std::min<int>(TOGETHER, decltype(height)::value)>(found[task], mine, row, group, its_k, its_v, sees, part * length,
+                                                                           std::min(keys, (part + 1) * length), n.width, scale, causal);
+            });
+        }
+#pragma omp for
+        for (long both = 0; both < n.batches * n.key_heads; both++)
+            for (long row = 0; row < rows; row++) {
+                const long at = both / n.key_heads, head = both % n.key_heads * group + row % group;
+                uint16_t *to = y + ((at * n.queries + row / group) * n.heads + head) * n.width;
+                join(found + (both * pieces + row / TOGETHER) * parts, parts, row % TOGETHER, n.width, to);
+            }
+    }
+}
+
 inline void attention(Strided q, Strided k, Strided v, Mask mask, Sizes n, float scale, bool causal, uint16_t *y, int threads) {
+    if (n.queries <= FEW) return attend_few(q, k, v, mask, n, scale, causal, y, threads);
     const long room = up_to(n.keys, KEYS) * KEYS, group = n.heads / n.key_heads, blocks = up_to(n.queries, ROWS);
     uint16_t *keys_packed = reinterpret_cast<uint16_t *>(tiles::scratch(size_t(4 * room * n.width))), *values_packed = keys_packed + room * n.width;
 #pragma omp parallel num_threads(threads)
     {
-        const std::unique_ptr<Block> block(new Block);
+        const std::unique_ptr<Block<ROWS>> block(new Block<ROWS>);
         for (long both = 0; both < n.batches * n.key_heads; both++) {
             const long at = both / n.key_heads, head = both % n.key_heads;
             const uint8_t *sees = mask.at ? mask.at + at * mask.batch : nullptr;

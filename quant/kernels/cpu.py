@@ -26,7 +26,6 @@ _LEAST_PRODUCT = 512  # results; for fewer oneDNN takes its reference implementa
 _HELD = 1 << 10  # products of two bytes whose sum float32 holds exactly
 _WIDENED = 1 << 20  # weights that are floats at a time, which stay in the processor's cache
 _WORST = 64
-_FEW = 4  # tokens for which bfloat16's products are not slow without instructions: reading the weight takes the time
 LEAST = min(torch.finfo(torch.float32).tiny, LEAST_SCALE)
 
 
@@ -265,10 +264,12 @@ def linear_w4a16(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, 
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (T, I) weight' + bias, (T, O), all of one dtype. bfloat16 in float32, rounded once, where the processor has no products of it: for more than
-    a few tokens torch's take three to seven times as long there. A piece of the weight at a time."""
-    if x.dtype != torch.bfloat16 or len(x) <= _FEW or multiplies_bfloat16():
+    """x (T, I) weight' + bias, (T, O), all of one dtype. bfloat16 in float32, rounded once, where the processor has no products of it: torch's take
+    three to seven times as long there, twice as long for a few tokens. A piece of the weight at a time."""
+    if x.dtype != torch.bfloat16 or multiplies_bfloat16():
         return torch.nn.functional.linear(x, weight, bias)
+    if (few_TO := native.few(x, weight, bias)) is not None:
+        return few_TO
     y_TO, wide = x.new_empty(len(x), len(weight)), x.float()
     rows = max(1, _WIDENED // max(1, weight.shape[1]))
     biases = [None] * -(-len(weight) // rows) if bias is None else torch.split(bias, rows)

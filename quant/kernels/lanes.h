@@ -153,4 +153,6 @@ inline void store(Mask mask, uint16_t *to, Floats x) {
 
 #endif
 
+inline __m256i sixteen(const uint16_t *from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)); }
+
 }  // namespace lanes

@@ -3,7 +3,8 @@
 Without a C++ compiler, and with PLANISH_COMPILER set to nothing, the operators are made of torch's own operations: the same results, in more passes
 over memory. `found()` says which of the two it is, and why.
 
-Each function answers None (or False) where it does not apply: other devices and dtypes than float32 and bfloat16, strides inside a row, and under
+Each function answers None (or False) where it does not apply: other devices and dtypes than float32 and bfloat16, strides inside a row, processors for
+which there is no such pass, and under
 torch.compile, whose own compiler does better with what surrounds them.
 
 Shape suffixes: T tokens, C = I in channels, O out channels, G groups, B batches, H heads, D channels of a head.
@@ -29,6 +30,7 @@ SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _SECONDS = 120.0
+FEW = 4  # tokens for which reading a weight takes longer than multiplying it
 
 Codes = tuple[Tensor, Tensor, Tensor]
 
@@ -86,7 +88,7 @@ def _function(name: str, *tensors: Tensor) -> Any:
         return None
     if any(x.device.type != "cpu" or x.dtype != dtype or (x.dim() > 0 and x.stride(-1) != 1 and x.numel() > 0) for x in tensors):
         return None
-    return getattr(library, f"planish_{name}_{suffix}")
+    return getattr(library, f"planish_{name}_{suffix}", None)
 
 
 def _pointer(x: Tensor | None) -> ctypes.c_void_p | None:
@@ -140,6 +142,22 @@ def rms_norm(x_TC: Tensor, weight_C: Tensor, eps: float) -> Tensor | None:
         function = getattr(found().library, "planish_tiles_rms_norm", function)
     function(_pointer(x_TC), _pointer(weight_C), ctypes.c_float(eps), *_shape(x_TC), _pointer(y_TC), torch.get_num_threads())
     return y_TC
+
+
+def few(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor | None:
+    """x weight' + bias of bfloat16, summed in float32 and rounded once, for at most 4 tokens: (T, O)."""
+    tokens, inputs = x_TI.shape
+    if not 0 < tokens <= FEW or inputs % 16 or x_TI.dtype != torch.bfloat16 or not weight_OI.is_contiguous():
+        return None
+    given = [x_TI, weight_OI] if bias_O is None else [x_TI, weight_OI, bias_O]
+    if (function := _function("few", *given)) is None:
+        return None
+    y_TO = x_TI.new_empty((tokens, len(weight_OI)))
+    rows, width, stride = _shape(x_TI)
+    function(
+        _pointer(x_TI), rows, stride, _pointer(weight_OI), _pointer(bias_O), _long(len(weight_OI)), width, _pointer(y_TO), torch.get_num_threads()
+    )
+    return y_TO
 
 
 def rotary(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor | None:

@@ -170,7 +170,9 @@ def test_w4a16_is_quantized_linear(dtype: torch.dtype, groups: int) -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("shape", [(0, 8, 3), (3, 8, 5), (40, 33, 7), (9, 2048, 1500)])
+@pytest.mark.parametrize(
+    "shape", [(0, 8, 3), (0, 16, 3), (3, 8, 5), (1, 32, 1), (1, 576, 300), (2, 48, 63), (3, 64, 64), (4, 2048, 129), (40, 33, 7), (9, 2048, 1500)]
+)
 @pytest.mark.parametrize("biased", [True, False])
 def test_bfloat16_in_float32(fast: bool, shape: tuple[int, int, int], biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded once, so as near to float64 as bfloat16 can be; a weight in several pieces."""
@@ -181,6 +183,8 @@ def test_bfloat16_in_float32(fast: bool, shape: tuple[int, int, int], biased: bo
     twin = x.double() @ w.double().T + (b.double() if biased else 0)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), twin, rtol=2**-8, atol=1e-4 * inputs)
+    apart = torch.stack([x, x + 1], 1)[:, 0]
+    assert torch.equal(cpu.linear(apart, w, b if biased else None), y)
 
 
 def test_fp8() -> None:
