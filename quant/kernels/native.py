@@ -3,9 +3,8 @@
 Without a C++ compiler, and with PLANISH_COMPILER set to nothing, the operators are made of torch's own operations: the same results, in more passes
 over memory. `found()` says which of the two it is, and why.
 
-Each function answers None (or False) where it does not apply: other devices and dtypes than float32 and bfloat16, strides inside a row, processors for
-which there is no such pass, and under
-torch.compile, whose own compiler does better with what surrounds them.
+Each function answers None (or False) where it does not apply: other devices and dtypes than float32 and bfloat16, strides inside a row, processors
+for which there is no such pass, and under torch.compile, whose own compiler does better with what surrounds them.
 
 Shape suffixes: T tokens, C = I in channels, O out channels, G groups, B batches, H heads, D channels of a head.
 """
