@@ -142,11 +142,12 @@ def _attempt(layer: Callable[[], Tensor], what: str, device: torch.device) -> Te
 
 
 def _wins(parts: Parts) -> bool:
-    """Weight-only layers on a CPU need torch's kernel for few tokens: dequantizing at every token costs more than the reference."""
+    """Weight-only layers on a CPU need a kernel for few tokens: dequantizing at every token costs more than the reference."""
     if not PackedLinear.supports(parts.weight, parts.activations, parts.side):
         return False
-    on_cpu = parts.weight.codes.device.type == "cpu"
-    return parts.activations is not None or not on_cpu or few_tokens_group(parts.weight, parts.dtype) is not None
+    if parts.activations is not None or parts.weight.codes.device.type != "cpu":
+        return True
+    return cpu.decodes(parts.weight.codes.shape[1], parts.weight.scale.shape[1]) or few_tokens_group(parts.weight, parts.dtype) is not None
 
 
 def fuse(model: nn.Module, config: PretrainedConfig, root: str, dtype: torch.dtype) -> None:

@@ -8,6 +8,7 @@ Shape suffixes: T tokens, C = I in channels, O out channels, G groups, R rank.
 """
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -26,6 +27,7 @@ _LEAST_PRODUCT = 512  # results; for fewer oneDNN takes its reference implementa
 _HELD = 1 << 10  # products of two bytes whose sum float32 holds exactly
 _WIDENED = 1 << 20  # weights that are floats at a time, which stay in the processor's cache
 _WORST = 64
+FEW = 32  # tokens up to which weight-only codes are decoded as they are multiplied; beyond, dequantizing once costs less
 LEAST = min(torch.finfo(torch.float32).tiny, LEAST_SCALE)
 
 
@@ -253,28 +255,46 @@ def linear_w4a4(
 
 
 def linear_w4a16(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The weight is dequantized and rounded to x's dtype, then multiplied."""
+    """The weight is dequantized and rounded to x's dtype, then multiplied; not rounded for few tokens, and without instructions for bfloat16."""
     bias = None if bias is None else bias.to(x.dtype)
-    if (w_OI := native.dequantize(weight, scale, zero, x.dtype)) is not None:
-        return linear(x, w_OI, bias)
+    if len(x) <= FEW and decodes(x.shape[1], scale.shape[1]) and (few_TO := native.weight_only(x, weight, scale, zero, bias)) is not None:
+        return few_TO
+    if x.dtype == torch.bfloat16 and not multiplies_bfloat16():
+        parts = [weight, scale] if zero is None else [weight, scale, zero]
+        return _in_float32(x, len(weight), lambda rows: _dequantized(*(part[rows] for part in parts), dtype=torch.float32), bias)
+    return torch.nn.functional.linear(x, _dequantized(weight, scale, zero, dtype=x.dtype), bias)
+
+
+def _dequantized(weight: Tensor, scale: Tensor, zero: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
+    if (w_OI := native.dequantize(weight, scale, zero, dtype)) is not None:
+        return w_OI
     w_OGI = by_group(unpack_nibbles(weight).float(), scale.shape[1])
     if zero is not None:
         w_OGI = w_OGI.sub_(zero[:, :, None])
-    return linear(x, w_OGI.mul_(scale[:, :, None]).flatten(1).to(x.dtype), bias)
+    return w_OGI.mul_(scale[:, :, None]).flatten(1).to(dtype)
+
+
+def decodes(inputs: int, groups: int) -> bool:
+    """Whether there is a pass for few tokens over packed weight-only codes: they are decoded in registers. For groups of whole 32s, or one."""
+    return native.there("weight_only_bfloat16") and (groups == 1 or (inputs % 64 == 0 and inputs // groups % 32 == 0))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (T, I) weight' + bias, (T, O), all of one dtype. bfloat16 in float32, rounded once, where the processor has no products of it: torch's take
-    three to seven times as long there, twice as long for a few tokens. A piece of the weight at a time."""
+    three to seven times as long there, twice as long for a few tokens."""
     if x.dtype != torch.bfloat16 or multiplies_bfloat16():
         return torch.nn.functional.linear(x, weight, bias)
     if (few_TO := native.few(x, weight, bias)) is not None:
         return few_TO
-    y_TO, wide = x.new_empty(len(x), len(weight)), x.float()
-    rows = max(1, _WIDENED // max(1, weight.shape[1]))
-    biases = [None] * -(-len(weight) // rows) if bias is None else torch.split(bias, rows)
-    for y, w, b in zip(torch.split(y_TO, rows, 1), torch.split(weight, rows), biases, strict=True):
-        y.copy_(torch.nn.functional.linear(wide, w.float(), None if b is None else b.float()))
+    return _in_float32(x, len(weight), lambda rows: weight[rows].float(), bias)
+
+
+def _in_float32(x: Tensor, outputs: int, weight: Callable[[slice], Tensor], bias: Tensor | None) -> Tensor:
+    """x weight' + bias, a piece of the weight at a time. weight: some rows of it, float32."""
+    y_TO, wide = x.new_empty(len(x), outputs), x.float()
+    step = max(1, _WIDENED // max(1, x.shape[1]))
+    for rows in (slice(first, first + step) for first in range(0, outputs, step)):
+        y_TO[:, rows] = torch.nn.functional.linear(wide, weight(rows), None if bias is None else bias[rows].float())
     return y_TO
 
 

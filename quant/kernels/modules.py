@@ -4,8 +4,9 @@ Drop-in: the same arguments, the same result but for rounding (it rounds once, w
 product, too). Weights lie as the device's kernels want them, so build it on the device where it runs.
 
 On a CPU codes are kept one a byte, in tiles or as oneDNN wants them, those of 4 bits included; under torch.compile the quantization there is left to
-the compiler, which fuses it with what comes before and after, unless it is one operator with the product. Weight-only layers as torch's own int4
-kernel for few tokens wants them, where their group has a size that it knows and their scales are exact in bfloat16, and packed besides.
+the compiler, which fuses it with what comes before and after, unless it is one operator with the product. Weight-only layers are packed; with AVX-512
+they are kept as torch's own int4 kernel for few tokens wants them besides, where their group has a size that it knows and their scales are exact in
+bfloat16.
 
 Shape suffixes: T tokens, C = I in channels, O out channels, G groups.
 """
@@ -24,7 +25,6 @@ from ..transforms.factors import Blocks, Chain, Hadamard, on_input
 from . import cpu, tiles
 from .nibbles import pack_nibbles
 
-_FEW = 32  # tokens up to which torch's int4 kernel for few tokens is taken; beyond, dequantizing once costs less
 _TORCH_GROUPS = (32, 64, 128, 256)
 
 
@@ -158,7 +158,7 @@ class PackedLinear(Placed):
 
     def _float(self, x_TC: Tensor) -> Tensor:
         x_TC = on_input(self.chain, x_TC)
-        if self.group is not None and len(x_TC) <= _FEW:
+        if self.group is not None and len(x_TC) <= cpu.FEW:
             y_TO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TC, self.few_weight, self.group, self.few_grid)
             y_TO = y_TO if self.bias is None else y_TO + self.bias
         else:
@@ -229,8 +229,11 @@ def _cpu_weight(codes_OI: Tensor) -> Tensor:
 
 
 def few_tokens_group(weight: QuantizedWeight, dtype: torch.dtype) -> int | None:
-    """The group size of torch's own int4 kernel on a CPU for this weight; None if that kernel cannot compute it as it is, in this dtype."""
+    """The group size of torch's own int4 kernel on a CPU for this weight; None if that kernel cannot compute it as it is, in this dtype, or if
+    planish's is as quick: by AVX2, where that needs no second copy of the weight."""
     inputs, groups = weight.codes.shape[1], weight.scale.shape[1]
     fits = weight.codes.device.type == "cpu" and dtype == torch.bfloat16 and weight.zero is None and weight.codes.shape[0] % 16 == 0
+    if not fits or (tiles.engine() == 1 and cpu.decodes(inputs, groups)):
+        return None
     sizes = [size for size in _TORCH_GROUPS if (inputs // groups) % size == 0 and inputs % size == 0]
-    return max(sizes, default=None) if fits and torch.equal(weight.scale, weight.scale.bfloat16().float()) else None
+    return max(sizes, default=None) if torch.equal(weight.scale, weight.scale.bfloat16().float()) else None

@@ -253,8 +253,9 @@ EXPORT(uint16_t, bfloat16)
 #endif
 #if defined(PLANISH_WIDE) || (defined(__AVX2__) && defined(__FMA__) && defined(__linux__))
 #include "tiles.h"
-#if defined(__AVX512BF16__) || !defined(PLANISH_WIDE)
 #include "few.h"
+#include "weight_only.h"
+#if defined(__AVX512BF16__) || !defined(PLANISH_WIDE)
 #include "attention.h"
 #endif
 #else

@@ -90,6 +90,11 @@ def _function(name: str, *tensors: Tensor) -> Any:
     return getattr(library, f"planish_{name}_{suffix}", None)
 
 
+def there(name: str) -> bool:
+    """Whether planish_`name` was compiled."""
+    return hasattr(found().library, f"planish_{name}")
+
+
 def _pointer(x: Tensor | None) -> ctypes.c_void_p | None:
     return None if x is None else ctypes.c_void_p(x.data_ptr())
 
@@ -156,6 +161,22 @@ def few(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor | None
     function(
         _pointer(x_TI), rows, stride, _pointer(weight_OI), _pointer(bias_O), _long(len(weight_OI)), width, _pointer(y_TO), torch.get_num_threads()
     )
+    return y_TO
+
+
+def weight_only(x_TI: Tensor, packed: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, bias_O: Tensor | None) -> Tensor | None:
+    """x times packed 4-bit codes and their group scales, summed in float32 and rounded once: (T, O). See cpu.decodes."""
+    (tokens, _), groups = x_TI.shape, scale_OG.shape[1]
+    if not tokens or not packed.is_contiguous():
+        return None
+    given = [x_TI] if bias_O is None else [x_TI, bias_O]
+    if (function := _function("weight_only", *given)) is None:
+        return None
+    y_TO = x_TI.new_empty((tokens, len(packed)))
+    rows, width, stride = _shape(x_TI)
+    grids = [None if grid is None else grid.float().contiguous() for grid in (scale_OG, zero_OG)]
+    operands = (_pointer(packed), *map(_pointer, grids), _pointer(bias_O), _long(len(packed)), width, _long(groups))
+    function(_pointer(x_TI), rows, stride, *operands, _pointer(y_TO), torch.get_num_threads())
     return y_TO
 
 

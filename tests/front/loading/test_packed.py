@@ -85,7 +85,8 @@ def test_what_runs_on_what(folders: dict[str, Path]) -> None:
     assert kinds(planish.load(folders["other norms"], device="cpu", kernels="packed"), RmsNorm) == set()
     low = planish.load(folders["side paths"], device="cpu", kernels="packed")
     assert kinds(low, PackedLinear) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert kinds(planish.load(folders["weight only"], dtype=torch.float32, device="cpu", kernels="packed"), QuantizedLinear)
+    weight_only = planish.load(folders["weight only"], dtype=torch.float32, device="cpu", kernels="packed")
+    assert bool(kinds(weight_only, PackedLinear)) == native.there("weight_only_float32")  # torch's kernel knows bfloat16 only
 
 
 @pytest.mark.parametrize("name", ["w8a8", "transforms and prefix", "weight only"])

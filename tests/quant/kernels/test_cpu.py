@@ -159,14 +159,30 @@ def test_linear_is_quantized_linear(bits: int, symmetric: bool) -> None:
     torch.testing.assert_close(y, twin, rtol=1e-5, atol=1e-3)
 
 
+W4A16 = [(0, 64, 9, 2), (1, 576, 33, 9), (2, 48, 9, 3), (3, 90, 7, 1), (4, 1536, 20, 12), (17, 1024, 40, 8), (40, 576, 16, 9), (33, 96, 5, 1)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("groups", [1, 3])
-def test_w4a16_is_quantized_linear(dtype: torch.dtype, groups: int) -> None:
-    codes, scale, zero = integers(10, 48, bits=4), draw(10, groups).abs(), integers(10, groups, bits=4, seed=1).float()
-    x, bias = draw(3, 48, dtype=dtype), draw(10, dtype=dtype)
-    fmt = WeightFormat(bits=4, symmetric=False, granularity="group", group_size=48 // groups)
-    y = OPS.linear_w4a16(x, pack_nibbles(codes), scale, zero, bias)
-    assert torch.equal(y, QuantizedLinear(QuantizedWeight(codes, scale, zero, fmt), bias, dtype=dtype)(x))
+@pytest.mark.parametrize("case", W4A16)
+@pytest.mark.parametrize("asymmetric", [True, False])
+@pytest.mark.parametrize("fast", [True, False])
+def test_w4a16(dtype: torch.dtype, case: tuple[int, int, int, int], asymmetric: bool, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens and many, groups that a pass decodes and others, against float64."""
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: fast)
+    tokens, inputs, outputs, groups = case
+    codes, scale, zero = integers(outputs, inputs, bits=4), draw(outputs, groups).abs(), integers(outputs, groups, bits=4, seed=1).float()
+    x, bias, zeros = draw(tokens, inputs, dtype=dtype), draw(outputs, dtype=dtype), zero if asymmetric else torch.zeros_like(zero)
+    w_OI = ((codes.view(outputs, groups, -1) - zeros.double()[:, :, None]) * scale.double()[:, :, None]).flatten(1)
+    y = OPS.linear_w4a16(x, pack_nibbles(codes), scale, zero if asymmetric else None, bias)
+    assert y.dtype == dtype
+    twin, allowed = x.double() @ w_OI.T + bias.double(), 2**-22 if dtype == torch.float32 else 2**-9
+    bound = allowed * (x.double().abs() @ w_OI.abs().T + twin.abs()) + 1e-30
+    assert ((y.double() - twin).abs() <= 2 * bound).all()
+    if cpu.decodes(inputs, groups) and 0 < tokens <= cpu.FEW:
+        apart = OPS.linear_w4a16(torch.stack([x, x + 1], 1)[:, 0], pack_nibbles(codes), scale, zero if asymmetric else None, bias)
+        assert torch.equal(apart, y)
+        x[0, -1] = torch.nan
+        assert OPS.linear_w4a16(x, pack_nibbles(codes), scale, None, None).isnan().all(1).nonzero().flatten().tolist() == [0]
 
 
 @pytest.mark.parametrize("fast", [True, False])
