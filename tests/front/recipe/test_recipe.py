@@ -46,6 +46,7 @@ NAMES = (
     "w4a4-portable-mixed",
     "w4a8",
     "w4a8-best",
+    "w4a8-portable",
     "w8a8",
     "w8a8-fp8",
     "w8a8-static",
