@@ -16,7 +16,16 @@ import tempfile
 import time
 from pathlib import Path
 
-JOBS = {"w8a8": "w8a8", "w4a4-fast": "w4a4", "w4a4-best": "w4a4"}  # llmcompressor_job.py's at the same bits
+_W4A8, _W4A16 = ("w4a8", "w4a8-rotated"), ("w4a16", "w4a16-awq", "w4a16-rotated")
+JOBS = {  # llmcompressor_job.py's at the same bits
+    "w8a8": ("w8a8",),
+    "w4a4-fast": ("w4a4",),
+    "w4a4-best": ("w4a4",),
+    "w4a8": _W4A8,
+    "w4a8-portable": _W4A8,
+    "w4a16-g128": _W4A16,
+    "w4a16-best": _W4A16,
+}
 
 
 def worker(a: argparse.Namespace) -> dict[str, object]:
@@ -71,6 +80,7 @@ def main() -> None:
     p.add_argument("--windows", type=int, default=4)
     p.add_argument("--repeat", type=int, default=1)
     p.add_argument("--peer-python", help="the interpreter of llm-compressor's environment; without it planish alone is measured")
+    p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"], help="of llm-compressor's model")
     p.add_argument("--worker", action="store_true")
     a = p.parse_args()
     if a.worker:
@@ -86,8 +96,8 @@ def main() -> None:
     if a.peer_python:
         script = str(Path(__file__).with_name("llmcompressor_job.py"))
         texts = ["--calibration", a.text, "--evaluation", a.evaluation]
-        peer = [a.peer_python, script, "--job", JOBS[a.recipe], "--model", folder, *texts, *sizes]
-        commands |= {f"llm-compressor {dtype}": [*peer, "--dtype", dtype] for dtype in ("float32", "bfloat16")}
+        peer = [a.peer_python, "-I", script, "--model", folder, *texts, *sizes]
+        commands |= {f"llm-compressor {job}, {dtype}": [*peer, "--job", job, "--dtype", dtype] for dtype in a.dtypes for job in JOBS[a.recipe]}
     runs: dict[str, list[dict[str, object]]] = {name: [] for name in commands}
     for _ in range(a.repeat):
         for name, command in commands.items():
