@@ -196,7 +196,7 @@ inline long last_seen(const uint8_t *mask, long stride, long queries, long keys)
     return last;
 }
 
-constexpr long FEW = 4, TOGETHER = 4;   // queries for which packing does not pay; rows, of all query heads that share a key-value head, in registers
+constexpr long FEW = 4, TOGETHER = 4;  // queries for which packing does not pay; rows, of all query heads that share a key-value head, in registers
 constexpr long PARTS = 64, TASKS = 4;  // at most so many parts of the keys; tasks for each thread
 using Part = Block<TOGETHER>;
 
@@ -258,6 +258,7 @@ inline void join(const Part *blocks, long parts, long r, long width, uint16_t *y
     }
 }
 
+// `attention` of at most FEW queries, without packing: every part of the keys by itself, then the parts of each row as one.
 inline void attend_few(Strided q, Strided k, Strided v, Mask mask, Sizes n, float scale, bool causal, uint16_t *y, int threads) {
     const long group = n.heads / n.key_heads, rows = group * n.queries, pieces = up_to(rows, TOGETHER), tasks = n.batches * n.key_heads * pieces;
     long keys = mask.at ? 0 : n.keys;

@@ -165,7 +165,7 @@ def few(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor | None
 
 
 def weight_only(x_TI: Tensor, packed: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, bias_O: Tensor | None) -> Tensor | None:
-    """x times packed 4-bit codes and their group scales, summed in float32 and rounded once: (T, O). See cpu.decodes."""
+    """x times packed 4-bit codes and their group scales, summed in float32 and rounded once: (T, O). Only for what cpu.decodes says yes to."""
     (tokens, _), groups = x_TI.shape, scale_OG.shape[1]
     if not tokens or not packed.is_contiguous():
         return None

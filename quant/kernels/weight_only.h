@@ -1,5 +1,5 @@
-// Products of float rows with a matrix of packed 4-bit codes (nibbles.py) and group scales, decoded in registers and summed in float32, by AVX2; included
-// by native.cpp, behind tiles.h.
+// Products of float rows with a matrix of packed 4-bit codes (nibbles.py) and group scales, decoded in registers and summed in float32, by AVX2;
+// included by native.cpp, behind tiles.h.
 //
 // 32 bytes hold 32 codes c (low nibbles) and the 32 codes c + inputs / 2 (high ones). A code becomes a float by two look-ups of 16: the upper and the
 // lower byte of its bfloat16. That leaves each 32 in another order, [0 2 4 6 16 18 20 22] [1 3 5 7 17 19 21 23] [8 10 12 14 24 26 28 30]
@@ -9,7 +9,7 @@ namespace weight_only {
 using namespace lanes;
 using tiles::at_height, tiles::up_to;
 
-constexpr long CHUNK = 32;  // bytes
+constexpr long CHUNK = 32;   // bytes
 constexpr int TOGETHER = 4;  // rows whose sums stay in registers
 constexpr long ROWS = 16, OUTPUTS = 32;  // of a block: what is read of the matrix for it stays in the first cache
 
@@ -23,7 +23,8 @@ struct Matrix {
 
 // A row as the codes will lie, zeros where there are none, and the sums of each 32.
 template <class T> void lay_out(const T *x, const Matrix &m, float *to, float *sums) {
-    static constexpr uint8_t FROM[CHUNK] = {0, 2, 4, 6, 16, 18, 20, 22, 1, 3, 5, 7, 17, 19, 21, 23, 8, 10, 12, 14, 24, 26, 28, 30, 9, 11, 13, 15, 25, 27, 29, 31};
+    static constexpr uint8_t FROM[CHUNK] = {0, 2,  4,  6,  16, 18, 20, 22, 1, 3,  5,  7,  17, 19, 21, 23,
+                                            8, 10, 12, 14, 24, 26, 28, 30, 9, 11, 13, 15, 25, 27, 29, 31};
     for (long k = 0; k < m.chunks(); k++)
         for (long side = 0; side < 2; side++, to += CHUNK, sums++) {
             *sums = 0;
@@ -45,8 +46,8 @@ inline Decoded decode(__m256i nibbles) {
                                                                     int8_t(0xe0), int8_t(0xc0), int8_t(0xa0), int8_t(0x80), 0x40, 0, int8_t(0x80)));
     const __m256i high = _mm256_shuffle_epi8(upper, nibbles), low = _mm256_shuffle_epi8(lower, nibbles);
     const __m256i one = _mm256_unpacklo_epi8(low, high), two = _mm256_unpackhi_epi8(low, high), odd = _mm256_set1_epi32(int(0xffff0000));
-    return {{_mm256_castsi256_ps(_mm256_slli_epi32(one, 16)), _mm256_castsi256_ps(_mm256_and_si256(one, odd)), _mm256_castsi256_ps(_mm256_slli_epi32(two, 16)),
-             _mm256_castsi256_ps(_mm256_and_si256(two, odd))}};
+    return {{_mm256_castsi256_ps(_mm256_slli_epi32(one, 16)), _mm256_castsi256_ps(_mm256_and_si256(one, odd)),
+             _mm256_castsi256_ps(_mm256_slli_epi32(two, 16)), _mm256_castsi256_ps(_mm256_and_si256(two, odd))}};
 }
 
 // y[row] = x times row o of the matrix. x_sums: of each 32. groups: of each 32.
@@ -103,7 +104,8 @@ template <class T> void linear(const T *x, long rows, long stride, const Matrix 
                         float found[TOGETHER];
                         const long some = std::min(long(TOGETHER), end - t);
                         at_height(some, [&](auto height) {
-                            dots<std::min(TOGETHER, int(decltype(height)::value))>(laid + t * width, width, laid_sums + t * sums, m, groups.data(), o, found);
+                            constexpr int R = std::min(TOGETHER, int(decltype(height)::value));
+                            dots<R>(laid + t * width, width, laid_sums + t * sums, m, groups.data(), o, found);
                         });
                         for (long r = 0; r < some; r++) ::store(found[r] + (bias ? ::load(bias[o]) : 0.0f), y + (t + r) * m.outputs + o);
                     }

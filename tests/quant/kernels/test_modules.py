@@ -42,6 +42,16 @@ def static(fmt: ActivationFormat | None) -> StaticGrid | None:
     return None if fmt is None or fmt.dynamic else StaticGrid(torch.full((1, 1), 0.02), torch.full((1, 1), 3.0))
 
 
+@pytest.mark.parametrize("engine", [0, 1, 2, 3])
+def test_a_second_copy_for_torch_s_int4_kernel(engine: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it may be quicker than planish's decoding, and knows the weight."""
+    monkeypatch.setattr(tiles, "engine", lambda: engine)
+    kept = PackedLinear(weight(WeightFormat(bits=4, granularity="group", group_size=32)), dtype=torch.bfloat16)
+    assert kept.group == (None if engine == 1 and cpu.decodes(64, 2) else 32)
+    assert hasattr(kept, "few_weight") == (kept.group is not None)
+    assert PackedLinear(weight(WeightFormat(bits=4, symmetric=False)), dtype=torch.bfloat16).group is None
+
+
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1, 40])
