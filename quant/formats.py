@@ -265,8 +265,8 @@ class QuantizedWeight:
     zero: Tensor | None
     format: WeightFormat
 
-    def rows(self, some: slice) -> "QuantizedWeight":
-        """Some output channels of it."""
+    def rows(self, some: slice | Tensor) -> "QuantizedWeight":
+        """Some output channels of it, by their numbers a copy."""
         grid = some if len(self.scale) > 1 else slice(None)
         return QuantizedWeight(self.codes[some], self.scale[grid], None if self.zero is None else self.zero[grid], self.format)
 

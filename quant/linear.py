@@ -81,6 +81,11 @@ class Kept:
         """R."""
         return int((self.weight.codes if isinstance(self.weight, QuantizedWeight) else self.weight).shape[1])
 
+    def rows(self, index_N: Tensor) -> "Kept":
+        """Their part in these of the outputs: a copy."""
+        weight = self.weight.rows(index_N) if isinstance(self.weight, QuantizedWeight) else self.weight[index_N]
+        return Kept(weight, self.activations)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Side:
@@ -88,6 +93,11 @@ class Side:
 
     low: LowRank | None = None
     kept: Kept | None = None
+
+    def rows(self, index_N: Tensor) -> "Side":
+        """What runs beside these of the outputs: copies."""
+        low = None if self.low is None else LowRank(self.low.down_RC, self.low.up_OR[index_N])
+        return Side(low, None if self.kept is None else self.kept.rows(index_N))
 
 
 def without_first(x_TC: Tensor, channels: int) -> Tensor:
@@ -105,6 +115,11 @@ class Parts(NamedTuple):
     chain: Chain
     dtype: torch.dtype
     side: Side | None
+
+    def rows(self, index_N: Tensor) -> "Parts":
+        """What makes these of the outputs, N of the linear's O, as the whole linear would: copies, so that the whole one can go."""
+        side = None if self.side is None else self.side.rows(index_N)
+        return self._replace(weight=self.weight.rows(index_N), bias=None if self.bias is None else self.bias[index_N], side=side)
 
 
 def _of_codes(dtype: torch.dtype) -> torch.dtype:

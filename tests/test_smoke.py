@@ -11,7 +11,7 @@ import pytest
 import planish
 
 ELSEWHERE = tuple(
-    f"planish.serving.vllm_{part}" for part in ("config", "experts", "operators", "prefix")
+    f"planish.serving.vllm_{part}" for part in ("config", "experts", "operators", "prefix", "ranks")
 )  # import inside vLLM's environment only, see test_vllm_plugin.py
 MODULES = sorted({module.name for module in pkgutil.walk_packages(planish.__path__, "planish.")} - set(ELSEWHERE))
 

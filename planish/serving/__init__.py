@@ -5,8 +5,13 @@ from typing import Any
 METHOD = "planish"
 """What vLLM calls the quantization of planish's checkpoints."""
 
-VLLM_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
-"""Whose linears vLLM keeps in the rows' order of the checkpoint; others' it may turn about while loading, unseen by planish."""
+VLLM_FAMILIES = (
+    *("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "smollm3", "glm", "glm4", "exaone4", "nemotron"),
+    *("olmo2", "olmo3", "seed_oss", "hunyuan_v1_dense", "ernie4_5", "helium", "arcee", "apertus", "starcoder2", "stablelm", "opt"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe"),
+)
+"""Those that were seen to compute in vLLM what planish.load does: there linears have the checkpoint's names and its rows' order. Others' rows vLLM
+may turn about while loading, unseen by planish."""
 
 
 def is_ours(config: Any) -> bool:

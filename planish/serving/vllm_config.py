@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_world_size  # pyright: ignore[reportMissingImports]
 from vllm.logger import init_logger  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.attention import Attention  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.fused_moe import RoutedExperts  # pyright: ignore[reportMissingImports]
@@ -18,6 +17,7 @@ from vllm.model_executor.models.utils import WeightsMapper  # pyright: ignore[re
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
 from ..calib.blocks.families import is_mixture, name_in_files, name_in_model
+from ..calib.blocks.family import EXPERTS
 from ..calib.compressed.packed import packed_readers, pick_kernels
 from ..calib.compressed.packing import PLAIN
 from ..calib.compressed.stored import StoredCheckpoint, open_stored
@@ -29,6 +29,10 @@ from . import METHOD, VLLM_FAMILIES
 from .vllm_experts import PlanishExpertsMethod, quantized_experts
 from .vllm_operators import put_layer, run_linears
 from .vllm_prefix import store_prefix
+from .vllm_ranks import cut, first_row, own_rows, whole_input
+
+MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What vLLM computes at once, where the class of a model does not say what it calls so."""
 
 
 class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
@@ -104,10 +108,17 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
         return _opened(self.folder)
 
     def get_checkpoint_weight_mapper(self) -> Any:
-        """vLLM leaves out what planish reads itself; biases it takes where its layers have them."""
-        in_files = partial(name_in_files, self.checkpoint.config.model_type)
-        linears = "|".join(map(re.escape, map(in_files, self.checkpoint.packed)))
-        return WeightsMapper(orig_to_new_regex={re.compile(rf"\.planish\.|^({linears})\.(weight|input_)"): None})
+        """vLLM leaves out what planish reads itself; biases it takes where its layers have them, but for experts'."""
+        kind = self.checkpoint.config.model_type
+        linears = [name_in_files(kind, name) for name in self.checkpoint.packed if f".{EXPERTS}." not in name]
+        blocks = dict.fromkeys(name_in_files(kind, name).partition(".experts.")[0] for name in self.checkpoint.packed if f".{EXPERTS}." in name)
+        return WeightsMapper(
+            orig_to_new_regex={
+                re.compile(r"\.planish\."): None,
+                re.compile(rf"^({'|'.join(map(re.escape, linears))})\.(weight|input_)"): None,
+                re.compile(rf"^({'|'.join(map(re.escape, blocks))})\.experts\."): None,
+            }
+        )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """For linears; an attention layer gets its part of the prefix instead. PlanishError: of fused layers only some are quantized."""
@@ -119,22 +130,26 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
             return PlanishExpertsMethod(layer, self.checkpoint, prefix) if quantized_experts(self.checkpoint, prefix) else None
         if not isinstance(layer, LinearBase):
             return None
-        parent, _, child = prefix.rpartition(".")
-        names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(child, [child])]
+        names = self._linears(prefix)
         quantized = [name in self.checkpoint.packed for name in names]
         if not any(quantized):
-            if missing := [name for name in names if f"{name}.weight" not in self.checkpoint.tensors]:
-                raise PlanishError(f"{prefix}: no layer of the checkpoint ({missing[0]}.weight). planish serves no speculative models.")
             return UnquantizedLinearMethod()
         if not all(quantized):
             raise PlanishError(f"{prefix}: vLLM computes {', '.join(names)} at once, but only some of them are quantized. Quantize all or none.")
-        if get_tensor_model_parallel_world_size() != 1:
-            raise PlanishError("tensor parallelism: planish's layers run on one device. Leave --tensor-parallel-size out.")
         return PlanishLinearMethod(self, prefix, names)
+
+    def _linears(self, prefix: str) -> Sequence[str]:
+        """The linears of the checkpoint that one of vLLM's layers is: itself, or several that vLLM computes at once. PlanishError: none."""
+        parent, _, child = prefix.rpartition(".")
+        for parts in ([child], self.packed_modules_mapping.get(child, ()), MERGED.get(child, ())):
+            names = [f"{parent}.{part}" for part in parts]
+            if names and all(name in self.checkpoint.packed or f"{name}.weight" in self.checkpoint.tensors for name in names):
+                return names
+        raise PlanishError(f"{prefix}: no layer of the checkpoint. planish serves no speculative models.")
 
 
 class PlanishLinearMethod(LinearMethodBase):  # type: ignore[misc, unused-ignore]
-    """One layer of vLLM: one linear of the checkpoint, or several that read the same input."""
+    """One layer of vLLM, or this rank's share of it: one linear of the checkpoint, or several that read the same input."""
 
     def __init__(self, config: PlanishConfig, prefix: str, names: Sequence[str]) -> None:
         self.config, self.prefix, self.names = config, prefix, list(names)
@@ -150,14 +165,14 @@ class PlanishLinearMethod(LinearMethodBase):  # type: ignore[misc, unused-ignore
         **_attributes: Any,
     ) -> None:
         """None: planish reads them itself."""
-        self.dtype, self.output_size, self.device = params_dtype, output_size, torch.empty(0).device
+        self.dtype, self.sizes, self.device = params_dtype, output_partition_sizes, torch.empty(0).device
         put_layer(self.prefix, layer)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Read the layer's linears, for the kernels that planish.load would take."""
         parts = [found for _, found in self.config.checkpoint.parts(self.names, self.dtype, self.device)]
-        if (rows := sum(len(part.weight.codes) for part in parts)) != self.output_size:
-            raise PlanishError(f"{self.prefix}: the checkpoint has {rows} rows, vLLM {self.output_size}.")
+        own = own_rows(layer, self.prefix, self.sizes, sum(len(part.weight.codes) for part in parts))
+        parts, layer.planish_first = cut(parts, own), first_row(layer, own)
         if layer.skip_bias_add and getattr(layer, "bias", None) is not None:  # whoever gets it back adds it
             parts = [part._replace(bias=None) for part in parts]
         packed = pick_kernels("auto", self.dtype, self.device)
@@ -166,7 +181,7 @@ class PlanishLinearMethod(LinearMethodBase):  # type: ignore[misc, unused-ignore
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output, with the checkpoint's own bias."""
-        return run_linears(x, self.prefix, self.output_size)
+        return run_linears(whole_input(layer, x), self.prefix, sum(self.sizes))
 
 
 @lru_cache(maxsize=4)

@@ -1,6 +1,7 @@
 """A mixture's experts inside vLLM, as planish.load runs them: each is a gated MLP of layers of planish, given the tokens that the router sends it.
 
 One expert runs after the other, and which ones do depends on the tokens: right everywhere, made for CPUs, and nothing that a CUDA graph could hold.
+With tensor parallelism a rank has every so manieth expert whole, and vLLM's sum over the ranks is that over all experts.
 """
 
 from typing import Any
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from vllm.config import get_current_vllm_config  # pyright: ignore[reportMissingImports]
-from vllm.distributed import get_tensor_model_parallel_world_size  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase  # pyright: ignore[reportMissingImports]
 
 from ..calib.blocks.experts import Expert, Experts
@@ -30,11 +30,21 @@ def quantized_experts(checkpoint: StoredCheckpoint, path: str) -> bool:
     if not all(ours):
         raise PlanishError(f"{path}: vLLM computes all experts at once, but only some of their layers are quantized. Quantize all or none.")
     config = get_current_vllm_config()
-    if get_tensor_model_parallel_world_size() != 1 or config.parallel_config.enable_expert_parallel:
-        raise PlanishError("tensor and expert parallelism: planish's experts run on one device. Leave both out.")
+    if config.parallel_config.enable_expert_parallel or config.parallel_config.data_parallel_size != 1:
+        raise PlanishError(
+            "expert and data parallelism: planish's experts know the tensor kind only. Leave --enable-expert-parallel and --data-parallel-size out."
+        )
     if torch.empty(0).is_cuda and not config.model_config.enforce_eager:
         raise PlanishError("CUDA graphs: which of planish's experts run depends on the tokens, and a graph holds them. Give --enforce-eager.")
     return True
+
+
+class Elsewhere(nn.Module):
+    """An expert that another rank has."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Zeros, (T, D)."""
+        return torch.zeros_like(x_TD)
 
 
 class PlanishExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc, unused-ignore]
@@ -52,7 +62,8 @@ class PlanishExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc, unused-ign
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Read the experts, for the kernels that planish.load would take."""
         packed = pick_kernels("auto", self.dtype, self.device)
-        experts = Experts(self._expert(number, packed) for number in range(self.count))
+        ranks, rank = self.moe.tp_size, self.moe.tp_rank
+        experts = Experts(self._expert(number, packed) if number % ranks == rank else Elsewhere() for number in range(self.count))
         if packed:
             fuse_experts(experts, self.dtype, self.device)
         layer.planish = experts

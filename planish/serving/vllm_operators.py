@@ -24,7 +24,7 @@ def put_layer(name: str, layer: nn.Module) -> None:
 
 
 def run_linears(x: Tensor, name: str, width: int) -> Tensor:
-    """The layer's linears (layer.planish), side by side: (..., width). x: (..., channels)."""
+    """The layer's linears (layer.planish), side by side from channel layer.planish_first on, all else 0: (..., width). x: (..., channels)."""
     y: Tensor = torch.ops.planish_vllm.linear(x, _encode_layer_name(name), width)
     return y
 
@@ -36,12 +36,14 @@ def run_experts(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, name: str) ->
 
 
 def _ours(name: LayerNameType) -> Any:  # pyright: ignore[reportInvalidTypeForm]
-    return get_forward_context().no_compile_layers[_resolve_layer_name(name)].planish
+    return get_forward_context().no_compile_layers[_resolve_layer_name(name)]
 
 
 def _linear(x: Tensor, layer: LayerNameType, width: int) -> Tensor:  # pyright: ignore[reportInvalidTypeForm]
-    parts = [linear(x) for linear in _ours(layer)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    ours = _ours(layer)
+    parts = [linear(x) for linear in ours.planish]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return y if y.shape[-1] == width else nn.functional.pad(y, (ours.planish_first, width - ours.planish_first - y.shape[-1]))
 
 
 def _fake_linear(x: Tensor, layer: LayerNameType, width: int) -> Tensor:  # pyright: ignore[reportInvalidTypeForm]
@@ -49,7 +51,7 @@ def _fake_linear(x: Tensor, layer: LayerNameType, width: int) -> Tensor:  # pyri
 
 
 def _experts(x: Tensor, index: Tensor, weight: Tensor, layer: LayerNameType) -> Tensor:  # pyright: ignore[reportInvalidTypeForm]
-    y: Tensor = _ours(layer)(x, index.long(), weight.to(x.dtype))
+    y: Tensor = _ours(layer).planish(x, index.long(), weight.to(x.dtype))
     return y
 
 

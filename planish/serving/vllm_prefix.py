@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size  # pyright: ignore[reportMissingImports]
 from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
 from vllm.forward_context import get_forward_context  # pyright: ignore[reportMissingImports]
 from vllm.v1.core.sched.scheduler import Scheduler  # pyright: ignore[reportMissingImports]
@@ -99,7 +100,8 @@ def store_prefix(layer: nn.Module, name: str, checkpoint: StoredCheckpoint) -> N
         )
     _keep_places(backend.get_builder_cls())
     device, dtype = torch.empty(0).device, torch.get_default_dtype()
-    stored = [tensor[0].transpose(0, 1).to(device, dtype).contiguous() for tensor in checkpoint.read(tensor_names(block)).values()]
+    heads = _own_heads(layer, checkpoint.tensors[tensor_names(block)[0]].shape[1])
+    stored = [tensor[0, heads].transpose(0, 1).to(device, dtype).contiguous() for tensor in checkpoint.read(tensor_names(block)).values()]
     update = impl.do_kv_cache_update
 
     def do_kv_cache_update(owner: nn.Module, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
@@ -117,6 +119,12 @@ def store_prefix(layer: nn.Module, name: str, checkpoint: StoredCheckpoint) -> N
         update(owner, key, value, cache, slots)
 
     impl.do_kv_cache_update, impl.planish_prefix = do_kv_cache_update, length
+
+
+def _own_heads(layer: nn.Module, heads: int) -> slice:
+    """Those of all key-value heads whose keys and values this rank of tensor parallelism caches: as vLLM cuts them, or copies them."""
+    start = get_tensor_model_parallel_rank() * heads // get_tensor_model_parallel_world_size()
+    return slice(start, start + layer.num_kv_heads)
 
 
 def _keep_places(builder: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from planish.calib.machine.precision import bfloat16_products
 from planish.quant.formats import NVFP4, ActivationFormat, Factored, QuantizedWeight, WeightFormat, scale_and_zero
-from planish.quant.linear import Kept, QuantizedLinear, Side, StaticGrid, quantize_input, share_input, without_first
+from planish.quant.linear import Kept, Parts, QuantizedLinear, Side, StaticGrid, quantize_input, share_input, without_first
 from planish.quant.low_rank import LowRank
 from planish.quant.solvers import Rtn
 from planish.quant.transforms.factors import Scale
@@ -191,9 +191,18 @@ def test_side_path(act: ActivationFormat | None, bits: int | None) -> None:
     expected += fake(x[:, :8], high, None) @ first_OR.double().T
     found = QuantizedLinear(weight, None, act, static, side=Side(low, kept))(x.reshape(3, 5, 48))
     assert float((found.reshape(15, 10) - expected).norm() / expected.norm()) < 1e-6
+    parts, some = Parts(weight, weights(1, 10, 4)[0].float(), act, static, (), torch.float32, Side(low, kept)), torch.tensor([7, 2, 3])
+    torch.testing.assert_close(QuantizedLinear(*parts.rows(some))(x), QuantizedLinear(*parts)(x)[:, some])
     half = QuantizedLinear(weight, None, act, static, dtype=torch.bfloat16, side=Side(low, kept))(x.bfloat16())
     assert half.dtype is torch.bfloat16
     assert float((half - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=format_name)
+def test_some_rows_compute_what_the_whole_does(fmt: WeightFormat) -> None:
+    x, some = inputs(9, 48).float(), torch.tensor([4, 5, 0])
+    parts = Parts(rounded(8, 48, fmt), None, ActivationFormat(bits=8), None, (Scale(torch.linspace(0.5, 2, 48)),), torch.float32, None)
+    torch.testing.assert_close(QuantizedLinear(*parts.rows(some))(x), QuantizedLinear(*parts)(x)[:, some])
 
 
 def test_the_input_goes_through_the_chain_before_it_is_quantized() -> None:

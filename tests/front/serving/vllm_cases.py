@@ -5,10 +5,18 @@ from typing import Any
 
 import torch
 from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.layers.linear import (  # pyright: ignore[reportMissingImports]
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 
 from planish.calib.blocks.prefix import tensor_names
+from planish.quant.errors import PlanishError
 from planish.serving import vllm_config, vllm_prefix
 from planish.serving.vllm_config import PlanishConfig
+from planish.serving.vllm_ranks import own_rows
 
 BLOCK = "model.layers.0"
 NAME = f"{BLOCK}.self_attn.attn"
@@ -29,7 +37,7 @@ def attention(stored: dict[str, torch.Tensor], written: list[tuple[torch.Tensor,
     checkpoint = SimpleNamespace(
         extension=SimpleNamespace(prefix=tuple(range(PREFIX))), tensors=stored, read=lambda names: {n: stored[n] for n in names}
     )
-    return SimpleNamespace(impl=impl, attn_backend=backend), checkpoint
+    return SimpleNamespace(impl=impl, attn_backend=backend, num_kv_heads=HEADS), checkpoint
 
 
 def test_keys_of_the_prefix_are_stored_once() -> None:
@@ -37,6 +45,7 @@ def test_keys_of_the_prefix_are_stored_once() -> None:
     stored = {name: torch.randn(1, HEADS, PREFIX, SIZE) for name in tensor_names(BLOCK)}
     written: list[tuple[torch.Tensor, ...]] = []
     layer, checkpoint = attention(stored, written)
+    vllm_prefix.get_tensor_model_parallel_rank, vllm_prefix.get_tensor_model_parallel_world_size = lambda: 0, lambda: 1
     vllm_prefix.store_prefix(layer, NAME, checkpoint)
     update = layer.impl.do_kv_cache_update
     with torch.device("meta"):
@@ -59,6 +68,61 @@ def test_keys_of_the_prefix_are_stored_once() -> None:
     made = Builder().build(0, places)  # the next step's places are its own
     update(None, *step, None, None)
     torch.testing.assert_close(written[1][0][:1], step[0][:1], rtol=0, atol=0)
+
+
+def layer_of(kind: type, ranks: int, rank: int, copies: int = 1) -> Any:
+    """One of vLLM's, without what makes it."""
+    layer = object.__new__(kind)
+    layer.__dict__ |= {"tp_size": ranks, "tp_rank": rank, "num_kv_head_replicas": copies}
+    return layer
+
+
+def test_ranks_compute_every_output_where_vllm_has_it() -> None:
+    """q, k and v of 6 heads and 3 key-value heads over 3 ranks, of 6 and 2 over 6; gate and up over 2; o over 3, unevenly; a router on each."""
+    assert [own_rows(layer_of(QKVParallelLinear, 3, rank), "qkv", [8, 4, 4], 48) for rank in (0, 2)] == [
+        [range(8), range(24, 28), range(36, 40)],
+        [range(16, 24), range(32, 36), range(44, 48)],
+    ]
+    cut = own_rows(layer_of(QKVParallelLinear, 6, 4, 3), "qkv", [4, 4, 4], 40)
+    assert cut == [range(16, 20), range(28, 32), range(36, 40)]
+    assert own_rows(layer_of(MergedColumnParallelLinear, 2, 1), "gate_up", [5, 5], 20) == [range(5, 10), range(15, 20)]
+    assert [own_rows(layer_of(RowParallelLinear, 3, rank), "o", [7], 7) for rank in range(3)] == [[range(2)], [range(2, 4)], [range(4, 7)]]
+    assert own_rows(layer_of(ReplicatedLinear, 2, 1), "router", [4], 4) == [range(4)]
+    refused = ""
+    try:
+        own_rows(layer_of(MergedColumnParallelLinear, 2, 1), "gate_up", [5, 5], 24)
+    except PlanishError as error:
+        refused = str(error)
+    assert "24 rows" in refused
+
+
+def test_a_rank_s_part_of_the_prefix() -> None:
+    """Six key-value heads over three ranks; two, each cached by two of four."""
+    for heads, ranks, rank, mine, expected in ((6, 3, 1, 2, (2, 4)), (2, 4, 1, 1, (0, 1)), (2, 4, 2, 1, (1, 2)), (3, 1, 0, 3, (0, 3))):
+        vllm_prefix.get_tensor_model_parallel_rank, vllm_prefix.get_tensor_model_parallel_world_size = lambda rank=rank: rank, lambda n=ranks: n
+        found = vllm_prefix._own_heads(SimpleNamespace(num_kv_heads=mine), heads)
+        assert (found.start, found.stop) == expected, (heads, ranks, rank)
+
+
+def test_which_linears_a_layer_of_vllm_is() -> None:
+    """By its own name; by those that vLLM says it merged; by those that it always merges."""
+    config = PlanishConfig({})
+    config.folder, vllm_config._opened = (
+        "",
+        lambda _folder: SimpleNamespace(packed={"a.qkv_proj", "b.q", "b.k", "c.gate_proj"}, tensors={"c.up_proj.weight"}),
+    )
+    for merged, prefix, expected in (
+        ({"qkv_proj": ["q_proj", "k_proj", "v_proj"]}, "a.qkv_proj", ["a.qkv_proj"]),
+        ({"qk": ["q", "k"]}, "b.qk", ["b.q", "b.k"]),
+        ({}, "c.gate_up_proj", ["c.gate_proj", "c.up_proj"]),
+        ({}, "d.qkv_proj", "d.qkv_proj: no layer of the checkpoint. planish serves no speculative models."),
+    ):
+        config.packed_modules_mapping = merged
+        try:
+            found = config._linears(prefix)
+        except PlanishError as error:
+            found = str(error)
+        assert found == expected, prefix
 
 
 def test_scores_of_given_tokens_are_refused() -> None:
@@ -102,7 +166,7 @@ def test_where_products_of_bytes_are_wrong_integers_are_planish_s() -> None:
             (False, "llama", "int", 8, None, True),
             (False, "llama", "int", None, None, True),
             (False, "llama", "float", 8, None, False),
-            (False, "phi3", "int", 8, None, False),
+            (False, "gpt_neox", "int", 8, None, False),
             (False, "llama", "int", 8, "compressed-tensors", False),
             (True, "llama", "int", 8, None, False),
         ):
@@ -117,11 +181,7 @@ def test_where_products_of_bytes_are_wrong_integers_are_planish_s() -> None:
 
 
 if __name__ == "__main__":
-    for case in (
-        test_keys_of_the_prefix_are_stored_once,
-        test_scores_of_given_tokens_are_refused,
-        test_what_planish_takes_over,
-        test_where_products_of_bytes_are_wrong_integers_are_planish_s,
-    ):
-        case()
-        print(f"{case.__name__} passed", flush=True)
+    for name, case in list(globals().items()):
+        if name.startswith("test_"):
+            case()
+            print(f"{name} passed", flush=True)
