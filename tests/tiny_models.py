@@ -140,13 +140,13 @@ VISION_FAMILIES = tuple(name for name in VISION if "-" not in name)
 def tiny(family: str, seed: int = 0, changes: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """A float32 model in eval mode. family: a key of CONFIGS or RELATIVES. changes: other values for its config."""
     values = {**(CONFIGS | RELATIVES)[family], **(changes or {})}
-    return _random(AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)), seed)
+    return random_weights(AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)), seed)
 
 
 def tiny_vision(family: str, seed: int = 0, classifier: bool = False) -> PreTrainedModel:
     """A float32 encoder in eval mode, or an image classifier around one. family: a key of VISION."""
     auto = AutoModelForImageClassification if classifier else AutoModel
-    return _random(auto.from_config(AutoConfig.for_model(**VISION[family])), seed)
+    return random_weights(auto.from_config(AutoConfig.for_model(**VISION[family])), seed)
 
 
 def whole(model: PreTrainedModel) -> PreTrainedModel:
@@ -164,7 +164,7 @@ def whole(model: PreTrainedModel) -> PreTrainedModel:
     return other.eval()
 
 
-def _random(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+def random_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     model.config.architectures = [type(model).__name__]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -157,6 +157,7 @@ class Topology:
     input: Literal["input_ids", "pixel_values"] = "input_ids"
     call: tuple[tuple[str, bool], ...] = (("use_cache", False),)
     lead: int = 0
+    body: str = ""
 
     @property
     def block_count(self) -> int:
@@ -186,6 +187,11 @@ class Topology:
     def has_cache(self) -> bool:
         """Whether a cache of keys and values of every block is all that later tokens see of earlier ones."""
         return self.head is not None and all(kind.attention is not None and kind.attention.cached for kind in self.kinds)
+
+    @property
+    def takes_prefix(self) -> bool:
+        """Whether keys and values of a few tokens may stand before every text: has_cache, and nothing counts positions but the text."""
+        return self.has_cache and not self.body
 
     @property
     def site_names(self) -> tuple[str, ...]:

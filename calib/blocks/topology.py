@@ -25,6 +25,7 @@ from .sites import absorb as absorb
 from .sites import exact_scale as exact_scale
 from .sites import reader_weight as reader_weight
 from .sites import tie as tie
+from .wrappers import WRAPPERS, around_unknown, family_of
 
 HOMOGENEOUS = frozenset({"relu"})  # f(a x) = a f(x) for a > 0: the rows before f can host the channels after it
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # config names of a mixture of experts
@@ -32,31 +33,32 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 def topology(config: PreTrainedConfig) -> Topology:
     """The topology of a model with this config. PlanishError for an architecture that no family table describes."""
-    family = _family(config)
-    blocks = [tuple(n for n, other in enumerate(family.others) if other.when(config, index)) for index in range(config.num_hidden_layers)]
+    family, text = _family(config), config.get_text_config()
+    blocks = [tuple(n for n, other in enumerate(family.others) if other.when(text, index)) for index in range(text.num_hidden_layers)]
     chosen = tuple(dict.fromkeys(blocks))
     return Topology(
         family=config.model_type,
         blocks=family.blocks,
-        kinds=tuple(_block(_changed(family, [family.others[n].changes for n in some]), config) for some in chosen),
+        kinds=tuple(_block(config.model_type, _changed(family, [family.others[n].changes for n in some]), text) for some in chosen),
         kind_at=tuple(map(chosen.index, blocks)),
         embeddings=family.embeddings,
         norm=family.norm,
         head=family.head,
         norm_kind=family.norm_kind,
         norm_offset=family.norm_offset,
-        heads=config.num_attention_heads,
+        heads=text.num_attention_heads,
         last_reader=family.last_reader or family.head,
         input=family.input,
         call=family.call,
-        lead=family.lead(config),
+        lead=family.lead(text),
+        body=family.body,
     )
 
 
-def _block(family: Family, config: PreTrainedConfig) -> BlockTopology:
-    """Of the blocks of which the table says this."""
+def _block(name: str, family: Family, config: PreTrainedConfig) -> BlockTopology:
+    """Of the blocks of which the table says this. name: the family's. config: of the language model."""
     return BlockTopology(
-        family=config.model_type,
+        family=name,
         sites=_sites(family, config),
         writers=(*family.writers, *(f"{path}.{family.down}" for _, path, _ in _experts(family, config))),
         stream_readers=family.stream_readers,
@@ -75,24 +77,23 @@ def _changed(family: Family, changes: Sequence[Mapping[str, Any]]) -> Family:
 def _family(config: PreTrainedConfig) -> Family:
     kind, classes = config.model_type, config.architectures
     where = f"config.architectures {classes}, model_type {kind!r}"
-    if kind not in FAMILIES:
-        raise PlanishError(f"{where}: {_why_unknown(config)} Supported: {', '.join(FAMILIES)}.")
-    family = FAMILIES[kind]
+    family, text = family_of(config), config.get_text_config()
+    if family is None:
+        raise PlanishError(f"{where}: {_why_unknown(config)} Supported: {', '.join(FAMILIES)}; and around some of them {', '.join(WRAPPERS)}.")
     if classes and not {family.architecture, *family.wrappers} & set(classes):
         known = " or ".join((family.architecture, *family.wrappers))
         raise PlanishError(f"{where}: planish takes {kind} models of class {known}. Give it one.")
     for refused, reason in family.refuse:
-        if refused(config):
+        if refused(text):
             raise PlanishError(f"{where}: {reason}. planish takes decoder-only language models without that; give it one.")
-    return _changed(family, [variant.changes for variant in family.variants if variant.when(config)])
+    return _changed(family, [variant.changes for variant in family.variants if variant.when(text)])
 
 
 def _why_unknown(config: PreTrainedConfig) -> str:
     if config.is_encoder_decoder:
         return "this is an encoder-decoder model, and planish takes decoder-only language models."
-    if config.sub_configs and hasattr(config, "text_config"):
-        text = config.text_config.model_type
-        return f"this is a multimodal model around a {text} language model. Save that one as a checkpoint of its own and give planish that."
+    if around := around_unknown(config):
+        return around
     if "moe" in config.model_type or any(getattr(config, name, None) for name in EXPERTS):
         return "this is a mixture of experts for which there is no table. Add a Family to calib/blocks/mixtures.py, or give it another model."
     return (

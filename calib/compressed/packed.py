@@ -26,10 +26,10 @@ from ...quant.kernels.modules import PackedLinear, WideLinear, few_tokens_group
 from ...quant.linear import Parts, QuantizedLinear, share_input
 from ...quant.transforms.factors import Blocks, on_input
 from ..blocks.experts import Experts
-from ..blocks.families import FAMILIES
 from ..blocks.fusing import norm_readers
 from ..blocks.sites import BlockTopology, Site, Topology
 from ..blocks.topology import topology
+from ..blocks.wrappers import family_of
 from .attention_passes import passes, put_passes
 from .quantized import put
 from .stored import StoredCheckpoint
@@ -71,7 +71,7 @@ def put_linears(module: nn.Module, checkpoint: StoredCheckpoint, root: str, dtyp
     """Let them stand in the module, whose attention holds keys and values as declared. root: what the checkpoint's names begin with, and paths in the
     module do not."""
     names = [name for name in checkpoint.packed if name.startswith(root)]
-    for readers in checkpoint.sites(names) if checkpoint.config.model_type in FAMILIES else [[name] for name in names]:
+    for readers in checkpoint.sites(names) if family_of(checkpoint.config) is not None else [[name] for name in names]:
         layers = packed_readers([found for _, found in checkpoint.parts(readers, dtype, device)])
         for name, layer in zip(readers, layers, strict=True):
             put(module, name.removeprefix(root), layer)
@@ -159,7 +159,7 @@ def fuse(model: nn.Module, config: PretrainedConfig, root: str, dtype: torch.dty
     device = next(model.parameters()).device
     if device.type == "cpu" and dtype == torch.bfloat16 and not cpu.multiplies_bfloat16():
         _widen(model)
-    if config.model_type not in FAMILIES or (device.type == "cpu" and native.found().library is None):
+    if family_of(config) is None or (device.type == "cpu" and native.found().library is None):
         return
     known = topology(config)
     for index in range(known.block_count):

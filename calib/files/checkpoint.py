@@ -11,15 +11,26 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ...quant.errors import PlanishError
 from ..blocks.experts import separate
 from ..blocks.families import FAMILIES
 from ..blocks.prefix import PrefixCache
+from ..blocks.wrappers import WRAPPERS, around_unknown, family_of
 from .convert import REJECTED
 from .locate import TOKENIZER_FILES, resolve, side_files, weight_files
 from .naming import match_names
@@ -182,7 +193,7 @@ def open_checkpoint(model: str | Path, *, allow_pickle: bool = False) -> Checkpo
 
 def check_language(checkpoint: Checkpoint, purpose: str) -> None:
     """PlanishError if the checkpoint is a vision model. purpose: what was asked for that only language models can do, as a verb phrase."""
-    family = FAMILIES.get(checkpoint.config.model_type)
+    family = family_of(checkpoint.config)
     if family is not None and family.input != "input_ids":
         raise PlanishError(
             f"{checkpoint.path}: a vision model ({checkpoint.config.model_type}), so planish cannot {purpose}: "
@@ -218,22 +229,29 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -
 
     folder: named in errors.
     """
-    family = FAMILIES.get(config.model_type)
-    auto, options = (AutoModelForCausalLM, {}) if family is None or family.head is not None else (AutoModel, dict(family.options))
+    family = family_of(config)
+    options = {} if family is None or family.head is not None else dict(family.options)
     try:
         with _parameters_on_meta():
             # None: sdpa where the family has it, else eager (Gemma 2). The configuration is copied because from_config writes into it.
-            model = auto.from_config(  # type: ignore[no-untyped-call]
-                copy.deepcopy(config), attn_implementation=None, dtype=dtype, trust_remote_code=False, **options
-            )
+            model = auto_class(config).from_config(copy.deepcopy(config), attn_implementation=None, dtype=dtype, trust_remote_code=False, **options)
     except REJECTED as error:
-        raise PlanishError(f"{folder / 'config.json'}: {_unknown(config.to_dict())} ({error})") from error
+        why = around_unknown(config) if config.model_type in WRAPPERS else f"{_unknown(config.to_dict())} ({str(error).partition(chr(10))[0]})"
+        raise PlanishError(f"{folder / 'config.json'}: {why}") from error
     assert isinstance(model, PreTrainedModel)
     separate(model)
     for parameter in model.parameters():
         parameter.requires_grad = False
     model.train(False)
     return model
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers whose from_pretrained opens a model of this config with all that planish knows of it."""
+    family = family_of(config)
+    if family is not None and family.body:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM if family is None or family.head is not None else AutoModel
 
 
 @contextmanager

@@ -157,6 +157,12 @@ def check(known: Topology, checkpoint: Checkpoint, rewriting: Rewriting) -> None
         raise PlanishError(f"{where}: {step}: the residual stream itself is normalised after every layer: no norm stands before its readers alone.")
     inside = {reader for kind in known.kinds for site in kind.sites for reader in site.readers}
     posts = dict.fromkeys(path for kind in known.kinds for path in kind.writers if path not in inside)
+    if known.body and (rewriting.residual or (rewriting.fold and known.norm_kind == "layer")):
+        step = "rotate at residual" if rewriting.residual else "fold_norms"
+        raise PlanishError(
+            f"{where}: {step}: embeddings of images enter the stream beside those of tokens, and planish does not turn what makes them. "
+            "Leave the step out; rotate at value, and steps at inputs, work."
+        )
     if rewriting.residual and posts:
         raise PlanishError(
             f"{where}: rotate at residual: norms stand behind the layers that write to the stream ({', '.join(posts)}), and their weights multiply "

@@ -197,7 +197,7 @@ class _Walk:
             sink_heads=() if attention is None else sink_heads(attention, self.thresholds),
             attention=attention,
             outlier_tokens=self.outliers.tokens(self.subject.text),
-            prefix=self.outliers.prefix(self.subject.text, self.subject.start) if self.topology.has_cache else None,
+            prefix=self.outliers.prefix(self.subject.text, self.subject.start) if self.topology.takes_prefix else None,
             sites=tuple(self.sites),
             landscapes=tuple(self.landscapes),
             recommendation=None,

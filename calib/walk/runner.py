@@ -110,12 +110,18 @@ class BlockRunner:
         return {(index, site.name): reader_weight(self.blocks[index].get_submodule(site.readers[0])).shape[1] for index, site in first}
 
     def _owners(self) -> list[str]:
-        """The modules with parameters or buffers of their own, topmost ones only: what is inside them is loaded with them."""
+        """The modules with parameters or buffers of their own, topmost ones only: what is inside them is loaded with them. Of a model that takes
+        images too those that texts pass."""
         owners: list[str] = []
         for name, module in self.model.named_modules():
-            if (module._parameters or module._buffers) and not name.startswith(tuple(f"{owner}." for owner in owners)):
+            if self._on_the_way(name) and (module._parameters or module._buffers) and not name.startswith(tuple(f"{owner}." for owner in owners)):
                 owners.append(name)
         return owners
+
+    def _on_the_way(self, name: str) -> bool:
+        """Whether the module is of the language model."""
+        known = self.topology
+        return not known.body or name.startswith(f"{known.body}.") or name == known.head
 
     def _has_weights(self, name: str) -> bool:
         return any(True for _ in self.model.get_submodule(name).parameters())

@@ -256,9 +256,10 @@ def compare(
 
 def check_vocabularies(base: Checkpoint, quantized: Checkpoint) -> None:
     """PlanishError if the models have different vocabularies."""
-    if base.config.vocab_size != quantized.config.vocab_size:
+    one, other = (checkpoint.config.get_text_config().vocab_size for checkpoint in (quantized, base))
+    if one != other:
         raise PlanishError(
-            f"{quantized.path} has a vocabulary of {quantized.config.vocab_size} and {base.path} one of {base.config.vocab_size}: "
+            f"{quantized.path} has a vocabulary of {one} and {base.path} one of {other}: "
             "one is not made from the other. Give the model that was compressed."
         )
 

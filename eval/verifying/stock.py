@@ -10,19 +10,18 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from ...calib.blocks.families import is_mixture
 from ...calib.compressed.packing import OWN, PLAIN, has_experts, is_own, other_grid
 from ...calib.compressed.stored import StoredCheckpoint
+from ...calib.files.checkpoint import auto_class
 from ...calib.files.shards import read_json
 from ...calib.walk.runner import HEAD_TOKENS, BlockRunner
 from ..scores.check import Check, Figure, listed, not_done
@@ -48,7 +47,7 @@ def check_stock(checkpoint: StoredCheckpoint, ids_NL: Tensor, report: Report | N
     ids = ids_NL[:MOST, :LONGEST]
     with arithmetic(torch.float32):
         try:
-            logits, faults = _stock_logits(checkpoint.path, ids)
+            logits, faults = _stock_logits(checkpoint, ids)
         except _REFUSALS as error:
             return Check(NAME, False, f"transformers does not run the checkpoint: {type(error).__name__}: {error}", {})
         if faults:
@@ -73,7 +72,7 @@ def _refused(checkpoint: StoredCheckpoint) -> Check:
     """Transformers by itself knows nothing of the checkpoint's transforms and prefix, or of a mixture's layers, so it must not load it."""
     try:
         with by_itself():
-            _stock_logits(checkpoint.path, torch.zeros(0, 1, dtype=torch.long))
+            _stock_logits(checkpoint, torch.zeros(0, 1, dtype=torch.long))
     except _REFUSALS as error:
         return Check(NAME, True, f"refuses the checkpoint, as it must where planish is not imported: {type(error).__name__}", {})
     return Check(NAME, False, "transformers loads the checkpoint without planish, but knows nothing of what planish writes: it would run wrong", {})
@@ -127,11 +126,11 @@ def _least(checkpoint: StoredCheckpoint) -> float:
     return LEAST_ACTIVATIONS if activations or rounded else LEAST_WEIGHTS
 
 
-def _stock_logits(folder: Path, ids_NL: Tensor) -> tuple[list[Tensor], list[str]]:
+def _stock_logits(checkpoint: StoredCheckpoint, ids_NL: Tensor) -> tuple[list[Tensor], list[str]]:
     """The logits (L, V) of each window, and the names of tensors that did not find their place."""
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars that nobody asked for
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        loaded: Any = auto_class(checkpoint.config).from_pretrained(
+            str(checkpoint.path), dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
         model, info = loaded
         model.register_forward_pre_hook(wide)

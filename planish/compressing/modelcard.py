@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from ..calib.files.checkpoint import auto_class
 from ..planning.preflight import Plan
 from ..recipe.schema import to_yaml
 from ..serving import VLLM_FAMILIES
@@ -43,12 +44,17 @@ def _use(plan: Plan) -> str:
         return (
             "Only with planish installed (`pip install planish`); other software refuses the folder.\n\n"
             '```python\nimport planish\n\nmodel = planish.load("THIS_FOLDER")\n```\n\n'
-            f"After that import `AutoModelForCausalLM.from_pretrained` does the same{server}."
+            f"After that import `{_auto(plan)}.from_pretrained` does the same{server}."
         )
     line, call = "import planish", "planish.load"
     if "transformers" in plan.servers:
-        line, call = "from transformers import AutoModelForCausalLM", "AutoModelForCausalLM.from_pretrained"
+        line, call = f"from transformers import {_auto(plan)}", f"{_auto(plan)}.from_pretrained"
     return f'```python\n{line}\n\nmodel = {call}("THIS_FOLDER")\n```{_vllm(plan)}'
+
+
+def _auto(plan: Plan) -> str:
+    """The class of transformers that opens it."""
+    return str(auto_class(plan.checkpoint.config).__name__)
 
 
 def _vllm(plan: Plan) -> str:

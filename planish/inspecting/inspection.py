@@ -166,7 +166,7 @@ def _feature_changes(runner: BlockRunner, _batches: Sequence[Tensor], streams: S
 def _stream_bytes(checkpoint: Checkpoint, subject: Subject, dtype: torch.dtype) -> int:
     """All hidden states between two blocks: of the unchanged model and of its four variants."""
     tokens = subject.ids_NL.numel() + 4 * len(subject.held_out) * subject.ids_NL.shape[1]
-    return int(tokens * checkpoint.config.hidden_size * dtype.itemsize)
+    return int(tokens * checkpoint.config.get_text_config().hidden_size * dtype.itemsize)
 
 
 @contextmanager

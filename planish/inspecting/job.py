@@ -129,7 +129,7 @@ def _read(path: Path) -> OutlierReport:
 
 def _shape(model: Checkpoint) -> Shape:
     found = topology(model.config)
-    return found.family, found.block_count, model.config.hidden_size
+    return found.family, found.block_count, model.config.get_text_config().hidden_size
 
 
 def _check_alike(name: str, shape: Shape, other: str, base: Shape) -> None:

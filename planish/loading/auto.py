@@ -105,12 +105,15 @@ class _Place(nn.Module):
 
 def _root(model: "PreTrainedModel", checkpoint: "StoredCheckpoint") -> str:
     """What the checkpoint's names begin with, and the model's do not: where the model is the other's body, without its head."""
+    from ..calib.files.checkpoint import auto_class
+
     modules, root = dict(model.named_modules()), f"{model.base_model_prefix}."
     if all(name in modules for name in checkpoint.packed):
         return ""
     if all(name.startswith(root) and name.removeprefix(root) in modules for name in checkpoint.packed):
         return root
-    raise PlanishError(f"{checkpoint.path}: its layers are not those of a {type(model).__name__}. Load it with AutoModelForCausalLM or planish.load.")
+    auto = auto_class(checkpoint.config).__name__
+    raise PlanishError(f"{checkpoint.path}: its layers are not those of a {type(model).__name__}. Load it with {auto} or planish.load.")
 
 
 class ServedConfig(CompressedTensorsConfig):

@@ -181,9 +181,11 @@ def _check(recipe: Recipe, packed: dict[Address, Packed | None], runner: BlockRu
     check_beside(recipe.steps, packed, runner)
     check_attention(recipe.solver, runner.topology, packed)
     _check_key_values(recipe, runner)
-    if not runner.topology.has_cache and any(isinstance(step, Prefix) for step in recipe.steps):
+    if not runner.topology.takes_prefix and any(isinstance(step, Prefix) for step in recipe.steps):
+        why = "has no cache of keys and values in every block, which is what a prefix is stored as"
+        why = "counts positions by the images before a text, which a prefix would move" if runner.topology.has_cache else why
         raise PlanishError(
-            f"steps: prefix: a {runner.topology.family} model has no cache of keys and values in every block, which is what a prefix is stored as. "
+            f"steps: prefix: a {runner.topology.family} model {why}. "
             "Take the step out: `planish recipes show NAME > mine.yaml` prints a shipped recipe."
         )
     return check_raising(recipe.steps, packed)

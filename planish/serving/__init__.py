@@ -8,10 +8,11 @@ METHOD = "planish"
 VLLM_FAMILIES = (
     *("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "smollm3", "glm", "glm4", "exaone4", "nemotron"),
     *("olmo2", "olmo3", "seed_oss", "hunyuan_v1_dense", "ernie4_5", "helium", "arcee", "apertus", "starcoder2", "stablelm", "opt"),
+    *("qwen3_5_text", "gemma3", "mistral3", "llava", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm"),
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe"),
 )
-"""Those that were seen to compute in vLLM what planish.load does: there linears have the checkpoint's names and its rows' order. Others' rows vLLM
-may turn about while loading, unseen by planish."""
+"""Those that were seen to compute in vLLM what planish.load does: there linears have the checkpoint's rows' order. Others' rows vLLM may turn about
+while loading, unseen by planish."""
 
 
 def is_ours(config: Any) -> bool:

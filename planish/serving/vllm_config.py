@@ -18,6 +18,7 @@ from vllm.platforms import current_platform  # pyright: ignore[reportMissingImpo
 
 from ..calib.blocks.families import is_mixture, name_in_files, name_in_model
 from ..calib.blocks.family import EXPERTS
+from ..calib.blocks.topology import topology
 from ..calib.compressed.packed import packed_readers, pick_kernels
 from ..calib.compressed.packing import PLAIN
 from ..calib.compressed.stored import StoredCheckpoint, open_stored
@@ -42,6 +43,7 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
         super().__init__()
         self.quantization = dict(quantization)
         self.folder: str | None = None
+        self.mappers: list[WeightsMapper] = []
 
     def get_name(self) -> str:
         """planish."""
@@ -107,6 +109,10 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
         assert self.folder is not None
         return _opened(self.folder)
 
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Told by vLLM's class of a model, and by those inside it, how they call what the checkpoint has."""
+        self.mappers.append(hf_to_vllm_mapper)
+
     def get_checkpoint_weight_mapper(self) -> Any:
         """vLLM leaves out what planish reads itself; biases it takes where its layers have them, but for experts'."""
         kind = self.checkpoint.config.model_type
@@ -125,9 +131,9 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
         if isinstance(layer, Attention):
             store_prefix(layer, prefix, self.checkpoint)
             return None
-        prefix = name_in_model(self.checkpoint.config.model_type, prefix)
         if isinstance(layer, RoutedExperts):
-            return PlanishExpertsMethod(layer, self.checkpoint, prefix) if quantized_experts(self.checkpoint, prefix) else None
+            path = name_in_model(self.checkpoint.config.model_type, prefix)
+            return PlanishExpertsMethod(layer, self.checkpoint, path) if quantized_experts(self.checkpoint, path) else None
         if not isinstance(layer, LinearBase):
             return None
         names = self._linears(prefix)
@@ -139,13 +145,31 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
         return PlanishLinearMethod(self, prefix, names)
 
     def _linears(self, prefix: str) -> Sequence[str]:
-        """The linears of the checkpoint that one of vLLM's layers is: itself, or several that vLLM computes at once. PlanishError: none."""
+        """The linears of the checkpoint that one of vLLM's layers is: itself, or several that vLLM computes at once; none of what makes embeddings of
+        images. PlanishError: no such layer in the language model."""
         parent, _, child = prefix.rpartition(".")
+        known, names = topology(self.checkpoint.config), self._names(len(self.mappers))
         for parts in ([child], self.packed_modules_mapping.get(child, ()), MERGED.get(child, ())):
-            names = [f"{parent}.{part}" for part in parts]
-            if names and all(name in self.checkpoint.packed or f"{name}.weight" in self.checkpoint.tensors for name in names):
-                return names
+            found = [names.get(f"{parent}.{part}", "") for part in parts]
+            if found and all(found):
+                return found
+        if known.body and not any(prefix.startswith(f"{blocks}.") for blocks in self._in_vllm(f"{known.blocks}.")):
+            return ()
         raise PlanishError(f"{prefix}: no layer of the checkpoint. planish serves no speculative models.")
+
+    @lru_cache(maxsize=2)  # noqa: B019  # there is one for as long as the process lives
+    def _names(self, _mappers: int) -> dict[str, str]:
+        """The checkpoint's layers by what they may be called in vLLM."""
+        kind = self.checkpoint.config.model_type
+        layers = dict.fromkeys([*(name.rpartition(".")[0] for name in self.checkpoint.tensors), *self.checkpoint.packed])
+        return {other: name for name in layers for other in (name, *self._in_vllm(f"{name_in_files(kind, name)}."))}
+
+    def _in_vllm(self, start: str) -> set[str]:
+        """What the layer, or list of layers, may be called in vLLM whose parameters' names start so."""
+        found = {start}
+        for mapper in self.mappers:
+            found |= {mapper.map_name(one) or one for one in found}
+        return {one.removesuffix(".") for one in found}
 
 
 class PlanishLinearMethod(LinearMethodBase):  # type: ignore[misc, unused-ignore]

@@ -276,7 +276,7 @@ def test_addresses_are_of_the_blocks_readers_alone() -> None:
         ({"model_type": "granitemoe"}, "mixture of experts"),
         ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv cuts"),
         ({"model_type": "dbrx"}, "no table for this family"),
-        ({"model_type": "gemma3"}, "multimodal model around a gemma3_text"),
+        ({"model_type": "paligemma"}, "multimodal model around a gemma language model"),
         ({"model_type": "stablelm", "use_parallel_residual": True}, "read one norm"),
         ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, r"LlamaForSequenceClassification.*class LlamaForCausalLM"),
         ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention is true"),

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import Gemma3Config, LlamaConfig
 from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.linear import (  # pyright: ignore[reportMissingImports]
     MergedColumnParallelLinear,
@@ -11,6 +12,7 @@ from vllm.model_executor.layers.linear import (  # pyright: ignore[reportMissing
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.models.utils import WeightsMapper  # pyright: ignore[reportMissingImports]
 
 from planish.calib.blocks.prefix import tensor_names
 from planish.quant.errors import PlanishError
@@ -104,13 +106,18 @@ def test_a_rank_s_part_of_the_prefix() -> None:
         assert (found.start, found.stop) == expected, (heads, ranks, rank)
 
 
+def opened(model: Any, *names: str) -> PlanishConfig:
+    """Of a checkpoint with these layers quantized, and others as parameters."""
+    config = PlanishConfig({})
+    whole = [name for name in names if name.endswith(".weight")]
+    checkpoint = SimpleNamespace(config=model, packed=[name for name in names if name not in whole], tensors=whole)
+    config.folder, vllm_config._opened = "", lambda _folder: checkpoint
+    return config
+
+
 def test_which_linears_a_layer_of_vllm_is() -> None:
     """By its own name; by those that vLLM says it merged; by those that it always merges."""
-    config = PlanishConfig({})
-    config.folder, vllm_config._opened = (
-        "",
-        lambda _folder: SimpleNamespace(packed={"a.qkv_proj", "b.q", "b.k", "c.gate_proj"}, tensors={"c.up_proj.weight"}),
-    )
+    config = opened(LlamaConfig(), "a.qkv_proj", "b.q", "b.k", "c.gate_proj", "c.up_proj.weight")
     for merged, prefix, expected in (
         ({"qkv_proj": ["q_proj", "k_proj", "v_proj"]}, "a.qkv_proj", ["a.qkv_proj"]),
         ({"qk": ["q", "k"]}, "b.qk", ["b.q", "b.k"]),
@@ -123,6 +130,23 @@ def test_which_linears_a_layer_of_vllm_is() -> None:
         except PlanishError as error:
             found = str(error)
         assert found == expected, prefix
+
+
+def test_layers_by_the_names_that_vllm_gives_them() -> None:
+    """Of a model that takes images: its class and the one inside rename; what is not of the language model stays in full precision."""
+    config = opened(Gemma3Config(), "model.language_model.layers.0.conv.in", "model.visual.fc.weight")
+    config.apply_vllm_mapper(
+        WeightsMapper(orig_to_new_prefix={"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."})
+    )
+    assert not config._linears("visual.fc")
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_substr={".conv.": ".short_conv."}))
+    assert config._linears("language_model.model.layers.0.short_conv.in") == ["model.language_model.layers.0.conv.in"]
+    refused = ""
+    try:
+        config._linears("language_model.model.layers.0.other")
+    except PlanishError as error:
+        refused = str(error)
+    assert "no layer of the checkpoint" in refused
 
 
 def test_scores_of_given_tokens_are_refused() -> None:
