@@ -125,15 +125,14 @@ class Family:
 
     architecture: the class that is opened. wrappers: classes around the same blocks, whose checkpoints are opened as `architecture` too (an image
     classifier as its encoder). options: what the class is made with besides its config. in_files: parts of names, and what they are in files.
-    body: where the language model is, without its head, in a model that takes images too (wrappers.py), whose paths then lie in it; empty: all is.
-    embeddings, norm, head, input, call, lead, norm_kind, norm_offset: as in sites.Topology; last_reader too, None: the head. writers, stream_readers:
-    as in sites.BlockTopology. mixing: the names of the sites before and behind what mixes the tokens. inner: name, readers and norm of the sites
-    between these two. qkv, up: readers of those sites (up with the gate, if gated). beside: layers that read what qkv do and stay in full precision.
-    qkv_norm, up_norm: the norm that makes their input, None if no norm stands between the residual stream and them, or one without weights. q,
-    q_rows, k, k_rows, rotary, obstacle: as in sites.Attention; q and k None where there is none. latent: whether keys and values are made of a
-    latent, which a cache holds instead of them (multi-head latent attention). v, v_rows: the module and its rows that make o's input, None if
-    something lies between. o_gate: rows of q that multiply o's input, channel by channel. up_host, up_rows: those that make down's input, if the MLP
-    is gated or its activation homogeneous.
+    body, images: as in sites.Topology, filled in by wrappers.py. embeddings, norm, head, input, call, lead, norm_kind, norm_offset: as in
+    sites.Topology; last_reader too, None: the head. writers, stream_readers: as in sites.BlockTopology. mixing: the names of the sites before and
+    behind what mixes the tokens. inner: name, readers and norm of the sites between these two. qkv, up: readers of those sites (up with the gate,
+    if gated). beside: layers that read what qkv do and stay in full precision. qkv_norm, up_norm: the norm that makes their input, None if no
+    norm stands between the residual stream and them, or one without weights. q, q_rows, k, k_rows, rotary, obstacle: as in sites.Attention; q and
+    k None where there is none. latent: whether keys and values are made of a latent, which a cache holds instead of them (multi-head latent
+    attention). v, v_rows: the module and its rows that make o's input, None if something lies between. o_gate: rows of q that multiply o's input,
+    channel by channel. up_host, up_rows: those that make down's input, if the MLP is gated or its activation homogeneous.
     experts: how many there are, in a mixture; up, down and up_host are then from each of them (mlp.experts.NUMBER). shared: a module with the same
     layers that sees every token, before the experts do or, with shared_last, after them; and its inner size. routers: what reads their input besides.
     writers: without the experts' own. width: the inner size of the MLP, or of an expert. activation: the config's name for its function.
@@ -146,6 +145,7 @@ class Family:
     options: Mapping[str, bool] = field(default_factory=dict)
     in_files: tuple[tuple[str, str], ...] = ()
     body: str = ""
+    images: tuple[str, ...] = ()
     blocks: str = "model.layers"
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     norm: str | None = "model.norm"

@@ -139,6 +139,7 @@ class Topology:
     blocks, embeddings, norm and head are paths from the model. The embeddings' outputs, summed (and in some families scaled), are the first block's
     input. kinds: what blocks there are; kind_at: of every block, which of them it is. norm: the last norm, None if there is none; it multiplies by
     norm_offset + weight. head: what makes logits, None for a vision encoder. last_reader: the linear layer that reads the last norm's output.
+    body, images: of a model that takes images too, where its language model is, and the linears whose outputs enter that one's stream for them.
     The model is run as model(**{input: batch}, **dict(call)). lead: how many tokens stand before those of the input (a vision model's class and
     register tokens, before its patches).
     """
@@ -158,6 +159,7 @@ class Topology:
     call: tuple[tuple[str, bool], ...] = (("use_cache", False),)
     lead: int = 0
     body: str = ""
+    images: tuple[str, ...] = ()
 
     @property
     def block_count(self) -> int:

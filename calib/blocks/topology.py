@@ -52,6 +52,7 @@ def topology(config: PreTrainedConfig) -> Topology:
         call=family.call,
         lead=family.lead(text),
         body=family.body,
+        images=family.images,
     )
 
 

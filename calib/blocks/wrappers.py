@@ -3,6 +3,7 @@
 planish quantizes the language model and leaves all else as it is. Written from the model definitions of transformers 5.23.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
@@ -15,27 +16,42 @@ SECTIONS = "a RoPE of time, height and width"
 
 @dataclass(frozen=True, slots=True)
 class Wrapper:
-    """One kind. architecture: its class. body: where the language model is, without its head. text: that one's table, where it has no class of its
-    own."""
+    """One kind. architecture: its class. images: the linears whose outputs enter the stream for images, all that do; empty: not linears alone. body:
+    where the language model is, without its head. text: that one's table, where it has no class of its own."""
 
     architecture: str
+    images: Callable[[PreTrainedConfig], tuple[str, ...]] = lambda config: ()
     body: str = "model.language_model"
     text: Family | None = None
 
 
+def _projected(_config: PreTrainedConfig) -> tuple[str, ...]:
+    return ("model.multi_modal_projector.linear_2",)
+
+
+def _merged(_config: PreTrainedConfig) -> tuple[str, ...]:
+    return ("model.visual.merger.mlp.2",)
+
+
+def _deep(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Also those that are added to the stream behind the first blocks."""
+    layers = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
+    return ("model.visual.merger.linear_fc2", *(f"model.visual.deepstack_merger_list.{n}.linear_fc2" for n in range(layers)))
+
+
 WRAPPERS = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration"),
-    "mistral3": Wrapper("Mistral3ForConditionalGeneration"),
-    "llava": Wrapper("LlavaForConditionalGeneration"),
+    "mistral3": Wrapper("Mistral3ForConditionalGeneration", _projected),
+    "llava": Wrapper("LlavaForConditionalGeneration", _projected),
     "llava_next": Wrapper("LlavaNextForConditionalGeneration"),
     "llava_onevision": Wrapper("LlavaOnevisionForConditionalGeneration"),
-    "internvl": Wrapper("InternVLForConditionalGeneration"),
-    "qwen2_vl": Wrapper("Qwen2VLForConditionalGeneration", text=replace(LLAMA, obstacle=SECTIONS)),
-    "qwen2_5_vl": Wrapper("Qwen2_5_VLForConditionalGeneration", text=replace(LLAMA, obstacle=SECTIONS)),
-    "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", text=replace(LLAMA, obstacle=NORMED)),
-    "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration"),
-    "smolvlm": Wrapper("SmolVLMForConditionalGeneration", body="model.text_model"),
-    "lfm2_vl": Wrapper("Lfm2VlForConditionalGeneration"),
+    "internvl": Wrapper("InternVLForConditionalGeneration", _projected),
+    "qwen2_vl": Wrapper("Qwen2VLForConditionalGeneration", _merged, text=replace(LLAMA, obstacle=SECTIONS)),
+    "qwen2_5_vl": Wrapper("Qwen2_5_VLForConditionalGeneration", _merged, text=replace(LLAMA, obstacle=SECTIONS)),
+    "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", _deep, text=replace(LLAMA, obstacle=NORMED)),
+    "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", _deep),
+    "smolvlm": Wrapper("SmolVLMForConditionalGeneration", lambda _config: ("model.connector.modality_projection.proj",), body="model.text_model"),
+    "lfm2_vl": Wrapper("Lfm2VlForConditionalGeneration", _projected),
 }
 """By config.model_type."""
 
@@ -53,6 +69,7 @@ def family_of(config: PreTrainedConfig) -> Family | None:
         architecture=wrapper.architecture,
         wrappers=(),
         body=wrapper.body,
+        images=wrapper.images(config),
         blocks=_inside(wrapper.body, text.blocks),
         embeddings=tuple(_inside(wrapper.body, path) for path in text.embeddings),
         norm=None if text.norm is None else _inside(wrapper.body, text.norm),

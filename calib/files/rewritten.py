@@ -116,7 +116,7 @@ class Rewritten(Checkpoint):
 
     def _rewrite_outer(self, module: nn.Module, known: Topology, name: str) -> None:
         change = _stream_map(known, self.rewriting)
-        if name in known.embeddings and change:
+        if name in (*known.embeddings, *known.images) and change:
             write_through(module, change)
         if name == known.norm and self.rewriting.fold and (folded := self._last_norm(known)):
             folded.into_norm(module, known.norm_offset)
@@ -135,7 +135,7 @@ def changed(known: Topology, rewriting: Rewriting) -> tuple[str, ...]:
     """The modules outside the blocks whose weights become others."""
     names: list[str | None] = []
     if _stream_map(known, rewriting):
-        names += known.embeddings
+        names += (*known.embeddings, *known.images)
     if rewriting.fold:
         names += [known.norm]
     if rewriting.fold or rewriting.residual:
@@ -157,10 +157,10 @@ def check(known: Topology, checkpoint: Checkpoint, rewriting: Rewriting) -> None
         raise PlanishError(f"{where}: {step}: the residual stream itself is normalised after every layer: no norm stands before its readers alone.")
     inside = {reader for kind in known.kinds for site in kind.sites for reader in site.readers}
     posts = dict.fromkeys(path for kind in known.kinds for path in kind.writers if path not in inside)
-    if known.body and (rewriting.residual or (rewriting.fold and known.norm_kind == "layer")):
+    if known.body and not known.images and (rewriting.residual or (rewriting.fold and known.norm_kind == "layer")):
         step = "rotate at residual" if rewriting.residual else "fold_norms"
         raise PlanishError(
-            f"{where}: {step}: embeddings of images enter the stream beside those of tokens, and planish does not turn what makes them. "
+            f"{where}: {step}: embeddings of images enter the stream beside those of tokens, and not all come from linear layers. "
             "Leave the step out; rotate at value, and steps at inputs, work."
         )
     if rewriting.residual and posts:

@@ -94,6 +94,14 @@ def test_untied_and_folded(sources: dict[str, Path], tmp_path: Path) -> None:
     assert not torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight)
 
 
+@pytest.mark.parametrize("kind", ["mistral3", "llava", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_images_enter_a_rotated_stream_rotated(kind: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    recipe = with_settings(replace(EIGHT, steps=()), ("steps=[fold_norms, {rotate: {at: residual}}]",))
+    planish.compress(recipe, sources[kind], tmp_path / "out")
+    expected = logits(AutoModelForImageTextToText.from_pretrained(sources[kind], dtype=torch.float32), seen(kind))
+    assert distance(logits(planish.load(tmp_path / "out", dtype=torch.float32, device="cpu"), seen(kind)), expected) < 0.1
+
+
 REFUSED: dict[str, tuple[Recipe, str]] = {
     "prefix": (quick("w4a4-fast"), "steps: prefix: a gemma3 model counts positions by the images before a text"),
     "rotation": (load_recipe("w4a16-best"), "rotate at residual: embeddings of images enter the stream"),
