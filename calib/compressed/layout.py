@@ -22,10 +22,11 @@ from ..blocks.families import name_in_files, name_in_model
 from ..blocks.prefix import tensor_names
 from ..blocks.sites import Site
 from ..blocks.topology import topology
+from ..blocks.wrappers import WRAPPERS
 from ..files.checkpoint import build_skeleton
 from ..files.convert import REJECTED
 from ..files.locate import weight_files
-from ..files.naming import LEFTOVERS
+from ..files.naming import LEFTOVERS, named_in_model
 from ..files.shards import TensorInfo, read_json, read_shards
 from .extension import KEY, Extension, SiteInput, chain_prefix, restored
 from .packing import FOURS, GUARD, OWN, PLAIN, Packed, is_own, read_config, stored_names
@@ -74,6 +75,8 @@ def read_layout(folder: Path) -> Layout:
     skeleton = build_skeleton(config, torch.float32, folder)
     linears, kind = linear_shapes(skeleton), config.model_type
     tensors = {name_in_model(kind, name): info for name, info in read_shards(weight_files(folder)).items()}
+    if kind in WRAPPERS:  # what is outside the language model has the names of the original files
+        tensors = named_in_model(tensors, skeleton)
     try:
         declared_as = {name_in_files(kind, name): name for name in linears}
         packed = {declared_as[name]: how for name, how in read_config(quantization, declared_as).items()}

@@ -30,6 +30,9 @@ SIDE_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",  # of images
+    "video_preprocessor_config.json",
+    "processor_config.json",
     "additional_chat_templates/*.jinja",
     "generation_config.json",
     "LICENSE*",

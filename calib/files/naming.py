@@ -65,6 +65,15 @@ def match_names(folder: Path, stored: Mapping[str, TensorInfo], skeleton: PreTra
     return Match(tensors=dict(sorted(tensors.items())), aliases=aliases, unused=tuple(unused), untied=untied)
 
 
+def named_in_model(stored: Mapping[str, TensorInfo], skeleton: PreTrainedModel) -> dict[str, TensorInfo]:
+    """The stored tensors by the names of the model's parameters that transformers makes of them; others by their own."""
+    expected = skeleton.state_dict()
+    convert, named = _conversions(skeleton, expected), dict[str, TensorInfo]()
+    for name, info in stored.items():
+        named |= (None if name in expected else convert(name, info)) or {name: info}
+    return named
+
+
 def _other_names(name: str, skeleton: PreTrainedModel) -> Iterator[str]:
     """What the model may call a tensor that it does not know by its stored name."""
     base, known = skeleton.base_model_prefix, name_in_model(skeleton.config.model_type, name)

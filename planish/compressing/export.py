@@ -5,7 +5,7 @@ Everything written is a function of recipe, model, versions and machine: the sam
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -47,7 +47,8 @@ def write_checkpoint(plan: Plan, journal: Journal, packed: Mapping[str, Packed],
     if is_own(config["quantization_config"]):
         tensors |= _guards(packed, journal.folder / "guards.safetensors")
     bits = bits_per_weight(packed, tensors, plan.quantized)
-    write_shards(folder, {name_in_files(plan.topology.family, name): info for name, info in tensors.items()}, plan.recipe.export.shard_bytes)
+    names = _file_names(plan, tensors)
+    write_shards(folder, {names[name]: info for name, info in tensors.items()}, plan.recipe.export.shard_bytes)
     for file in plan.checkpoint.carry_over():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.checkpoint.path / file, folder / file)
@@ -91,6 +92,20 @@ def _tensors(plan: Plan, journal: Journal) -> dict[str, TensorInfo]:
     return tensors
 
 
+def _file_names(plan: Plan, tensors: Iterable[str]) -> dict[str, str]:
+    """What each tensor is called in the files. Outside a language model that takes images it keeps its name, for servers know original files."""
+    names = {name: name_in_files(plan.topology.family, name) for name in tensors}
+    inside, original = f"{plan.topology.body}.", plan.checkpoint.tensors
+    kept = {name: original[name].name for name in names if plan.topology.body and name in original and not name.startswith(inside)}
+    return names | kept if len({*(names | kept).values()}) == len(names) else names
+
+
+def _beside(plan: Plan) -> list[str]:
+    """Patterns for all that is beside the language model in a model that takes images: its layers have other names inside servers."""
+    parent, _, body = plan.topology.body.rpartition(".")
+    return [rf"re:(.*\.)?{name}\..*" for name, _ in plan.source.skeleton().get_submodule(parent).named_children() if name != body]
+
+
 def _guards(packed: Mapping[str, Packed], file: Path) -> dict[str, TensorInfo]:
     """Write what keeps others from loading the checkpoint, and say where it lies."""
     save_file(guards(sorted(packed)), file)
@@ -126,6 +141,8 @@ def _config(plan: Plan, packed: Mapping[str, Packed], blocks: list[BlockRecord])
     known = plan.topology
     routers = {f"{known.block_name(block.index)}.{path}" for block in blocks for path in known.block(block.index).routers}
     ignored = (linears.keys() - packed.keys()) | routers
+    if known.body:
+        ignored = {name for name in ignored if name == known.head or name.startswith(f"{known.body}.")} | {*_beside(plan)}
     extended = bool(extension) or misread_experts(schemes_of(plan.packed))
     in_files = partial(name_in_files, plan.topology.family)
     declared = {in_files(name): how for name, how in packed.items()}

@@ -27,7 +27,10 @@ from planish.recipe.schema import Recipe, digest, load_recipe
 BYTES = planish.Export(layout="int-quantized")
 RTN = Recipe(name="rtn", calibration=None, scheme=Scheme(weights=WeightFormat(bits=8)), solver=planish.Rtn(), export=BYTES)
 PACKED = replace(RTN, export=planish.Export())
-SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE.txt")
+SIDE_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE.txt"),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
+)
 TEMPLATE = "additional_chat_templates/tool.jinja"
 
 
@@ -157,6 +160,8 @@ def test_side_files_card_and_manifest(tmp_path: Path) -> None:
     folder, out = source("llama", tmp_path / "model"), tmp_path / "out"
     GenerationConfig(max_new_tokens=3).save_pretrained(folder)
     (folder / "LICENSE.txt").write_text("free\n")
+    for name in SIDE_FILES[-3:]:
+        (folder / name).write_text("{}")
     (folder / TEMPLATE).parent.mkdir()
     (folder / TEMPLATE).write_text("{{ messages }}")
     (folder / "notes.txt").write_text("not of the model")

@@ -1,12 +1,14 @@
 """Models that take images: the language model inside is quantized, all else stays as it is, and images are seen as before."""
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers_checkpoint import edit_json, merge
+from helpers_checkpoint import edit_json, merge, rewrite
 from helpers_compress import distance, quick
 from tiny_wrappers import CONFIGS_WITH_IMAGES, SEEING, seen, with_images
 from torch import Tensor
@@ -73,6 +75,21 @@ def test_images_are_seen(kind: str, sources: dict[str, Path], tmp_path: Path) ->
     assert distance(logits(model, half), own) < 0.06
     assert model.generate(**half, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]  # type: ignore[operator]
     assert distance(logits(base, {"input_ids": inputs["input_ids"]}), expected) > 0.5
+
+
+def test_what_is_beside_keeps_its_names(tmp_path: Path) -> None:
+    """Servers know it by those of the original files, which may be older than transformers'; so the config means it by patterns."""
+    base, out = with_images("llava", tmp_path / "base"), tmp_path / "out"
+    rewrite(base, {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in merge(base).items()})
+    planish.compress(EIGHT, base, out)
+    outside = {name for name in merge(base) if "language_model" not in name}
+    assert any(name.startswith("vision_tower.vision_model.encoder.") for name in outside)
+    assert outside < merge(out).keys()
+    assert planish.verify(out, against=base).ok
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert any(re.match(pattern.removeprefix("re:"), "vision_tower.vision_model.encoder.layers.0.mlp.fc1") for pattern in ignored)
+    expected = logits(AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32), seen("llava"))
+    assert distance(logits(planish.load(out, dtype=torch.float32, device="cpu"), seen("llava")), expected) < 0.1
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen3_5"])
