@@ -32,6 +32,7 @@ from .vision import VISION
 
 NEIGHBOURS = "a RoPE that turns neighbouring channels"
 SOME_TURN = "a RoPE in some layers only"
+SCALED = "a factor of queries by their position"
 
 GEMMA2 = replace(
     LLAMA,
@@ -271,6 +272,7 @@ FAMILIES: dict[str, Family] = {
     "granite": replace(LLAMA, architecture="GraniteForCausalLM"),
     "smollm3": replace(LLAMA, architecture="SmolLM3ForCausalLM", obstacle=SOME_TURN),
     "ministral": replace(LLAMA, architecture="MinistralForCausalLM"),
+    "ministral3": replace(LLAMA, architecture="Ministral3ForCausalLM", obstacle=SCALED),
     "seed_oss": replace(LLAMA, architecture="SeedOssForCausalLM"),
     "hunyuan_v1_dense": replace(LLAMA, architecture="HunYuanDenseV1ForCausalLM", obstacle=NORMED),
     "ernie4_5": replace(LLAMA, architecture="Ernie4_5ForCausalLM", obstacle=NEIGHBOURS),
