@@ -97,6 +97,18 @@ RELATIVES: dict[str, dict[str, Any]] = {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
     },
+    "qwen3_5_moe_text": {
+        **_MIXTURE,
+        "model_type": "qwen3_5_moe_text",
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "head_dim": 16,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "shared_expert_intermediate_size": 80,
+    },
     "olmo3": {**_ROTARY, "model_type": "olmo3", "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "exaone4": {**_ROTARY, "model_type": "exaone4", "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "granite": {
@@ -140,7 +152,10 @@ RELATIVES: dict[str, dict[str, Any]] = {
 }
 """Families whose tables are another's but for names, or differ in one thing of which CONFIGS has a case: what goes over them all would take long."""
 OFFSET = ("Gemma", "NemotronLayerNorm1P", "Qwen3_5RMSNorm")  # norms that store what they multiply by, minus 1
-MIXTURES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "qwen3_moe-some", "glm4_moe", "deepseek_v3", "deepseek_v3-direct", "glm4_moe_lite")
+MIXTURES = (
+    *("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "qwen3_moe-some", "qwen3_5_moe_text", "glm4_moe"),
+    *("deepseek_v3", "deepseek_v3-direct", "glm4_moe_lite"),
+)
 
 _IMAGE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4, "num_labels": 5}
 VISION: dict[str, dict[str, Any]] = {
@@ -175,7 +190,7 @@ def whole(model: PreTrainedModel) -> PreTrainedModel:
             state[f"{path}.down_proj"] = torch.stack([one.down_proj.weight for one in experts])
     if len(state) == len(model.state_dict()):
         return model
-    other = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    other = type(model)(model.config).to(model.dtype)
     other.load_state_dict(state)
     return other.eval()
 

@@ -71,6 +71,7 @@ CONFIGS_WITH_IMAGES: dict[str, dict[str, Any]] = {
         **_TOKENS,
     },
     "qwen3_5": {"text_config": _text("qwen3_5_text"), "vision_config": {**_QWEN_WIDE, "num_position_embeddings": 16}, **_TOKENS},
+    "qwen3_5_moe": {"text_config": _text("qwen3_5_moe_text"), "vision_config": {**_QWEN_WIDE, "num_position_embeddings": 16}, **_TOKENS},
     "smolvlm": {
         "text_config": _text("llama"),
         "vision_config": {**_VISION, "model_type": "smolvlm_vision"},
@@ -84,7 +85,8 @@ CONFIGS_WITH_IMAGES: dict[str, dict[str, Any]] = {
         "projector_hidden_size": 32,
     },
 }
-SEEING = {"gemma3": 4, "mistral3": 4, "llava": 16, "internvl": 4, "qwen2_vl": 4, "qwen2_5_vl": 4, "qwen3_vl": 4, "qwen3_5": 4}  # tokens of an image
+_NOT_TRIED = ("llava_next", "llava_onevision", "smolvlm", "lfm2_vl")
+SEEING = {kind: 16 if kind == "llava" else 4 for kind in CONFIGS_WITH_IMAGES if kind not in _NOT_TRIED}  # tokens of an image
 
 
 def with_images(kind: str, folder: Path) -> Path:

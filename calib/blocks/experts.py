@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .families import is_mixture
+from .wrappers import is_mixture
 
 
 class Expert(nn.Module):
@@ -77,7 +77,7 @@ def separate(model: PreTrainedModel) -> None:
 
     Others are left alone: their experts may compute something else.
     """
-    if not is_mixture(model.config.model_type):
+    if not is_mixture(model.config):
         return
     for path, module in list(model.named_modules()):
         both_EID, down_EDI, act = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj", "act_fn"))

@@ -27,7 +27,7 @@ from .family import (
     stacked_up,
     stacked_v,
 )
-from .mixtures import MIXTURES
+from .mixtures import MIXTURES, QWEN2_MOE
 from .vision import VISION
 
 NEIGHBOURS = "a RoPE that turns neighbouring channels"
@@ -157,6 +157,14 @@ QWEN3_5 = replace(
     ),
 )
 
+QWEN3_5_MOE = replace(
+    QWEN3_5,
+    architecture="Qwen3_5MoeForCausalLM",
+    writers=("self_attn.o_proj",),
+    others=tuple(replace(other, changes={**other.changes, "writers": ("linear_attn.out_proj",)}) for other in QWEN3_5.others),
+    **{name: getattr(QWEN2_MOE, name) for name in ("up", "down", "up_host", "experts", "shared", "routers", "width")},
+)
+
 STARCODER2 = replace(
     LLAMA,
     architecture="Starcoder2ForCausalLM",
@@ -263,6 +271,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": replace(LLAMA, architecture="Qwen3ForCausalLM", obstacle=NORMED),
     "lfm2": LFM2,
     "qwen3_5_text": QWEN3_5,
+    "qwen3_5_moe_text": QWEN3_5_MOE,
     "gemma2": GEMMA2,
     "gemma3_text": replace(GEMMA2, architecture="Gemma3ForCausalLM", obstacle=NORMED),
     "phi3": PHI3,
@@ -290,11 +299,6 @@ FAMILIES: dict[str, Family] = {
     **MIXTURES,
     **VISION,
 }
-
-
-def is_mixture(kind: str) -> bool:
-    """Whether models of this type (config.model_type) have experts, as far as planish knows them."""
-    return kind in FAMILIES and FAMILIES[kind].experts is not None
 
 
 def name_in_files(kind: str, name: str) -> str:

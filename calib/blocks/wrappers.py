@@ -50,6 +50,7 @@ WRAPPERS = {
     "qwen2_5_vl": Wrapper("Qwen2_5_VLForConditionalGeneration", _merged, text=replace(LLAMA, obstacle=SECTIONS)),
     "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", _deep, text=replace(LLAMA, obstacle=NORMED)),
     "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", _deep),
+    "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration", _deep),
     "smolvlm": Wrapper("SmolVLMForConditionalGeneration", lambda _config: ("model.connector.modality_projection.proj",), body="model.text_model"),
     "lfm2_vl": Wrapper("Lfm2VlForConditionalGeneration", _projected),
 }
@@ -62,7 +63,7 @@ def family_of(config: PreTrainedConfig) -> Family | None:
         return FAMILIES[config.model_type]
     wrapper = WRAPPERS.get(config.model_type)
     text = None if wrapper is None else wrapper.text or FAMILIES.get(config.get_text_config().model_type)
-    if wrapper is None or text is None or text.experts is not None or text.input != "input_ids" or not text.blocks.startswith("model."):
+    if wrapper is None or text is None or text.input != "input_ids" or not text.blocks.startswith("model."):
         return None
     return replace(
         text,
@@ -75,6 +76,12 @@ def family_of(config: PreTrainedConfig) -> Family | None:
         norm=None if text.norm is None else _inside(wrapper.body, text.norm),
         last_reader=None if text.last_reader is None else _inside(wrapper.body, text.last_reader),
     )
+
+
+def is_mixture(config: PreTrainedConfig) -> bool:
+    """Whether models of this config are mixtures of experts, as far as planish knows them."""
+    family = family_of(config)
+    return family is not None and family.experts is not None
 
 
 def around_unknown(config: PreTrainedConfig) -> str:

@@ -14,6 +14,7 @@ from transformers.core_model_loading import Chunk, WeightConverter, WeightRenami
 
 from ...quant.errors import PlanishError
 from ..blocks.families import name_in_model
+from ..blocks.family import EXPERTS
 from .shards import CHUNK_BYTES, TensorInfo, read_chunks
 
 READABLE = (torch.bfloat16, torch.float16, torch.float32)
@@ -97,13 +98,26 @@ def _conversions(skeleton: PreTrainedModel, expected: Mapping[str, Tensor]) -> C
         renamings, converters = transforms()
         first, source = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, dict(expected))
         if source is None:
-            parts = {first: info}
+            parts = _experts(first, info) or {first: info}
         else:
             converter = next(t for t in converters if source in t.source_patterns)
             parts = _rows(first, info, converter) if info.shape and _cuts_rows(converter) else {}
         return parts if parts.keys() <= expected.keys() else {}
 
     return convert
+
+
+def _experts(name: str, info: TensorInfo) -> dict[str, TensorInfo]:
+    """The layers of all experts whose weights lie in one tensor (E, O, I), as transformers has them; none for another tensor."""
+    path, _, kind = name.rpartition(".")
+    layers = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind, ())
+    if not path.endswith(f".{EXPERTS}") or len(info.shape) != 3 or info.shape[1] % max(1, len(layers)):
+        return {}
+    count, rows, width = info.shape
+    shape = rows // len(layers), width
+    size = prod(shape) * info.dtype.itemsize
+    parts = [f"{path}.{number}.{layer}.weight" for number in range(count) for layer in layers]
+    return {part: replace(info, shape=shape, offset=info.offset + index * size) for index, part in enumerate(parts)}
 
 
 def _cuts_rows(converter: WeightConverter) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from ...calib.blocks.families import is_mixture
+from ...calib.blocks.wrappers import is_mixture
 from ...calib.compressed.packing import OWN, PLAIN, has_experts, is_own, other_grid
 from ...calib.compressed.stored import StoredCheckpoint
 from ...calib.files.checkpoint import auto_class
@@ -122,7 +122,7 @@ def _why_not(checkpoint: StoredCheckpoint, own: bool) -> str | None:
 
 def _least(checkpoint: StoredCheckpoint) -> float:
     activations = any(how.scheme.activations is not None for how in checkpoint.packed.values())
-    rounded = is_mixture(checkpoint.config.model_type)  # it makes ordinary weights of experts' codes, in the scales' dtype
+    rounded = is_mixture(checkpoint.config)  # it makes ordinary weights of experts' codes, in the scales' dtype
     return LEAST_ACTIVATIONS if activations or rounded else LEAST_WEIGHTS
 
 

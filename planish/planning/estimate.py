@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from ..calib.blocks.families import is_mixture
 from ..calib.blocks.family import EXPERTS
 from ..calib.blocks.sites import BlockTopology, reader_weight
 from ..calib.blocks.topology import topology
+from ..calib.blocks.wrappers import is_mixture
 from ..calib.compressed.packing import Packed, stored_size
 from ..calib.data.own_text import BATCH
 from ..calib.data.windows import Calibration
@@ -320,7 +320,7 @@ def evaluating_seconds(checkpoint: Checkpoint, device: torch.device) -> float:
 def _idle(checkpoint: Checkpoint) -> float:
     """How many weights of experts a token is not sent to."""
     config = checkpoint.config.get_text_config()
-    if not is_mixture(config.model_type):
+    if not is_mixture(checkpoint.config):
         return 0.0
     sizes = [info.nbytes / checkpoint.dtype.itemsize for name, info in checkpoint.tensors.items() if f".{EXPERTS}." in name]
     experts = max(sum(site.readers[0].startswith(f"{EXPERTS}.") for site in kind.inside) for kind in topology(config).kinds)

