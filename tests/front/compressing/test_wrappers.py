@@ -124,7 +124,7 @@ def test_what_is_beside_keeps_its_names(tmp_path: Path) -> None:
     assert distance(logits(planish.load(out, dtype=torch.float32, device="cpu"), seen("llava")), expected) < 0.1
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5"])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5", MIXTURE])
 def test_steps_at_run_time(kind: str, sources: dict[str, Path], tmp_path: Path) -> None:
     """planish.load and from_pretrained run them alike, with images."""
     planish.compress(FAST, sources[kind], tmp_path / "out")
