@@ -1,4 +1,4 @@
-"""Models that take images or sound besides text: a language model of a known family inside, and beside it what makes embeddings of the rest.
+"""Models that take images besides text: a language model of a known family inside, and beside it what makes embeddings of images.
 
 planish quantizes the language model and leaves all else as it is. Written from the model definitions of transformers 5.23.
 """

@@ -131,8 +131,8 @@ def _config(plan: Plan, packed: Mapping[str, Packed], blocks: list[BlockRecord])
     config.pop("torch_dtype", None)
     config["dtype"] = str(plan.checkpoint.dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = plan.source.tied
-    if plan.topology.body and "tie_word_embeddings" in config.get("text_config", {}):
-        config["text_config"] = {**config["text_config"], "tie_word_embeddings": plan.source.tied}
+    if plan.topology.body:
+        config["text_config"] = {**config.get("text_config", {}), "tie_word_embeddings": plan.source.tied}
     linears = {name: module for name, module in plan.source.skeleton().named_modules() if isinstance(module, nn.Linear | Conv1D)}
     transposed = any(isinstance(linears[name], Conv1D) for name in packed)
     extension = _extension(plan, blocks)

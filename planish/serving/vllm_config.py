@@ -149,11 +149,12 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
         """The linears of the checkpoint that one of vLLM's layers is: itself, or several that vLLM computes at once; none of what makes embeddings of
         images. PlanishError: no such layer in the language model."""
         parent, _, child = prefix.rpartition(".")
-        known, names = topology(self.checkpoint.config), self._names(len(self.mappers))
+        names = self._names(len(self.mappers))
         for parts in ([child], self.packed_modules_mapping.get(child, ()), MERGED.get(child, ())):
             found = [names.get(f"{parent}.{part}", "") for part in parts]
             if found and all(found):
                 return found
+        known = topology(self.checkpoint.config)
         if known.body and not any(prefix.startswith(f"{blocks}.") for blocks in self._in_vllm(f"{known.blocks}.")):
             return ()
         raise PlanishError(f"{prefix}: no layer of the checkpoint. planish serves no speculative models.")
