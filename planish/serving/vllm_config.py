@@ -133,7 +133,7 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
             store_prefix(layer, prefix, self.checkpoint)
             return None
         if isinstance(layer, RoutedExperts):
-            path = name_in_model(self.checkpoint.config.model_type, prefix)
+            path = self._experts(prefix)
             return PlanishExpertsMethod(layer, self.checkpoint, path) if quantized_experts(self.checkpoint, path) else None
         if not isinstance(layer, LinearBase):
             return None
@@ -158,6 +158,12 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
         if known.body and not any(prefix.startswith(f"{blocks}.") for blocks in self._in_vllm(f"{known.blocks}.")):
             return ()
         raise PlanishError(f"{prefix}: no layer of the checkpoint. planish serves no speculative models.")
+
+    def _experts(self, prefix: str) -> str:
+        """Where the experts are in the checkpoint's model that vLLM has at this path."""
+        first = ".0.gate_proj"
+        known = self._names(len(self.mappers)).get(prefix + first, "")
+        return known.removesuffix(first) or name_in_model(self.checkpoint.config.model_type, prefix)
 
     @lru_cache(maxsize=2)  # noqa: B019  # there is one for as long as the process lives
     def _names(self, _mappers: int) -> dict[str, str]:

@@ -71,7 +71,7 @@ class PlanishExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc, unused-ign
     def _expert(self, number: int, packed: bool) -> Expert:
         names = [f"{self.path}.{number}.{layer}" for layer in LAYERS]
         parts = [found for _, found in self.checkpoint.parts(names, self.dtype, self.device)]
-        act = ACT2FN[self.checkpoint.config.hidden_act]
+        act = ACT2FN[self.checkpoint.config.get_text_config().hidden_act]
         if packed:
             both, last = packed_readers(parts[:2]), packed_readers(parts[2:])
             return Expert(both[0], both[1], last[0], act)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import Gemma3Config, LlamaConfig
+from transformers import Gemma3Config, LlamaConfig, MixtralConfig
 from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.linear import (  # pyright: ignore[reportMissingImports]
     MergedColumnParallelLinear,
@@ -147,6 +147,15 @@ def test_layers_by_the_names_that_vllm_gives_them() -> None:
     except PlanishError as error:
         refused = str(error)
     assert "no layer of the checkpoint" in refused
+
+
+def test_experts_by_the_path_that_vllm_gives_them() -> None:
+    """As files have it, and as vLLM's class of a model that takes images renames it."""
+    config = opened(MixtralConfig(), "model.layers.0.mlp.experts.0.gate_proj")
+    assert config._experts("model.layers.0.block_sparse_moe.experts") == "model.layers.0.mlp.experts"
+    config = opened(Gemma3Config(), "model.language_model.layers.0.mlp.experts.0.gate_proj")
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.language_model.": "language_model.model."}))
+    assert config._experts("language_model.model.layers.0.mlp.experts") == "model.language_model.layers.0.mlp.experts"
 
 
 def test_scores_of_given_tokens_are_refused() -> None:
