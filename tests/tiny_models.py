@@ -21,6 +21,15 @@ _COMMON = {**_TOKENS, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_
 _ROTARY = {**_COMMON, "num_key_value_heads": 2, "intermediate_size": 96}
 _GEMMA = {**_ROTARY, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "tie_word_embeddings": True}
 _MIXTURE = {**_ROTARY, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}
+_DELTA = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 _LATENT = {
     **_ROTARY,
     "num_hidden_layers": 3,
@@ -88,25 +97,13 @@ RELATIVES: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_text": {
         **_ROTARY,
+        **_DELTA,
         "model_type": "qwen3_5_text",
-        "num_hidden_layers": 3,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "head_dim": 16,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
     },
     "qwen3_5_moe_text": {
         **_MIXTURE,
+        **_DELTA,
         "model_type": "qwen3_5_moe_text",
-        "num_hidden_layers": 3,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "head_dim": 16,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
         "shared_expert_intermediate_size": 80,
     },
     "olmo3": {**_ROTARY, "model_type": "olmo3", "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},

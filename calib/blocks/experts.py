@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .wrappers import is_mixture
+from .families import is_mixture
 
 
 class Expert(nn.Module):

@@ -1,6 +1,6 @@
 """The table of model families: which modules of a block read which activation, and what stands before them. Data, read by topology.py.
 
-Mixtures of experts and vision transformers have files of their own (mixtures.py, vision.py).
+Mixtures of experts, models that take images besides text and vision transformers have files of their own (mixtures.py, multimodal.py, vision.py).
 Adding a family: one `Family` in FAMILIES under its config's model_type (usually a `replace` of a near relative), one line in tests/tiny_models.py;
 topology.prove then shows on real weights whether the table is right. Blocks of several kinds are told apart by `others`. Experts must have the
 standard form (experts.py); one line in serving/__init__.py lets vLLM run a family.
@@ -28,6 +28,7 @@ from .family import (
     stacked_v,
 )
 from .mixtures import MIXTURES, QWEN2_MOE
+from .multimodal import MULTIMODAL, around
 from .vision import VISION
 
 NEIGHBOURS = "a RoPE that turns neighbouring channels"
@@ -299,6 +300,29 @@ FAMILIES: dict[str, Family] = {
     **MIXTURES,
     **VISION,
 }
+
+
+def family_of(config: PreTrainedConfig) -> Family | None:
+    """The table of a model of this config, with its paths; None where there is none."""
+    kind = MULTIMODAL.get(config.model_type)
+    if kind is None:
+        return FAMILIES.get(config.model_type)
+    text = kind.text or FAMILIES.get(config.get_text_config().model_type)
+    return around(text, kind, config) if text is not None and text.input == "input_ids" and text.blocks.startswith("model.") else None
+
+
+def is_mixture(config: PreTrainedConfig) -> bool:
+    """Whether models of this config are mixtures of experts, as far as planish knows them."""
+    family = family_of(config)
+    return family is not None and family.experts is not None
+
+
+def around_unknown(config: PreTrainedConfig) -> str:
+    """What to say of a model that takes images and that planish has no table of; empty for any other."""
+    if family_of(config) is not None or not config.sub_configs or not hasattr(config, "text_config"):
+        return ""
+    text = config.text_config.model_type
+    return f"this is a multimodal model around a {text} language model. Save that one as a checkpoint of its own and give planish that."
 
 
 def name_in_files(kind: str, name: str) -> str:

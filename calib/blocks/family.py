@@ -125,7 +125,7 @@ class Family:
 
     architecture: the class that is opened. wrappers: classes around the same blocks, whose checkpoints are opened as `architecture` too (an image
     classifier as its encoder). options: what the class is made with besides its config. in_files: parts of names, and what they are in files.
-    body, images: as in sites.Topology, filled in by wrappers.py. embeddings, norm, head, input, call, lead, norm_kind, norm_offset: as in
+    body, images: as in sites.Topology, filled in by multimodal.py. embeddings, norm, head, input, call, lead, norm_kind, norm_offset: as in
     sites.Topology; last_reader too, None: the head. writers, stream_readers: as in sites.BlockTopology. mixing: the names of the sites before and
     behind what mixes the tokens. inner: name, readers and norm of the sites between these two. qkv, up: readers of those sites (up with the gate,
     if gated). beside: layers that read what qkv do and stay in full precision. qkv_norm, up_norm: the norm that makes their input, None if no

@@ -10,9 +10,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ...quant.errors import PlanishError
-from .families import FAMILIES
+from .families import FAMILIES, around_unknown, family_of
 from .family import EXPERTS as EXPERTS_AT
 from .family import Family, Sizes, separate_up
+from .multimodal import MULTIMODAL
 from .proof import check_structure as check_structure
 from .proof import prove as prove
 from .sites import Attention as Attention
@@ -25,7 +26,6 @@ from .sites import absorb as absorb
 from .sites import exact_scale as exact_scale
 from .sites import reader_weight as reader_weight
 from .sites import tie as tie
-from .wrappers import WRAPPERS, around_unknown, family_of
 
 HOMOGENEOUS = frozenset({"relu"})  # f(a x) = a f(x) for a > 0: the rows before f can host the channels after it
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # config names of a mixture of experts
@@ -80,7 +80,7 @@ def _family(config: PreTrainedConfig) -> Family:
     where = f"config.architectures {classes}, model_type {kind!r}"
     family, text = family_of(config), config.get_text_config()
     if family is None:
-        raise PlanishError(f"{where}: {_why_unknown(config)} Supported: {', '.join(FAMILIES)}; and around some of them {', '.join(WRAPPERS)}.")
+        raise PlanishError(f"{where}: {_why_unknown(config)} Supported: {', '.join(FAMILIES)}; and around some of them {', '.join(MULTIMODAL)}.")
     if classes and not {family.architecture, *family.wrappers} & set(classes):
         known = " or ".join((family.architecture, *family.wrappers))
         raise PlanishError(f"{where}: planish takes {kind} models of class {known}. Give it one.")

@@ -19,10 +19,10 @@ from ...quant.errors import PlanishError
 from ...quant.formats import WeightFormat, code_dtype
 from ...quant.transforms.factors import Chain, on_input
 from ..blocks.families import name_in_files, name_in_model
+from ..blocks.multimodal import MULTIMODAL
 from ..blocks.prefix import tensor_names
 from ..blocks.sites import Site
 from ..blocks.topology import topology
-from ..blocks.wrappers import WRAPPERS
 from ..files.checkpoint import build_skeleton
 from ..files.convert import REJECTED
 from ..files.locate import weight_files
@@ -75,7 +75,7 @@ def read_layout(folder: Path) -> Layout:
     skeleton = build_skeleton(config, torch.float32, folder)
     linears, kind = linear_shapes(skeleton), config.model_type
     tensors = {name_in_model(kind, name): info for name, info in read_shards(weight_files(folder)).items()}
-    if kind in WRAPPERS:  # what is outside the language model has the names of the original files
+    if kind in MULTIMODAL:  # what is outside the language model has the names of the original files
         tensors = named_in_model(tensors, skeleton)
     try:
         declared_as = {name_in_files(kind, name): name for name in linears}

@@ -26,10 +26,10 @@ from ...quant.kernels.modules import PackedLinear, WideLinear, few_tokens_group
 from ...quant.linear import Parts, QuantizedLinear, share_input
 from ...quant.transforms.factors import Blocks, on_input
 from ..blocks.experts import Experts
+from ..blocks.families import family_of
 from ..blocks.fusing import norm_readers
 from ..blocks.sites import BlockTopology, Site, Topology
 from ..blocks.topology import topology
-from ..blocks.wrappers import family_of
 from .attention_passes import passes, put_passes
 from .quantized import put
 from .stored import StoredCheckpoint

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from ...calib.blocks.wrappers import is_mixture
+from ...calib.blocks.families import is_mixture
 from ...calib.compressed.packing import OWN, PLAIN, has_experts, is_own, other_grid
 from ...calib.compressed.stored import StoredCheckpoint
 from ...calib.files.checkpoint import auto_class

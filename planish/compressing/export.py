@@ -100,10 +100,10 @@ def _file_names(plan: Plan, tensors: Iterable[str]) -> dict[str, str]:
     return names | kept if len({*(names | kept).values()}) == len(names) else names
 
 
-def _beside(plan: Plan) -> list[str]:
+def _beside(model: nn.Module, body: str) -> list[str]:
     """Patterns for all that is beside the language model in a model that takes images: its layers have other names inside servers."""
-    parent, _, body = plan.topology.body.rpartition(".")
-    return [rf"re:(.*\.)?{name}\..*" for name, _ in plan.source.skeleton().get_submodule(parent).named_children() if name != body]
+    parent, _, inside = body.rpartition(".")
+    return [rf"re:(.*\.)?{name}\..*" for name, _ in model.get_submodule(parent).named_children() if name != inside]
 
 
 def _guards(packed: Mapping[str, Packed], file: Path) -> dict[str, TensorInfo]:
@@ -133,7 +133,8 @@ def _config(plan: Plan, packed: Mapping[str, Packed], blocks: list[BlockRecord])
     config["tie_word_embeddings"] = plan.source.tied
     if plan.topology.body:
         config["text_config"] = {**config.get("text_config", {}), "tie_word_embeddings": plan.source.tied}
-    linears = {name: module for name, module in plan.source.skeleton().named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    model = plan.source.skeleton()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     transposed = any(isinstance(linears[name], Conv1D) for name in packed)
     extension = _extension(plan, blocks)
     if extension:
@@ -142,7 +143,7 @@ def _config(plan: Plan, packed: Mapping[str, Packed], blocks: list[BlockRecord])
     routers = {f"{known.block_name(block.index)}.{path}" for block in blocks for path in known.block(block.index).routers}
     ignored = (linears.keys() - packed.keys()) | routers
     if known.body:
-        ignored = {name for name in ignored if name == known.head or name.startswith(f"{known.body}.")} | {*_beside(plan)}
+        ignored = {name for name in ignored if name == known.head or name.startswith(f"{known.body}.")} | {*_beside(model, known.body)}
     extended = bool(extension) or misread_experts(schemes_of(plan.packed))
     in_files = partial(name_in_files, plan.topology.family)
     declared = {in_files(name): how for name, how in packed.items()}

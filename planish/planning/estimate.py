@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from ..calib.blocks.families import is_mixture
 from ..calib.blocks.family import EXPERTS
 from ..calib.blocks.sites import BlockTopology, reader_weight
 from ..calib.blocks.topology import topology
-from ..calib.blocks.wrappers import is_mixture
 from ..calib.compressed.packing import Packed, stored_size
 from ..calib.data.own_text import BATCH
 from ..calib.data.windows import Calibration

@@ -16,10 +16,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper  # pyright: ignore[reportMissingImports]
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
-from ..calib.blocks.families import name_in_files, name_in_model
+from ..calib.blocks.families import is_mixture, name_in_files, name_in_model
 from ..calib.blocks.family import EXPERTS
 from ..calib.blocks.topology import topology
-from ..calib.blocks.wrappers import is_mixture
 from ..calib.compressed.packed import packed_readers, pick_kernels
 from ..calib.compressed.packing import PLAIN
 from ..calib.compressed.stored import StoredCheckpoint, open_stored
@@ -167,7 +166,7 @@ class PlanishConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
 
     @lru_cache(maxsize=2)  # noqa: B019  # there is one for as long as the process lives
     def _names(self, _mappers: int) -> dict[str, str]:
-        """The checkpoint's layers by what they may be called in vLLM."""
+        """The checkpoint's layers by what they may be called in vLLM, which has told of so many mappers."""
         kind = self.checkpoint.config.model_type
         layers = dict.fromkeys([*(name.rpartition(".")[0] for name in self.checkpoint.tensors), *self.checkpoint.packed])
         return {other: name for name in layers for other in (name, *self._in_vllm(f"{name_in_files(kind, name)}."))}

@@ -11,13 +11,13 @@ import pytest
 import torch
 from helpers_checkpoint import edit_json, merge, rewrite
 from helpers_compress import distance, quick
-from tiny_wrappers import CONFIGS_WITH_IMAGES, SEEING, seen, with_images
+from tiny_multimodal import CONFIGS_WITH_IMAGES, SEEING, seen, with_images
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 import planish
+from planish.calib.blocks.multimodal import MULTIMODAL
 from planish.calib.blocks.topology import topology
-from planish.calib.blocks.wrappers import WRAPPERS
 from planish.calib.compressed.stored import open_stored
 from planish.calib.files.checkpoint import open_checkpoint
 from planish.quant.errors import PlanishError
@@ -33,7 +33,7 @@ MIXTURE = "qwen3_5_moe"
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("wrappers")
+    root = tmp_path_factory.mktemp("multimodal")
     return {kind: with_images(kind, root / kind) for kind in CONFIGS_WITH_IMAGES}
 
 
@@ -44,7 +44,7 @@ def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def test_every_kind_has_a_case() -> None:
-    assert set(CONFIGS_WITH_IMAGES) == set(WRAPPERS)
+    assert set(CONFIGS_WITH_IMAGES) == set(MULTIMODAL)
 
 
 @pytest.mark.parametrize("kind", CONFIGS_WITH_IMAGES)
