@@ -11,6 +11,7 @@ Written from the model definitions of transformers 5.23 (transformers/models/*/m
 from dataclasses import replace
 
 from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .family import (
     LLAMA,
@@ -322,6 +323,8 @@ def around_unknown(config: PreTrainedConfig) -> str:
     if family_of(config) is not None or not config.sub_configs or not hasattr(config, "text_config"):
         return ""
     text = config.text_config.model_type
+    if text not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # CLIP's, say
+        return ""
     return f"this is a multimodal model around a {text} language model. Save that one as a checkpoint of its own and give planish that."
 
 

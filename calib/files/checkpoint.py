@@ -29,7 +29,6 @@ from transformers import (
 from ...quant.errors import PlanishError
 from ..blocks.experts import separate
 from ..blocks.families import FAMILIES, around_unknown, family_of
-from ..blocks.multimodal import MULTIMODAL
 from ..blocks.prefix import PrefixCache
 from .convert import REJECTED
 from .locate import TOKENIZER_FILES, resolve, side_files, weight_files
@@ -236,7 +235,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -
             # None: sdpa where the family has it, else eager (Gemma 2). The configuration is copied because from_config writes into it.
             model = auto_class(config).from_config(copy.deepcopy(config), attn_implementation=None, dtype=dtype, trust_remote_code=False, **options)
     except REJECTED as error:
-        why = around_unknown(config) if config.model_type in MULTIMODAL else f"{_unknown(config.to_dict())} ({str(error).partition(chr(10))[0]})"
+        why = around_unknown(config) or f"{_unknown(config.to_dict())} ({str(error).partition(chr(10))[0]})"
         raise PlanishError(f"{folder / 'config.json'}: {why}") from error
     assert isinstance(model, PreTrainedModel)
     separate(model)

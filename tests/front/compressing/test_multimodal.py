@@ -169,3 +169,6 @@ def test_what_is_around_an_unknown_language_model_is_refused(sources: dict[str, 
     edit_json(folder / "config.json", text_config={"model_type": "cohere", "hidden_size": 64})
     with pytest.raises(PlanishError, match="multimodal model around a cohere"):
         open_checkpoint(folder)
+    edit_json(folder / "config.json", model_type="paligemma", text_config={"model_type": "gemma"})
+    with pytest.raises(PlanishError, match="multimodal model around a gemma"):
+        open_checkpoint(folder)
